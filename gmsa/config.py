@@ -1,0 +1,105 @@
+"""The configuration of a model: what the encoder, the merging, the alignment and the decoder are."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from gmsa.errors import ConfigError
+
+LSA_KINDS = ("decoder", "random", "mlp", "linear", "none")
+MERGINGS = ("mean", "appended")
+PROMPTS = ("chat", "plain")
+# What training may change. `lsa` stands for everything between encoder and decoder that has weights.
+TRAINABLE_GROUPS = ("encoder", "lsa", "decoder-qkv", "decoder")
+RESTORE_INSTRUCTION = "Restate the aforementioned Text."
+
+
+class GmsaConfig(PreTrainedConfig):
+    """Every choice that is part of a checkpoint. The compression rate is not: it is an argument of compress.
+
+    Args:
+        decoder: pointer to the decoder's backbone: {"name", "revision", "fingerprint"}.
+        encoder: the same for the encoder; None means the decoder's backbone.
+        encoder_layers: how many of the backbone's lowest layers encode (paper: 8 of 32); "all" for every one.
+        encoder_lora: None trains the encoder's own weights; {"r", "alpha", "dropout"} puts peft LoRA on its linears.
+        encoder_sink: put one throwaway token in front of every window and drop its state. Causal LMs park attention
+            on the first token, whose state is then several times larger than any other and would drown its group.
+        merging: "mean" (group merging), or "appended": learnable tokens after the context (TCP-AE, ICAE).
+        lsa: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks, fresh weights),
+            "mlp", "linear" or "none"; the paper's ablations.
+        lsa_layers: how many blocks, for "decoder" and "random" (paper: 1).
+        window_size: the encoder reads a context in independent windows of this many tokens; None: all of it at once.
+        max_appended: how many learnable tokens exist per window, for merging="appended".
+        prompt: "chat" wraps memory and prompt in the decoder's chat template, "plain" joins them with line breaks.
+        system_prompt: system turn for "chat"; None leaves it to the template's own default.
+        restore_instruction: what asks the decoder for the text itself (paper section 3).
+        trained: groups of weights that this checkpoint holds, of "encoder", "lsa", "decoder-qkv", "decoder".
+
+    Raises:
+        ConfigError: naming the field.
+    """
+
+    model_type = "gmsa"
+
+    def __init__(
+        self,
+        decoder: dict[str, Any] | None = None,
+        encoder: dict[str, Any] | None = None,
+        encoder_layers: int | str = 8,
+        encoder_lora: dict[str, Any] | None = None,
+        encoder_sink: bool = True,
+        merging: str = "mean",
+        lsa: str = "decoder",
+        lsa_layers: int = 1,
+        window_size: int | None = 512,
+        max_appended: int = 512,
+        prompt: str = "chat",
+        system_prompt: str | None = None,
+        restore_instruction: str = RESTORE_INSTRUCTION,
+        trained: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.decoder = decoder
+        self.encoder = encoder
+        self.encoder_layers = encoder_layers
+        self.encoder_lora = encoder_lora
+        self.encoder_sink = encoder_sink
+        self.merging = merging
+        self.lsa = lsa
+        self.lsa_layers = lsa_layers
+        self.window_size = window_size
+        self.max_appended = max_appended
+        self.prompt = prompt
+        self.system_prompt = system_prompt
+        self.restore_instruction = restore_instruction
+        self.trained = sorted(trained or [])
+        self._check()
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        def one_of(field: str, allowed: tuple[str, ...]) -> None:
+            if getattr(self, field) not in allowed:
+                raise ConfigError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+
+        def whole(field: str, least: int) -> None:
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{field} must be a whole number >= {least}, got {value!r}")
+
+        one_of("merging", MERGINGS)
+        one_of("lsa", LSA_KINDS)
+        one_of("prompt", PROMPTS)
+        whole("lsa_layers", 1)
+        whole("max_appended", 1)
+        if self.encoder_layers != "all":
+            whole("encoder_layers", 1)
+        if self.window_size is not None:
+            whole("window_size", 1)
+        if self.merging == "appended" and (self.window_size is None or self.window_size > self.max_appended):
+            # At merge size 1 a window needs as many appended tokens as it has tokens.
+            raise ConfigError("max_appended must be at least window_size where merging is 'appended'")
+        if self.encoder_lora is not None and not {"r", "alpha"} <= set(self.encoder_lora):
+            raise ConfigError("encoder_lora needs at least the keys 'r' and 'alpha'")
+        unknown = set(self.trained) - set(TRAINABLE_GROUPS)
+        if unknown:
+            raise ConfigError(f"trained must name groups of {', '.join(TRAINABLE_GROUPS)}; unknown: {sorted(unknown)}")

@@ -1,0 +1,33 @@
+"""Every error a user can cause. Each carries one line that says what is wrong and what to do."""
+
+
+class GmsaError(Exception):
+    """Base of all errors raised on purpose by GMSA. The command line prints it as one line and exits 1."""
+
+
+class ConfigError(GmsaError, ValueError):
+    """A configuration or recipe field has a value that cannot work; the message names the field."""
+
+
+class InputError(GmsaError, ValueError):
+    """A text, question, row or file given by the user cannot be used."""
+
+
+class ContextTooLongError(InputError):
+    """Soft tokens, prompt and answer together exceed what the decoder can read."""
+
+
+class BackboneError(GmsaError):
+    """A backbone (the causal LM under the encoder or decoder) is unknown, unsupported or not at hand."""
+
+
+class CheckpointError(GmsaError):
+    """A model folder is missing, damaged, or does not fit the backbone it points to."""
+
+
+class MemoryFileError(GmsaError):
+    """A memory file is missing, damaged or not a memory."""
+
+
+class MemoryMismatchError(GmsaError, ValueError):
+    """A memory was made by another compressor than the one asked to read it."""

@@ -1,0 +1,61 @@
+"""Metrics as pure functions (paper section 5). Restoration on 0-1, question answering on 0-100."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+
+def prefix_exact_match(reference: Sequence[int], restored: Sequence[int]) -> float:
+    """Length of the exactly matched token prefix over the reference's length: 128 right of 512, then an error: 0.25."""
+    matched = 0
+    for expected, found in zip(reference, restored, strict=False):
+        if expected != found:
+            break
+        matched += 1
+    return matched / len(reference)
+
+
+def bleu(references: Sequence[str], restored: Sequence[str]) -> float:
+    """Corpus BLEU-4 by sacrebleu, on 0-1."""
+    import sacrebleu
+
+    return sacrebleu.corpus_bleu(list(restored), [list(references)]).score / 100
+
+
+def normalise(answer: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    answer = "".join(c for c in answer.lower() if c not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """100 if the normalised prediction equals any normalised reference."""
+    return 100.0 * any(normalise(prediction) == normalise(r) for r in references)
+
+
+def accuracy(prediction: str, references: Sequence[str]) -> float:
+    """100 if any normalised reference occurs in the normalised prediction, as whole words."""
+    padded = f" {normalise(prediction)} "
+    return 100.0 * any(f" {normalise(r)} " in padded for r in references if normalise(r))
+
+
+def f1(prediction: str, references: Sequence[str]) -> float:
+    """Token F1 with SQuAD's normalisation, best over all references."""
+    return max(_f1(prediction, r) for r in references)
+
+
+def f1_first(prediction: str, references: Sequence[str]) -> float:
+    """Token F1 against the first reference only, as the paper evidently computed it."""
+    return _f1(prediction, references[0])
+
+
+def _f1(prediction: str, reference: str) -> float:
+    found, expected = normalise(prediction).split(), normalise(reference).split()
+    if not found or not expected:
+        return 100.0 * (found == expected)
+    common = sum((Counter(found) & Counter(expected)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(found), common / len(expected)
+    return 100 * 2 * precision * recall / (precision + recall)

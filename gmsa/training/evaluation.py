@@ -1,0 +1,89 @@
+"""A quick look at restoration while training goes on. The full evaluation is `gmsa eval`."""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gmsa.data import Example, collate, read_rows
+from gmsa.errors import InputError
+from gmsa.modeling import GmsaModel
+from gmsa.prompts import PromptTemplate
+
+
+class RestorationProbe:
+    """Token accuracy under teacher forcing on held-out texts, at several merge sizes, and one text restored.
+
+    Args:
+        texts: tokens of each text, all of one length.
+        template: of the decoder.
+        window_size: of the encoder.
+        merge_sizes: to look at.
+        batch_size: texts at once.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[list[int]],
+        template: PromptTemplate,
+        window_size: int | None,
+        merge_sizes: Sequence[int],
+        batch_size: int = 8,
+    ) -> None:
+        self.texts = texts
+        self.template = template
+        self.window_size = window_size
+        self.merge_sizes = merge_sizes
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_file(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate,
+        window_size: int | None,
+        path: str,
+        texts: int = 32,
+        length: int = 128,
+        merge_sizes: Sequence[int] = (2, 4, 8),
+    ) -> "RestorationProbe":
+        """The first `texts` rows of a file that have at least `length` tokens, cut to it.
+
+        Raises:
+            InputError: no row is that long.
+        """
+        tokens = (tokenizer(r["text"], add_special_tokens=False)["input_ids"] for r in read_rows(path) if "text" in r)
+        chosen = list(islice((t[:length] for t in tokens if len(t) >= length), texts))
+        if not chosen:
+            raise InputError(f"{path} has no text of {length} tokens to evaluate on")
+        return cls(chosen, template, window_size, merge_sizes)
+
+    @torch.no_grad()
+    def __call__(self, model: GmsaModel) -> dict[str, Any]:
+        """{"token_accuracy": {merge size: share}, "by_position": {...: [first, second, third]}, "sample": text}."""
+        accuracy, by_position = {}, {}
+        device = next(model.parameters()).device
+        prompt = self.template.restore()
+        for size in self.merge_sizes:
+            hits = []
+            for start in range(0, len(self.texts), self.batch_size):
+                part = self.texts[start : start + self.batch_size]
+                examples = [Example([t], prompt, [*t, self.template.end_id], size) for t in part]
+                out = model(**vars(collate(examples, self.window_size).to(device)))
+                right = out["logits"].argmax(-1) == out["labels"]
+                hits += [row[:-1] for row in right.split([len(t) + 1 for t in part])]
+            stacked = torch.stack(hits).float()  # (texts, length)
+            accuracy[str(size)] = round(stacked.mean().item(), 4)
+            by_position[str(size)] = [round(v, 3) for v in stacked[:, :3].mean(0).tolist()]
+        batch = collate([Example([self.texts[0]], prompt, [], self.merge_sizes[0])], self.window_size).to(device)
+        soft = model.compress(batch.window_ids, batch.window_mask, batch.window_rows, batch.merge_size)
+        length = len(self.texts[0])
+        options = {"max_new_tokens": length + 8, "do_sample": False, "eos_token_id": self.template.end_id}
+        new = model.generate(soft, batch.before, batch.after, **options)
+        return {
+            "token_accuracy": accuracy,
+            "first_tokens": by_position,
+            "sample": self.template.tokenizer.decode(new[0], skip_special_tokens=True),
+        }
