@@ -152,7 +152,7 @@ def pull() -> Path:
         BackboneError: no network, a wrong file, or no space.
     """
     folder = home() / "backbones" / DEFAULT_BACKBONE
-    if conversion_is_whole(folder):
+    if conversion_is_whole(folder, deep=True):
         return folder
     gguf = installed_gguf()
     if gguf is not None:

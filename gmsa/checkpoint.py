@@ -56,12 +56,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 def stored_names(model: "GmsaModel") -> list[str]:
     """Names of the tensors that a checkpoint of this model holds, in order."""
     groups = {"lsa", *model.config.trained}
-    names: set[str] = set()
-    for group in groups:
-        # Without an LSA, a linear map or gains there is nothing between encoder and decoder to store.
-        with contextlib.suppress(BackboneError):
-            names.update(model.group_parameters(group))
-    return sorted(names)
+    return sorted({name for group in groups for name in model.group_parameters(group)})
 
 
 def save_model(model: "GmsaModel", folder: Path, form: str = "exact") -> None:

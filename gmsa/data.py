@@ -4,10 +4,12 @@ A row is {"text"} (restore it) or {"input", "prompt", "answer": str | [str]} (an
 where encoder and decoder have different tokenizers: contexts in the encoder's, prompts and targets in the decoder's.
 """
 
+import contextlib
 import glob
 import gzip
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,29 +107,29 @@ def read_rows(pattern: str) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: no such file, or a line that is not a row; names file and line.
     """
-    paths = ["-"] if pattern == "-" else sorted(glob.glob(str(Path(pattern).expanduser())))  # noqa: PTH207 (absolute patterns)
+    given = str(Path(pattern).expanduser())
+    # A file whose own name holds a bracket or star is that file, not a pattern.
+    paths = [given] if pattern == "-" or Path(given).exists() else sorted(glob.glob(given))  # noqa: PTH207 (absolute patterns)
     if not paths:
         raise InputError(f"no file matches {pattern}")
     for path in paths:
         number = 0
         try:
-            with _open_text(path) as lines:
+            with _open_bytes(path) as lines:
+                # Decoded line by line: text files are decoded in blocks, so a bad byte would be blamed on another line.
                 for number, line in enumerate(lines, start=1):  # noqa: B007 (named in errors)
-                    if line.strip():
-                        yield check_row(json.loads(line))
-        except InputError as error:
+                    if text := line.decode("utf-8-sig").strip():
+                        yield check_row(json.loads(text))
+        except ValueError as error:  # bad JSON, not UTF-8, or not a row
             raise InputError(f"{path}, line {number}: {error}") from None
-        except ValueError as error:  # bad JSON, or not UTF-8
-            bad = number + isinstance(error, UnicodeError)  # that line could not even be read
-            raise InputError(f"{path}, line {bad}: {error}") from None
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: {error}") from None
 
 
-def _open_text(path: str) -> Any:
+def _open_bytes(path: str) -> Any:
     if path == "-":
-        return sys.stdin
-    return gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
+        return contextlib.nullcontext(sys.stdin.buffer)  # not ours to close
+    return gzip.open(path) if path.endswith(".gz") else Path(path).open("rb")
 
 
 def check_row(row: Any) -> dict[str, Any]:

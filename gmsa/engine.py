@@ -207,12 +207,12 @@ class GMSA:
         memories = [memory] if isinstance(memory, Memory) else list(memory)
         prompt = self.template.restore()
         windows = [(i, window) for i, m in enumerate(memories) for window in self._windows(m)]
-        longest = max((window.origin_tokens for _, window in windows), default=1)
         # In another tokenizer's words a text can be longer; half as much again and a little is ample.
-        new = self._read([([window], prompt) for _, window in windows], longest * 3 // 2 + 16, batch_size)
+        limits = [window.origin_tokens * 3 // 2 + 16 for _, window in windows]
+        new = self._read([([window], prompt) for _, window in windows], max(limits, default=1), batch_size)
         ids: list[list[int]] = [[] for _ in memories]
-        for (i, _), tokens in zip(windows, new, strict=True):
-            ids[i] += tokens
+        for (i, _), limit, tokens in zip(windows, limits, new, strict=True):
+            ids[i] += tokens[:limit]
         texts = [self._text(tokens) for tokens in ids]
         return texts[0] if isinstance(memory, Memory) else texts
 

@@ -1,5 +1,6 @@
 """A memory: the soft tokens of one text, and where they came from. A value that can be stored and joined."""
 
+import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -62,14 +63,15 @@ class Memory:
             MemoryFileError: the place cannot be written to.
         """
         path = Path(path)
-        metadata = {"format": FORMAT, **{name: str(getattr(self, name)) for name in FIELDS}}
+        tensor = self.soft_tokens.detach().cpu().contiguous()
+        metadata = {name: str(getattr(self, name)) for name in FIELDS} | {"format": FORMAT, "sha256": _sha256(tensor)}
         try:
             handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         except OSError as error:
             raise MemoryFileError(f"cannot write {path}: {error.strerror}") from error
         os.close(handle)
         try:
-            save_file({"soft_tokens": self.soft_tokens.detach().cpu().contiguous()}, scratch, metadata=metadata)
+            save_file({"soft_tokens": tensor}, scratch, metadata=metadata)
             with open(scratch, "rb") as file:
                 os.fsync(file.fileno())
             Path(scratch).replace(path)
@@ -94,12 +96,15 @@ class Memory:
                 if metadata.get("format") != FORMAT:
                     raise MemoryFileError(f"{path} is a safetensors file, but not a memory made by `gmsa compress`")
                 soft_tokens = file.get_tensor("soft_tokens")
+            if _sha256(soft_tokens) != metadata["sha256"]:
+                raise ValueError("its SHA-256 differs from the one recorded")
             memory = cls(
                 soft_tokens, int(metadata["merge_size"]), int(metadata["origin_tokens"]), metadata["fingerprint"]
             )
         except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
             raise MemoryFileError(f"{path} is damaged or not a memory: compress the text anew ({error})") from error
-        expected = -(-memory.origin_tokens // memory.merge_size) if memory.merge_size > 0 else -1
-        if len(memory) < expected:
-            raise MemoryFileError(f"{path} is damaged: {len(memory)} soft tokens for {memory.origin_tokens} tokens")
         return memory
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -38,7 +38,7 @@ def body_of(causal_lm: PreTrainedModel) -> PreTrainedModel:
     body = causal_lm.base_model
     if body is causal_lm:
         raise BackboneError(f"{type(causal_lm).__name__} has no body below its head (no base_model); it cannot encode")
-    for what, names in (("a list of layers", LAYER_NAMES), ("a final norm", NORM_NAMES)):
+    for what, names in (("list of layers", LAYER_NAMES), ("final norm", NORM_NAMES)):
         if _first_name(body, names) is None:
             raise BackboneError(
                 f"{type(causal_lm).__name__} is not supported: its body has no {what} under {' or '.join(names)}"
@@ -311,6 +311,7 @@ class GmsaModel(PreTrainedModel):
         device_map: Any = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        **_ignored: Any,  # what the Auto classes add (adapter_kwargs and the like) does not apply here
     ) -> "GmsaModel":
         """Load a checkpoint (folder or hub id) and the backbones it points to.
 
@@ -346,11 +347,7 @@ class GmsaModel(PreTrainedModel):
         folder = Path(save_directory)
         checkpoint.save_model(self, folder, form)
         if kwargs.pop("push_to_hub", False):
-            from huggingface_hub import HfApi
-
-            api = HfApi(token=kwargs.get("token"))
-            repo = api.create_repo(kwargs.get("repo_id", folder.name), exist_ok=True, private=kwargs.get("private"))
-            api.upload_folder(repo_id=repo.repo_id, folder_path=folder)
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), token=kwargs.get("token"))
 
     # -- compress --------------------------------------------------------------------------------------------------
 
@@ -456,7 +453,7 @@ class GmsaModel(PreTrainedModel):
     # -- training --------------------------------------------------------------------------------------------------
 
     def group_parameters(self, group: str) -> dict[str, nn.Parameter]:
-        """Parameters of one of `config.TRAINABLE_GROUPS` by their name in this model."""
+        """Parameters of one of `config.TRAINABLE_GROUPS` by their name in this model; "lsa" may have none."""
         lora = self.config.encoder_lora is not None
         layers = f"decoder.{_prefix(self.decoder)}"
         found = {}
@@ -474,7 +471,7 @@ class GmsaModel(PreTrainedModel):
                 raise ConfigError(f"unknown trainable group {group!r}")
             if inside:
                 found[name] = parameter
-        if not found:
+        if not found and group != "lsa":
             raise BackboneError(f"{type(self.decoder).__name__} has no weights in group {group!r}")
         return found
 
@@ -493,6 +490,8 @@ class GmsaModel(PreTrainedModel):
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         chosen = {n: p for group in groups for n, p in self.group_parameters(group).items()}
+        if not chosen:
+            raise ConfigError(f"nothing to train: this model has no weights in {', '.join(groups) or 'no group'}")
         for parameter in chosen.values():
             parameter.requires_grad_(True)
         self.config.trained = sorted({*self.config.trained, *groups})

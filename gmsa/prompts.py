@@ -88,7 +88,9 @@ class PromptTemplate:
         if self.config.prompt == "chat":
             turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
             ending = self.encode(self._chat(turns).partition(MARK)[2])
-            if ending and ending[0] in self.tokenizer.all_special_ids:
+            # Not every family names its end of turn in the special tokens map (Gemma 3, Phi-3): the token itself knows.
+            special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            if ending and ending[0] in special.union(self.tokenizer.all_special_ids):
                 return ending[0]
         if self.tokenizer.eos_token_id is None:
             raise BackboneError("the decoder's tokenizer has no end-of-text token (eos_token); set one and retry")

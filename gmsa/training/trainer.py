@@ -6,6 +6,7 @@ Trained weights and optimiser state are fp32, compute is bf16 (autocast), frozen
 import ctypes
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,23 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
 import torch
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from gmsa import checkpoint
 from gmsa.backbones import Backbone, load_backbone
 from gmsa.config import GmsaConfig
 from gmsa.data import read_rows
-from gmsa.errors import ConfigError, InputError
+from gmsa.errors import ConfigError, GmsaError, InputError
 from gmsa.modeling import GmsaModel
 from gmsa.prompts import PromptTemplate
 from gmsa.training.batches import AnswerRows, RestoreRows, TrainingBatches
@@ -39,7 +49,7 @@ def keep_freed_memory() -> None:
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: serve large blocks from the heap (2**30 is the most it takes)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never hand the heap's end back
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never hand the heap's end back
     except (OSError, AttributeError):
         pass  # not glibc: only slower
 
@@ -52,6 +62,11 @@ class GmsaTrainer(Trainer):
     ) -> Any:
         """Mean loss over the targets of one micro-batch."""
         out = model(**inputs)
+        if not bool(torch.isfinite(out["loss"])):
+            last = get_last_checkpoint(str(self.args.output_dir))
+            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been saved yet"
+            step = self.state.global_step
+            raise GmsaError(f"the loss of a batch of step {step} is not finite: lower learning_rate or clip; {kept}")
         with torch.no_grad():
             self.correct += (out["logits"].argmax(-1) == out["labels"]).sum().item()
             self.tokens += len(out["labels"])
@@ -72,6 +87,40 @@ class GmsaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_weights(model or self.model, Path(resume_from_checkpoint))
+
+
+class Progress(TrainerCallback):
+    """A bar with the last figures on it; where stderr is no terminal, a line per log. Nothing goes to stdout."""
+
+    bar: "tqdm[Any] | None" = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the bar where the run starts or resumes."""
+        if state.is_world_process_zero:
+            hidden = not sys.stderr.isatty()
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=hidden)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move it."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Show loss and accuracy."""
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        figures = {"loss": f"{logs['loss']:.3f}", "accuracy": f"{logs['token_accuracy']:.3f}"}
+        self.bar.set_postfix(figures)
+        if self.bar.disable:
+            shown = "  ".join(f"{name} {value}" for name, value in figures.items())
+            print(f"step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave it standing."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class RunLog(TrainerCallback):
@@ -175,7 +224,8 @@ def training_batches(recipe: Recipe, config: GmsaConfig, encoder: Backbone, temp
     """Read the recipe's files and plan every batch of the run."""
     sources: list[tuple[RestoreRows | AnswerRows, float]] = []
     for entry in recipe.data:
-        rows = list(read_rows(entry["path"]))
+        wanted: dict[str, list[Any]] = entry.get("where", {})
+        rows = [r for r in read_rows(entry["path"]) if all(r.get(k) in values for k, values in wanted.items())]
         weight = float(entry.get("weight", 1.0))
         texts = [row for row in rows if "text" in row]
         questions = [row for row in rows if "text" not in row]
@@ -184,7 +234,7 @@ def training_batches(recipe: Recipe, config: GmsaConfig, encoder: Backbone, temp
         if questions:
             sources.append((AnswerRows(questions, recipe.tokens_per_batch), weight))
         if not rows:
-            raise InputError(f"{entry['path']} holds no rows")
+            raise InputError(f"{entry['path']} holds no rows" + (f" where {wanted}" if wanted else ""))
     return TrainingBatches(
         sources,
         RateSchedule.parse(recipe.merge_sizes),
@@ -206,8 +256,7 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         resume: continue from the newest checkpoint in `recipe.output`, if there is one.
 
     Raises:
-        GmsaError: a file, backbone or setting cannot be used.
-        RuntimeError: the loss is not finite any more; the last checkpoint is kept.
+        GmsaError: a file, backbone or setting cannot be used, or the loss is not finite any more.
     """
     keep_freed_memory()
     output = Path(recipe.output)
@@ -215,6 +264,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     model, decoder, encoder = build_model(recipe)
     config = model.config
     template = PromptTemplate(decoder.tokenizer, config)
+    if not recipe.bf16:
+        model.float()
     for parameter in model.set_trainable(recipe.trains):
         parameter.data = parameter.data.float()  # the master weights
     arguments = TrainingArguments(
@@ -256,6 +307,9 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         data_collator=lambda items: vars(items[0]),
         callbacks=[RunLog(output, probe, every)],
     )
+    for noisy in (ProgressCallback, PrinterCallback):  # both write to stdout, which is for data
+        trainer.remove_callback(noisy)
+    trainer.add_callback(Progress)
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean per micro-batch; the Trainer averages those
     last = get_last_checkpoint(str(output)) if resume else None
     trainer.train(resume_from_checkpoint=last)
