@@ -3,6 +3,7 @@
 Trained weights and optimiser state are fp32, compute is bf16 (autocast), frozen weights are bf16 throughout.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -52,6 +53,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never hand the heap's end back
     except (OSError, AttributeError):
         pass  # not glibc: only slower
+
+
+def return_freed_memory() -> None:
+    """Hand free pages back once: kept for good, a heap of ever-changing batch shapes fragments and grows."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class GmsaTrainer(Trainer):
@@ -143,6 +150,10 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero and logs and "loss" in logs:
             entry = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 1)}
             self._write(entry)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A good moment for housekeeping."""
+        return_freed_memory()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
