@@ -19,7 +19,7 @@ from gmsa.data import make_windows, split_windows
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError
 from gmsa.memory import Memory
 from gmsa.merging import check_merge_size
-from gmsa.modeling import GmsaModel
+from gmsa.modeling import GmsaModel, load_model
 from gmsa.prompts import Prompt, PromptTemplate
 
 DEFAULT_MODEL = "default"
@@ -104,20 +104,15 @@ class GMSA:
         """
         name = str(BUNDLED) if str(name_or_path) == DEFAULT_MODEL else str(name_or_path)
         folder = checkpoint.find_folder(name, revision, token, local_files_only)
-        config = checkpoint.read_config(folder)
-        if device_map is None and torch.cuda.is_available():
-            device_map = "cuda"
-        options = {
-            "attn_implementation": attn_implementation,
-            "token": token,
-            "local_files_only": local_files_only,
-            "device_map": device_map,
-            "trust_remote_code": trust_remote_code,
-        }
-        weights_dtype = checkpoint.dtype_of(dtype) if dtype is not None else fast_dtype()
-        decoder, encoder = checkpoint.load_backbones(config, weights_dtype, **{k: v for k, v in options.items() if v})
-        model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
-        checkpoint.load_weights(model, folder)
+        model, decoder, encoder = load_model(
+            folder,
+            dtype=checkpoint.dtype_of(dtype) if dtype is not None else fast_dtype(),
+            attn_implementation=attn_implementation,
+            token=token,
+            local_files_only=local_files_only,
+            device_map=device_map or ("cuda" if torch.cuda.is_available() else None),
+            trust_remote_code=trust_remote_code,
+        )
         return cls(model, decoder, encoder)
 
     def save_pretrained(self, folder: str | Path, *, form: str = "exact", **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from gmsa import checkpoint
+from gmsa.backbones import Backbone
 from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, ConfigError, InputError
 from gmsa.merging import check_merge_size, group_merge
@@ -165,6 +166,7 @@ class Compressor(nn.Module):
         self.sink_id = sink[0] if isinstance(sink, list) else sink
         if config.encoder_lora is not None:
             self._add_lora(config.encoder_lora)
+        self.to(decoder_lm.device)  # what was made here; the rest came from the backbones and is there already
 
     def _add_lora(self, lora: dict[str, Any]) -> None:
         try:
@@ -320,20 +322,16 @@ class GmsaModel(PreTrainedModel):
             BackboneError: a backbone cannot be had or has other weights than the checkpoint was trained on.
         """
         folder = checkpoint.find_folder(str(pretrained_model_name_or_path), revision, token, local_files_only)
-        config = config or checkpoint.read_config(folder)
-        options = {
-            "token": token,
-            "local_files_only": local_files_only,
-            "device_map": device_map,
-            "trust_remote_code": trust_remote_code,
-        }
-        dtype = checkpoint.dtype_of(dtype)
-        decoder, encoder = checkpoint.load_backbones(
-            config, dtype, attn_implementation=attn_implementation, **{k: v for k, v in options.items() if v}
-        )
-        model = cls(config, decoder.model, encoder.model if encoder else None)
-        checkpoint.load_weights(model, folder)
-        return model.eval()
+        return load_model(
+            folder,
+            config=config,
+            dtype=checkpoint.dtype_of(dtype),
+            attn_implementation=attn_implementation,
+            token=token,
+            local_files_only=local_files_only,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, form: str = "exact", **kwargs: Any) -> None:  # type: ignore[override]
         """Write what training changed and a pointer to the backbones.
@@ -502,6 +500,28 @@ class GmsaModel(PreTrainedModel):
         shared = self.compressor.encoder.get_input_embeddings()
         if shared is self.decoder.get_input_embeddings():
             self.compressor.encoder.set_input_embeddings(copy.deepcopy(shared))
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype, config: GmsaConfig | None = None, **options: Any
+) -> tuple[GmsaModel, Backbone, Backbone | None]:
+    """A checkpoint's model with the backbones it was built on: the decoder's and, where it differs, the encoder's.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of all weights.
+        config: used instead of the folder's own.
+        options: transformers' loading options for the backbones; those that are None or False are left out.
+
+    Raises:
+        CheckpointError, BackboneError: see `GmsaModel.from_pretrained`.
+    """
+    config = config or checkpoint.read_config(folder)
+    given = {name: value for name, value in options.items() if value}
+    decoder, encoder = checkpoint.load_backbones(config, dtype, **given)
+    model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
+    checkpoint.load_weights(model, folder)
+    return model.eval(), decoder, encoder
 
 
 # The attention projections that KEFT trains, in the families' own names; fused ones are trained whole.

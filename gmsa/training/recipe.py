@@ -18,7 +18,7 @@ class Recipe:
     """One training run. `gmsa train RECIPE.yaml key=value` overrides any field; dots reach into nested ones."""
 
     output: str  # folder for checkpoints, log and curve; the trained model ends up in output/model
-    data: list[dict[str, Any]]  # {"path", "weight", "where": {field: [values]}}
+    data: list[dict[str, Any]]  # {"path", "weight", "tokens_per_batch", "where": {field: [values]}}
     model: dict[str, Any] = field(default_factory=dict)  # GmsaConfig fields; "decoder" and "encoder" are backbone names
     init: str | None = None  # start from this model folder instead of from the untouched backbone
     trains: list[str] = field(default_factory=lambda: ["encoder", "lsa"])  # what is trained; the rest is frozen

@@ -34,7 +34,7 @@ from gmsa.backbones import Backbone, load_backbone
 from gmsa.config import GmsaConfig
 from gmsa.data import read_rows
 from gmsa.errors import ConfigError, GmsaError, InputError
-from gmsa.modeling import GmsaModel
+from gmsa.modeling import GmsaModel, load_model
 from gmsa.prompts import PromptTemplate
 from gmsa.training.batches import AnswerRows, RestoreRows, TrainingBatches
 from gmsa.training.evaluation import RestorationProbe
@@ -213,10 +213,9 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
         for key, value in recipe.model.items():
             if key not in ("decoder", "encoder"):
                 setattr(config, key, value)
-        attn = {"attn_implementation": recipe.attn_implementation}
-        decoder, encoder = checkpoint.load_backbones(config, torch.bfloat16, **attn)
-        model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
-        checkpoint.load_weights(model, folder)
+        model, decoder, encoder = load_model(
+            folder, dtype=torch.bfloat16, config=config, attn_implementation=recipe.attn_implementation
+        )
         return model, decoder, encoder or decoder
     names = dict(recipe.model)
     decoder_name = names.pop("decoder", None)
@@ -238,12 +237,13 @@ def training_batches(recipe: Recipe, config: GmsaConfig, encoder: Backbone, temp
         wanted: dict[str, list[Any]] = entry.get("where", {})
         rows = [r for r in read_rows(entry["path"]) if all(r.get(k) in values for k, values in wanted.items())]
         weight = float(entry.get("weight", 1.0))
+        budget = int(entry.get("tokens_per_batch", recipe.tokens_per_batch))
         texts = [row for row in rows if "text" in row]
         questions = [row for row in rows if "text" not in row]
         if texts:
-            sources.append((RestoreRows(texts, recipe.lengths, recipe.tokens_per_batch), weight))
+            sources.append((RestoreRows(texts, recipe.lengths, budget), weight))
         if questions:
-            sources.append((AnswerRows(questions, recipe.tokens_per_batch), weight))
+            sources.append((AnswerRows(questions, budget), weight))
         if not rows:
             raise InputError(f"{entry['path']} holds no rows" + (f" where {wanted}" if wanted else ""))
     return TrainingBatches(

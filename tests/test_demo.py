@@ -1,0 +1,29 @@
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    path = Path(__file__).parent.parent / "examples" / "demo.py"
+    spec = importlib.util.spec_from_file_location("demo", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_differences_are_marked_and_counted(demo: ModuleType) -> None:
+    shown, share = demo.marked("The mill was built in 1731.", "The mill was built in 1713.")
+    assert shown.strip() == "The mill was built in [-1731.-] {+1713.+}"
+    assert share == pytest.approx(5 / 6)
+    assert demo.marked("All of it.", "All of it.") == ("All of it.", 1.0)
+
+
+def test_its_questions_can_be_answered_from_its_document(demo: ModuleType) -> None:
+    text = demo.DOCUMENT.read_text()
+    assert all(answer in text for answer in ("Bazalgette", "318 million", "sixteen years", "curtains"))
+    assert len(demo.QUESTIONS) == 4
