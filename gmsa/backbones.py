@@ -86,6 +86,7 @@ def load_backbone(
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BackboneError(f"cannot load backbone {name!r}: {reason}") from error
+    tokenizer.clean_up_tokenization_spaces = False  # meant for other tokenizers; here it would alter restored texts
     if tokenizer.pad_token_id is None:  # many families have none; padding is masked, so any token serves
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.eval()

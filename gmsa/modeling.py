@@ -166,7 +166,6 @@ class Compressor(nn.Module):
         self.sink_id = sink[0] if isinstance(sink, list) else sink
         if config.encoder_lora is not None:
             self._add_lora(config.encoder_lora)
-        self.to(decoder_lm.device)  # what was made here; the rest came from the backbones and is there already
 
     def _add_lora(self, lora: dict[str, Any]) -> None:
         try:
@@ -181,8 +180,8 @@ class Compressor(nn.Module):
         )
         inject_adapter_in_model(peft_config, self.encoder)
 
-    def encode(self, window_ids: Tensor, window_mask: Tensor) -> Tensor:
-        """States of the tokens of each window: (W, L) right-padded ids and mask -> (W, L, encoder width)."""
+    def encode(self, window_ids: Tensor) -> Tensor:
+        """States of the tokens of each window: (W, L) right-padded ids -> (W, L, encoder width)."""
         # Padding is on the right and attention is causal, so real tokens see no padding and no mask is needed.
         if self.config.encoder_sink:
             sink = torch.full_like(window_ids[:, :1], self.sink_id)
@@ -207,7 +206,7 @@ class Compressor(nn.Module):
         if self.appended is not None:
             soft, mask = self._append(window_ids, window_mask, merge_size)
         else:
-            states = self.encode(window_ids, window_mask)
+            states = self.encode(window_ids)
             soft, mask = group_merge(states, window_mask, merge_size)
         return self.lsa(soft), mask
 

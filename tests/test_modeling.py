@@ -142,7 +142,7 @@ def test_every_window_gets_the_sink_and_loses_its_state(tiny_model: Build) -> No
     handle = model.compressor.encoder.register_forward_pre_hook(
         lambda _, __, arguments: seen.append(arguments["input_ids"]), with_kwargs=True
     )
-    states = model.compressor.encode(ids, mask)
+    states = model.compressor.encode(ids)
     handle.remove()
     assert seen[0].shape == (3, 17)
     assert seen[0][:, 0].tolist() == [BEGIN] * 3
@@ -426,6 +426,6 @@ def test_merging_uses_the_states_of_the_right_rows(tiny_model: Build) -> None:
     model = tiny_model(lsa="none")
     ids, mask, rows = windows_of(random_ids(9, 4, 7))
     sizes = torch.tensor([4, 1, 2])
-    merged, merged_mask = group_merge(model.compressor.encode(ids, mask), mask, sizes)
+    merged, merged_mask = group_merge(model.compressor.encode(ids), mask, sizes)
     for i, soft in enumerate(model.compress(ids, mask, rows, sizes)):
         torch.testing.assert_close(soft, merged[i, merged_mask[i]])
