@@ -137,7 +137,7 @@ def test_windows_are_read_independently_and_joined_in_order(tiny_model: Build) -
 
 def test_every_window_gets_the_sink_and_loses_its_state(tiny_model: Build) -> None:
     model = tiny_model(encoder_sink=True)
-    ids, mask, _ = windows_of(random_ids(37), 16)
+    ids, _, _ = windows_of(random_ids(37), 16)
     seen: list[Tensor] = []
     handle = model.compressor.encoder.register_forward_pre_hook(
         lambda _, __, arguments: seen.append(arguments["input_ids"]), with_kwargs=True
