@@ -30,7 +30,8 @@ def marked(original: str, restored: str) -> tuple[str, float]:
     """The restored text with its differences marked, and the share of original words that came back in place."""
     a, b = re.findall(r"\S+\s*", original), re.findall(r"\S+\s*", restored)
     pieces, same = [], 0
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+    words = [[word.strip() for word in side] for side in (a, b)]  # line breaks are shown, not compared
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
         if kind == "equal":
             pieces += a[i:j]
             same += j - i

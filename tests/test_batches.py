@@ -227,7 +227,7 @@ def test_sources_are_drawn_by_weight() -> None:
 
 
 def test_two_files_of_texts_come_in_different_orders() -> None:
-    one, other = RestoreRows(TEXTS, [8], 160), RestoreRows(TEXTS, [8], 160)
+    one, other = RestoreRows(TEXTS, [500], 10_000), RestoreRows(TEXTS, [500], 10_000)  # whole texts, 20 a batch
     batches = batches_of((one, 1.0), (other, 1.0))
     firsts = {source: number for number, (source, place) in enumerate(batches.places) if place == 0}
     drawn = [[seen[:3] for seen in contexts(batches[firsts[source]])] for source in (0, 1)]

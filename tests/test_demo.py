@@ -21,6 +21,7 @@ def test_differences_are_marked_and_counted(demo: ModuleType) -> None:
     assert shown.strip() == "The mill was built in [-1731.-] {+1713.+}"
     assert share == pytest.approx(5 / 6)
     assert demo.marked("All of it.", "All of it.") == ("All of it.", 1.0)
+    assert demo.marked("All.\n\nOf it.", "All.\nOf it.") == ("All.\n\nOf it.", 1.0)
 
 
 def test_its_questions_can_be_answered_from_its_document(demo: ModuleType) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -100,7 +100,7 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 
 def make_tokenizer(reverse: bool = False, **fields: Any) -> PreTrainedTokenizerFast:
-    """One token per byte, five special tokens and a ChatML template.
+    """One token per byte, five special tokens, one of which begins a text unless told otherwise, and a ChatML template.
 
     Args:
         reverse: number the bytes the other way round, as another tokenizer would.
@@ -111,6 +111,9 @@ def make_tokenizer(reverse: bool = False, **fields: Any) -> PreTrainedTokenizerF
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", BEGIN)]
+    )
     named = {"pad_token": "<|pad|>", "bos_token": "<|begin|>", "eos_token": "<|im_end|>", **fields}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{k: v for k, v in named.items() if v is not None})
     fast.chat_template = CHAT_TEMPLATE

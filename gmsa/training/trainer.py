@@ -6,14 +6,10 @@ Trained weights and optimiser state are fp32, compute is bf16 (autocast), frozen
 import contextlib
 import ctypes
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-# The Trainer makes many shapes; each is compiled once by oneDNN on CPU, and its default cache forgets them.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
 import torch
 from torch.utils.data import Sampler, SequentialSampler
@@ -142,6 +138,13 @@ class RunLog(TrainerCallback):
     def _write(self, entry: dict[str, Any]) -> None:
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what a run that is resumed had logged after the checkpoint, for those steps come again."""
+        path = self.folder / "log.jsonl"
+        if state.is_world_process_zero and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
