@@ -220,7 +220,7 @@ def convert(gguf: Path, folder: Path) -> None:
         if folder.exists():  # half-written or damaged, or it would have been used
             shutil.rmtree(folder)
         scratch.rename(folder)
-    except OSError as error:
+    except (OSError, ValueError, ImportError) as error:
         if not conversion_is_whole(folder):  # another process may have won the race: then all is well
             raise BackboneError(f"cannot convert the default backbone into {folder}: {error}") from error
     finally:
