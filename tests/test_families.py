@@ -32,7 +32,7 @@ def prompts() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 def test_the_encoder_gives_the_backbones_own_states(tiny_model: Build, family: str, layers: int | str) -> None:
     model = tiny_model(family, encoder_layers=layers, encoder_sink=False)
     ids, mask, _ = windows_of(random_ids(20, 3, 11))
-    states = model.compressor.encode(ids, mask)
+    states = model.compressor.encode(ids)
     depth = LAYERS if layers == "all" else int(layers)
     expected = model.decoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
     torch.testing.assert_close(states[mask.bool()], expected[depth][mask.bool()], rtol=1e-4, atol=1e-5)
