@@ -214,6 +214,8 @@ def compressor_fingerprint(compressor: nn.Module) -> str:
     config: GmsaConfig = compressor.config  # type: ignore[assignment]
     choices = (config.encoder_sink, config.merging, config.lsa, config.window_size)
     text = f"{fingerprint_of(compressor)}{choices}"
+    if config.encoder_lora:  # its scaling is no weight
+        text += json.dumps(config.encoder_lora, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

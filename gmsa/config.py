@@ -73,10 +73,12 @@ class GmsaConfig(PreTrainedConfig):
         self.system_prompt = system_prompt
         self.restore_instruction = restore_instruction
         self.trained = sorted(trained or [])
-        self._check()
+        self.check()
         super().__init__(**kwargs)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise ConfigError, naming the field, if the choices cannot work."""
+
         def one_of(field: str, allowed: tuple[str, ...]) -> None:
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")

@@ -216,6 +216,7 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
         for key, value in recipe.model.items():
             if key not in ("decoder", "encoder"):
                 setattr(config, key, value)
+        config.check()
         model, decoder, encoder = load_model(
             folder, dtype=torch.bfloat16, config=config, attn_implementation=recipe.attn_implementation
         )
