@@ -41,7 +41,7 @@ from gmsa.training.schedule import RateSchedule
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of returning it: training frees and re-takes the same gigabytes.
 
-    Measured on 2 cores: a stage-1 step takes about half the time, the rest having gone into page faults.
+    Measured on 2 cores: a stage-1 step takes two thirds of the time, the rest having gone into page faults.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
