@@ -295,7 +295,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         bf16=recipe.bf16,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        # Named only where wanted: newer transformers call it activation_checkpointing and warn at the old name.
+        **({"gradient_checkpointing": True} if recipe.gradient_checkpointing else {}),
         optim="adamw_torch_fused",
         save_steps=recipe.save_every,
         save_total_limit=recipe.keep,
