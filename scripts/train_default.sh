@@ -4,6 +4,7 @@
 #   scripts/train_default.sh [key=value ...]     overrides for both recipes, e.g. tokens_per_batch=16384
 set -eu
 cd "$(dirname "$0")/.."
+[ -n "${GMSA:-}" ] || make -s .venv/.installed-dev # GMSA: the gmsa command of an environment that is there already
 gmsa=${GMSA:-.venv/bin/gmsa}
 if [ ! -e runs/default-1-restore/model/config.json ]; then
     "$gmsa" train recipes/default-1-restore.yaml --resume "$@"
