@@ -69,29 +69,56 @@ def load_backbone(
     Raises:
         BackboneError: the name is unknown or cannot be had; the message says what to run.
     """
-    path = str(default_backbone_folder()) if name == DEFAULT_BACKBONE else str(Path(name).expanduser())
-    if not Path(path).is_dir():
-        if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
-            raise BackboneError(
-                f"unknown backbone {name!r}: give {DEFAULT_BACKBONE!r}, an existing folder, or a hub id like owner/name"
-            )
-        path = name
+    path = _locate(name)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(path, revision=revision or "main", dtype=dtype, **options)
-            keep = {k: v for k, v in options.items() if k in ("token", "local_files_only", "trust_remote_code")}
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **keep)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BackboneError(f"cannot load backbone {name!r}: {reason}") from error
-    tokenizer.clean_up_tokenization_spaces = False  # meant for other tokenizers; here it would alter restored texts
-    if tokenizer.pad_token_id is None:  # many families have none; padding is masked, so any token serves
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    keep = {k: v for k, v in options.items() if k in ("token", "local_files_only", "trust_remote_code")}
+    tokenizer = load_tokenizer(name, revision=revision, **keep)
     model.eval()
     pointer = {"name": name, "revision": revision, "fingerprint": fingerprint_of(model)}
     return Backbone(model, tokenizer, pointer)
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a backbone alone, without its weights.
+
+    Args:
+        name: as for `load_backbone`.
+        revision: branch, tag or commit on the hub.
+        options: further arguments of transformers' from_pretrained (token, local_files_only, trust_remote_code).
+
+    Raises:
+        BackboneError: the name is unknown or its tokenizer cannot be had.
+    """
+    path = _locate(name)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BackboneError(f"cannot load the tokenizer of backbone {name!r}: {reason}") from error
+    tokenizer.clean_up_tokenization_spaces = False  # meant for other tokenizers; here it would alter restored texts
+    if tokenizer.pad_token_id is None:  # many families have none; padding is masked, so any token serves
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _locate(name: str) -> str:
+    """What transformers loads a backbone from: a folder or a hub id."""
+    path = str(default_backbone_folder()) if name == DEFAULT_BACKBONE else str(Path(name).expanduser())
+    if Path(path).is_dir():
+        return path
+    if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
+        raise BackboneError(
+            f"unknown backbone {name!r}: give {DEFAULT_BACKBONE!r}, an existing folder, or a hub id like owner/name"
+        )
+    return name
 
 
 def fingerprint_of(model: torch.nn.Module) -> str:

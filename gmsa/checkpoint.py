@@ -53,25 +53,44 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def stored_names(model: "GmsaModel") -> list[str]:
-    """Names of the tensors that a checkpoint of this model holds, in order."""
+def stored_parameters(model: "GmsaModel") -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint of this model holds, in order, by the name they have in it.
+
+    LoRA wraps the linears it is put on; names in files are those without it, so that it can be added later.
+    """
     groups = {"lsa", *model.config.trained}
-    return sorted({name for group in groups for name in model.group_parameters(group)})
+    found = {name: p for group in groups for name, p in model.group_parameters(group).items()}
+    return {stored_name(name): found[name] for name in sorted(found)}
 
 
-def save_model(model: "GmsaModel", folder: Path, form: str = "exact") -> None:
+def stored_name(name: str) -> str:
+    """A parameter's name in a file."""
+    return name.replace(".base_layer.", ".")
+
+
+def save_model(
+    model: "GmsaModel", folder: Path, form: str = "exact", gathered: dict[str, Tensor] | None = None
+) -> None:
     """Write config and changed tensors, all or nothing.
+
+    Args:
+        model: what to save.
+        folder: where to.
+        form: see the module.
+        gathered: the tensors by the names they are stored under, where the model holds only a part of them (FSDP).
 
     Raises:
         CheckpointError: an unknown form, or the disk is full or read-only.
     """
     if form not in FORMS:
         raise CheckpointError(f"checkpoint form must be one of {', '.join(FORMS)}, got {form!r}")
-    parameters = dict(model.named_parameters())
     origins = _origins(model) if form == "int8" else {}
+    whole = gathered or {}
     tensors: dict[str, Tensor] = {}
-    for name in stored_names(model):
-        value = parameters[name].detach().to("cpu")
+    for name, parameter in stored_parameters(model).items():
+        value = whole.get(name, parameter).detach().to("cpu")
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"not saved: {name} holds values that are not finite; lower learning_rate or clip")
         if form == "exact":
             tensors[name] = value.contiguous()
         elif value.dim() == 2 and name in origins:
@@ -102,7 +121,8 @@ def _origins(model: "GmsaModel") -> dict[str, Tensor]:
     drawn = ["lora_", "compressor.appended", "compressor.lsa.project.", "compressor.lsa.map."]
     if model.config.lsa == "random":
         drawn.append("compressor.lsa.")
-    return {n: p.detach() for n, p in fresh.named_parameters() if not any(part in n for part in drawn)}
+    named = {stored_name(n): p.detach() for n, p in fresh.named_parameters()}
+    return {n: p for n, p in named.items() if not any(part in n for part in drawn)}
 
 
 def _to_int8(difference: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,13 +209,13 @@ def load_weights(model: "GmsaModel", folder: Path) -> None:
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
-    expected = set(stored_names(model))
+    parameters = stored_parameters(model)
+    expected = set(parameters)
     present = {name.split(":")[0] for name in tensors}
     if missing := sorted(expected - present):
         raise CheckpointError(f"{path} lacks {len(missing)} tensor(s): {', '.join(missing)}")
     if unexpected := sorted(present - expected):
         raise CheckpointError(f"{path} has {len(unexpected)} unexpected tensor(s): {', '.join(unexpected)}")
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in sorted(expected):
             difference = tensors.get(f"{name}:int8")  # from what the model holds now

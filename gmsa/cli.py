@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on a list of positionals that options stand between: gmsa train RECIPE --resume key=value
+    if rest and (not hasattr(options, "changes") or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.changes += rest
     # Bars and notices of libraries would mix with ours; errors still arrive as exceptions.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -50,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gmsa {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    def add(name: str, run: Any, summary: str, to: Any = commands) -> argparse.ArgumentParser:
+        command = to.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         command.set_defaults(run=run)
         return command
 
@@ -80,8 +85,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("train", train, "Train a model as a recipe says.")
     command.add_argument("recipe", metavar="RECIPE.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="replace fields of the recipe")
-    command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in its output")
+    command.add_argument(
+        "changes", nargs="*", metavar="CHANGE", help="overlay.yaml or key=value: replace fields of the recipe, in order"
+    )
+    start = command.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in its output")
+    start.add_argument("--overwrite", action="store_true", help="delete the checkpoints in its output, start anew")
+    start.add_argument("--dry-run", action="store_true", help="say what would be done, show the first example; no more")
+    command.add_argument("--on-error", choices=["skip", "fail"], help="what to do with lines that are not rows (fail)")
 
     command = add("eval", evaluate, "Measure a model: how much it restores, how well it answers.")
     command.add_argument("task", choices=["restoration", "qa"])
@@ -97,6 +108,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
     command = add("pull", pull, "Fetch and verify what the default model needs.")
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+    group = add("data", None, "Look into training data.")
+    of_data = group.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    command = add("check", data_check, "Say what files of rows hold, and what of it other files hold too.", of_data)
+    command.add_argument("files", nargs="+", metavar="FILE", help="JSONL: path, glob, or - for standard input")
+    command.add_argument("--against", nargs="+", action="extend", default=[], metavar="FILE", help="other such files")
+    command.add_argument("--backbone", metavar="NAME", help="count in its tokens (default: in words)")
+    command.add_argument("--plot", metavar="OUT.png", help="draw the lengths")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -249,13 +269,20 @@ def ask(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Gmsa train"""
     try:
+        from gmsa.training.plan import plan
         from gmsa.training.trainer import train as run
     except ImportError as error:
         raise GmsaError(f"training needs more packages ({error.name}): pip install 'gmsa[train]'") from error
     from gmsa.training.recipe import Recipe
 
-    recipe = Recipe.load(options.recipe, options.overrides)
-    print(run(recipe, resume=options.resume))
+    policy = [f"on_error={options.on_error}"] if options.on_error else []
+    recipe = Recipe.load(options.recipe, [*options.changes, *policy])
+    if options.dry_run:
+        print(plan(recipe))
+        return
+    folder = run(recipe, resume=options.resume, overwrite=options.overwrite)
+    if os.environ.get("RANK", "0") == "0":  # several processes may share the work
+        print(folder)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -315,3 +342,23 @@ def pull(options: argparse.Namespace) -> None:
         emit({"backbone": backbones.DEFAULT_BACKBONE, "folder": str(folder)})
     else:
         print(f"{backbones.DEFAULT_BACKBONE} is ready in {folder}", file=sys.stderr)
+
+
+def data_check(options: argparse.Namespace) -> None:
+    """Gmsa data check"""
+    from gmsa.datacheck import check_files, check_plot, draw_lengths, format_report
+
+    if options.plot:
+        check_plot(options.plot)  # say so before the work, not after it
+    report = check_files(options.files, options.against, options.backbone, show_progress_bar=sys.stderr.isatty())
+    emit(report) if options.json else print(format_report(report))
+    sys.stdout.flush()  # before what goes to stderr
+    bad, shown = report["bad_lines"]["count"], report["bad_lines"]["first"]
+    for line in shown:
+        print(line, file=sys.stderr)
+    if bad > len(shown):
+        print(f"and {bad - len(shown):,} more", file=sys.stderr)
+    if options.plot:
+        draw_lengths(report, options.plot)
+    if bad:
+        raise InputError(f"lines that are no rows: {bad:,}; mend or remove them")

@@ -10,7 +10,7 @@ LSA_KINDS = ("decoder", "random", "mlp", "linear", "none")
 MERGINGS = ("mean", "appended")
 PROMPTS = ("chat", "plain")
 # What training may change. `lsa` stands for everything between encoder and decoder that has weights.
-TRAINABLE_GROUPS = ("encoder", "lsa", "decoder-qkv", "decoder")
+TRAINABLE_GROUPS = ("encoder", "lsa", "decoder-qkv", "decoder", "decoder-lora")
 RESTORE_INSTRUCTION = "Restate the aforementioned Text."
 
 
@@ -22,6 +22,7 @@ class GmsaConfig(PreTrainedConfig):
         encoder: the same for the encoder; None means the decoder's backbone.
         encoder_layers: how many of the backbone's lowest layers encode (paper: 8 of 32); "all" for every one.
         encoder_lora: None trains the encoder's own weights; {"r", "alpha", "dropout"} puts peft LoRA on its linears.
+        decoder_lora: the same for the decoder's linears, trained as group "decoder-lora"; None: no LoRA there.
         encoder_sink: put one throwaway token in front of every window and drop its state. Causal LMs park attention
             on the first token, whose state is then several times larger than any other and would drown its group.
         merging: "mean" (group merging), or "appended": learnable tokens after the context (TCP-AE, ICAE).
@@ -33,7 +34,8 @@ class GmsaConfig(PreTrainedConfig):
         prompt: "chat" wraps memory and prompt in the decoder's chat template, "plain" joins them with line breaks.
         system_prompt: system turn for "chat"; None leaves it to the template's own default.
         restore_instruction: what asks the decoder for the text itself (paper section 3).
-        trained: groups of weights that this checkpoint holds, of "encoder", "lsa", "decoder-qkv", "decoder".
+        trained: groups of weights that this checkpoint holds, of "encoder", "lsa", "decoder-qkv", "decoder",
+            "decoder-lora".
 
     Raises:
         ConfigError: naming the field.
@@ -47,6 +49,7 @@ class GmsaConfig(PreTrainedConfig):
         encoder: dict[str, Any] | None = None,
         encoder_layers: int | str = 8,
         encoder_lora: dict[str, Any] | None = None,
+        decoder_lora: dict[str, Any] | None = None,
         encoder_sink: bool = True,
         merging: str = "mean",
         lsa: str = "decoder",
@@ -63,6 +66,7 @@ class GmsaConfig(PreTrainedConfig):
         self.encoder = encoder
         self.encoder_layers = encoder_layers
         self.encoder_lora = encoder_lora
+        self.decoder_lora = decoder_lora
         self.encoder_sink = encoder_sink
         self.merging = merging
         self.lsa = lsa
@@ -100,8 +104,10 @@ class GmsaConfig(PreTrainedConfig):
         if self.merging == "appended" and (self.window_size is None or self.window_size > self.max_appended):
             # At merge size 1 a window needs as many appended tokens as it has tokens.
             raise ConfigError("max_appended must be at least window_size where merging is 'appended'")
-        if self.encoder_lora is not None and not {"r", "alpha"} <= set(self.encoder_lora):
-            raise ConfigError("encoder_lora needs at least the keys 'r' and 'alpha'")
+        for field in ("encoder_lora", "decoder_lora"):
+            lora = getattr(self, field)
+            if lora is not None and not (isinstance(lora, dict) and {"r", "alpha"} <= set(lora)):
+                raise ConfigError(f"{field} needs at least the keys 'r' and 'alpha'")
         unknown = set(self.trained) - set(TRAINABLE_GROUPS)
         if unknown:
             raise ConfigError(f"trained must name groups of {', '.join(TRAINABLE_GROUPS)}; unknown: {sorted(unknown)}")

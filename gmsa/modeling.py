@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gmsa import checkpoint
 from gmsa.backbones import Backbone
 from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, ConfigError, InputError
+from gmsa.losses import cross_entropy_in_chunks
 from gmsa.merging import check_merge_size, group_merge
 
 # Where families keep their blocks and their final norm. A family with other names is added here.
@@ -165,20 +167,7 @@ class Compressor(nn.Module):
         sink = next(token for token in special if token is not None)
         self.sink_id = sink[0] if isinstance(sink, list) else sink
         if config.encoder_lora is not None:
-            self._add_lora(config.encoder_lora)
-
-    def _add_lora(self, lora: dict[str, Any]) -> None:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise BackboneError("encoder_lora needs peft: pip install 'gmsa[train]'") from error
-        targets = lora.get("targets") or sorted(
-            {n.rsplit(".", 1)[-1] for n, m in layers_of(self.encoder).named_modules() if _is_linear(m)}
-        )
-        peft_config = LoraConfig(
-            r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora.get("dropout", 0.0), target_modules=targets
-        )
-        inject_adapter_in_model(peft_config, self.encoder)
+            add_lora(self.encoder, config.encoder_lora)
 
     def encode(self, window_ids: Tensor) -> Tensor:
         """States of the tokens of each window: (W, L) right-padded ids -> (W, L, encoder width)."""
@@ -195,32 +184,39 @@ class Compressor(nn.Module):
         Args:
             window_ids: (W, L) token ids in the encoder's vocabulary, padding on the right.
             window_mask: (W, L), 1 where a token is real.
-            merge_size: one for all windows, or (W,).
+            merge_size: one for all windows, or (W,), or (W, K): K rates of each window from one pass of the encoder.
 
         Returns:
-            soft: (W, M, decoder width), right-padded, M = max of ceil(L_w / size_w).
-            mask: (W, M) bool.
+            soft: (W, M, decoder width), right-padded, M = max of ceil(L_w / size_w); (W * K, M, width) for K rates,
+                those of a window one after the other.
+            mask: (W, M) or (W * K, M) bool.
         """
         if not bool((window_mask[:, 1:].bool() <= window_mask[:, :-1].bool()).all()):
             raise InputError("windows must be padded on the right: a real token stands after padding")
-        if self.appended is not None:
-            soft, mask = self._append(window_ids, window_mask, merge_size)
+        several = isinstance(merge_size, Tensor) and merge_size.dim() == 2
+        rates = merge_size.shape[1] if several else 1  # type: ignore[union-attr]
+        sizes = merge_size.flatten() if several else merge_size  # type: ignore[union-attr]
+        if self.appended is not None:  # the tokens appended differ, so every rate is a pass of its own
+            ids, mask = window_ids.repeat_interleave(rates, 0), window_mask.repeat_interleave(rates, 0)
+            soft, mask = self._append(ids, mask, sizes)
         else:
-            states = self.encode(window_ids)
-            soft, mask = group_merge(states, window_mask, merge_size)
+            states = self.encode(window_ids).repeat_interleave(rates, 0)
+            soft, mask = group_merge(states, window_mask.repeat_interleave(rates, 0), sizes)
         return self.lsa(soft), mask
 
     def _append(self, ids: Tensor, mask: Tensor, merge_size: int | Tensor) -> tuple[Tensor, Tensor]:
         """TCP-AE / ICAE: ceil(L / r) learnable tokens after the context; their states are the soft tokens."""
         assert self.appended is not None
-        embed = self.encoder.get_input_embeddings()
         rows, taken = [], []
         sizes = merge_size.tolist() if isinstance(merge_size, Tensor) else [merge_size] * len(ids)
         for size in sizes:
             check_merge_size(size)
         sink = [ids.new_tensor([self.sink_id])] if self.config.encoder_sink else []
-        for row, real, size in zip(ids, mask.bool(), sizes, strict=True):
-            tokens = embed(torch.cat([*sink, row[real]]))
+        embedded = embed_rows(
+            self.encoder.get_input_embeddings(),
+            [torch.cat([*sink, row[real]]) for row, real in zip(ids, mask.bool(), strict=True)],
+        )
+        for tokens, real, size in zip(embedded, mask.bool(), sizes, strict=True):
             soft = math.ceil(int(real.sum()) / size)
             if soft > len(self.appended):
                 raise InputError(f"a window needs {soft} appended tokens, max_appended is {len(self.appended)}")
@@ -237,6 +233,27 @@ class Compressor(nn.Module):
         return out, soft_mask
 
 
+def add_lora(body: PreTrainedModel, lora: dict[str, Any]) -> None:
+    """Put peft LoRA on the linears of a body's layers, in place.
+
+    Args:
+        body: see `body_of`.
+        lora: {"r", "alpha"} and, if wanted, "dropout" and "targets" (names of the linears; None: all of them).
+
+    Raises:
+        BackboneError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise BackboneError("LoRA needs peft: pip install 'gmsa[train]'") from error
+    layers = layers_of(body)
+    targets = lora.get("targets") or sorted({n.rsplit(".", 1)[-1] for n, m in layers.named_modules() if _is_linear(m)})
+    dropout = lora.get("dropout", 0.0)
+    config = LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=dropout, target_modules=targets)
+    inject_adapter_in_model(config, body)
+
+
 @torch.no_grad()
 def _embedding_scale(embeddings: nn.Module) -> float:
     """Root mean square of embedded tokens, about a thousand of them; some families scale what they look up."""
@@ -249,6 +266,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def embed_rows(embeddings: nn.Module, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Rows of token ids -> rows of vectors (T_i, d), in one look-up.
+
+    One, because under FSDP each look-up gathers the table from all processes, which may hold other numbers of rows.
+    """
+    return embeddings(torch.cat(list(rows))).split([len(row) for row in rows])
+
+
 def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Rows of (T_i, d) -> ((B, T, d) padded on the left with zeros, (B, T) mask, 1 where real)."""
     longest = max(len(row) for row in rows)
@@ -256,6 +281,11 @@ def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(row) for row in rows], device=padded.device)
     mask = torch.arange(longest, device=padded.device)[None] >= longest - lengths[:, None]
     return padded, mask.long()
+
+
+def rates_of(merge_size: int | Tensor) -> int:
+    """How many rates per row: (B, K) holds K."""
+    return merge_size.shape[1] if isinstance(merge_size, Tensor) and merge_size.dim() == 2 else 1
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -281,8 +311,13 @@ class GmsaModel(PreTrainedModel):
         super().__init__(config)
         self.compressor = Compressor(config, encoder if encoder is not None else decoder, decoder)
         self.decoder = decoder
+        if config.decoder_lora is not None:
+            add_lora(body_of(decoder), config.decoder_lora)
         if "decoder" in config.trained:
             self._separate_embeddings()
+        # The blocks that must stay whole where a model is cut up (FSDP, device maps): those of both backbones.
+        parts = (decoder, self.compressor.encoder)
+        self._no_split_modules = sorted({name for part in parts for name in part._no_split_modules or ()})
         self.generation_config = copy.deepcopy(decoder.generation_config)
         self.post_init()
 
@@ -356,17 +391,19 @@ class GmsaModel(PreTrainedModel):
         Args:
             window_ids, window_mask: (W, L), see `Compressor.forward`.
             window_rows: (W,) the row each window belongs to, ascending; rows are 0..B-1.
-            merge_size: one for all rows, or (B,).
+            merge_size: one for all rows, or (B,), or (B, K): K rates of each row from one pass of the encoder.
 
         Returns:
-            B tensors (M_i, d) in the decoder's dtype.
+            B tensors (M_i, d) in the decoder's dtype; B * K for K rates, those of a row one after the other.
         """
         sizes = merge_size[window_rows] if isinstance(merge_size, Tensor) else merge_size
+        rates = rates_of(merge_size)
         soft, mask = self.compressor(window_ids, window_mask, sizes)
         soft = soft.to(self.get_input_embeddings().weight.dtype)
-        rows: list[list[Tensor]] = [[] for _ in range(int(window_rows.max()) + 1)]
+        rows: list[list[Tensor]] = [[] for _ in range((int(window_rows.max()) + 1) * rates)]
+        owners = [row * rates + rate for row in window_rows.tolist() for rate in range(rates)]
         lengths = mask.sum(dim=1).tolist()
-        for row, states, length in zip(window_rows.tolist(), soft, lengths, strict=True):
+        for row, states, length in zip(owners, soft, lengths, strict=True):
             rows[row].append(states[:length])
         return [torch.cat(parts) for parts in rows]
 
@@ -381,10 +418,9 @@ class GmsaModel(PreTrainedModel):
             soft: B tensors (M_i, d).
             before, after: B tensors of decoder token ids each.
         """
-        embed = self.get_input_embeddings()
+        around = embed_rows(self.get_input_embeddings(), [torch.cat(pair) for pair in zip(before, after, strict=True)])
         rows = []
-        for states, head, tail in zip(soft, before, after, strict=True):
-            ids = embed(torch.cat([head, tail]))  # one look-up, so embedding scale and dtype agree
+        for states, ids, head in zip(soft, around, before, strict=True):
             rows.append(torch.cat([ids[: len(head)], states.to(ids.dtype), ids[len(head) :]]))
         return pad_left(rows)
 
@@ -397,22 +433,38 @@ class GmsaModel(PreTrainedModel):
         before: Sequence[Tensor],
         after: Sequence[Tensor],
         targets: Sequence[Tensor],
+        texts: Sequence[Tensor] | None = None,
+        keep_logits: bool = True,
     ) -> dict[str, Tensor]:
         """Loss of restoring or answering (paper section 3): cross-entropy on the targets only.
 
         Args:
-            window_ids, window_mask, window_rows, merge_size: see `compress`.
+            window_ids, window_mask, window_rows, merge_size: see `compress`; at K rates per row every row is scored K
+                times.
             before, after: token ids around the soft tokens of each row, B each.
             targets: token ids to predict after them, B tensors.
+            texts: the contexts as decoder token ids, B tensors. Where given, the decoder reads them in place of soft
+                tokens and nothing is compressed: what distillation learns from, and the fair bound to compare with.
+            keep_logits: return them; otherwise they exist for a few tokens at a time only, which takes less memory.
 
         Returns:
-            "loss": mean over target tokens. "logits": (N, vocabulary) at target tokens alone, rows one after the
-            other. "labels": (N,). The LM head never runs where there is no label.
+            "loss": mean over target tokens. "labels": (N,), rows one after the other. "correct": how many of them have
+            the highest logit. "logits": (N, vocabulary), if kept. The LM head never runs where there is no label.
         """
-        return self.score(self.compress(window_ids, window_mask, window_rows, merge_size), before, after, targets)
+        if texts is not None:
+            return self.score(embed_rows(self.get_input_embeddings(), texts), before, after, targets, keep_logits)
+        soft = self.compress(window_ids, window_mask, window_rows, merge_size)
+        if (rates := rates_of(merge_size)) > 1:
+            before, after, targets = ([x for x in part for _ in range(rates)] for part in (before, after, targets))
+        return self.score(soft, before, after, targets, keep_logits)
 
     def score(
-        self, soft: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor], targets: Sequence[Tensor]
+        self,
+        soft: Sequence[Tensor],
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        keep_logits: bool = True,
     ) -> dict[str, Tensor]:
         """Teacher-forced prediction of the targets from soft tokens that exist already; returns as `forward` does."""
         tails = [torch.cat(pair) for pair in zip(after, targets, strict=True)]
@@ -422,9 +474,16 @@ class GmsaModel(PreTrainedModel):
         ).last_hidden_state
         # Rows end together, so the state that predicts the first of t targets stands t + 1 from the end.
         picked = [state[-len(target) - 1 : -1] for state, target in zip(hidden, targets, strict=True)]
-        logits = self.lm_logits(torch.cat(picked))
         labels = torch.cat(list(targets))
-        return {"loss": F.cross_entropy(logits.float(), labels), "logits": logits, "labels": labels}
+        head = self.get_output_embeddings()
+        head_is_trained = head is not None and any(p.requires_grad for p in head.parameters())
+        if not keep_logits and not head_is_trained:
+            loss, correct = cross_entropy_in_chunks(torch.cat(picked), labels, self.lm_logits)
+            return {"loss": loss, "correct": correct, "labels": labels}
+        logits = self.lm_logits(torch.cat(picked))
+        correct = (logits.detach().argmax(-1) == labels).sum()
+        out = {"loss": F.cross_entropy(logits.float(), labels), "correct": correct, "labels": labels}
+        return {**out, "logits": logits} if keep_logits else out
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """The decoder's own logits for body states: (N, d) -> (N, vocabulary)."""
@@ -461,14 +520,18 @@ class GmsaModel(PreTrainedModel):
             elif group == "lsa":
                 inside = name.startswith("compressor.") and not name.startswith("compressor.encoder.")
             elif group == "decoder-qkv":
-                inside = name.startswith(layers) and any(part in name for part in QKV_NAMES)
+                inside = name.startswith(layers) and any(part in name for part in QKV_NAMES) and "lora_" not in name
             elif group == "decoder":
-                inside = name.startswith("decoder.")
+                inside = name.startswith("decoder.") and "lora_" not in name
+            elif group == "decoder-lora":
+                inside = name.startswith("decoder.") and "lora_" in name
             else:
                 raise ConfigError(f"unknown trainable group {group!r}")
             if inside:
                 found[name] = parameter
         if not found and group != "lsa":
+            if group == "decoder-lora":
+                raise ConfigError("decoder-lora can only be trained where decoder_lora is set")
             raise BackboneError(f"{type(self.decoder).__name__} has no weights in group {group!r}")
         return found
 
@@ -476,8 +539,13 @@ class GmsaModel(PreTrainedModel):
         """Training mode for the parts that are trained; frozen parts stay as at inference (no dropout)."""
         super().train(mode)
         for part in (self.compressor.encoder, self.compressor.lsa, self.decoder):
-            if not any(p.requires_grad for p in part.parameters()):
-                part.eval()
+            if any(p.requires_grad for p in part.parameters()):
+                continue
+            part.eval()
+            for module in part.modules():
+                # Gradients pass through frozen blocks, so these recompute too; a block itself drops nothing out.
+                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                    module.training = mode
         return self
 
     def set_trainable(self, groups: Sequence[str]) -> list[nn.Parameter]:

@@ -13,7 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmsa.data import Example, check_row, collate, make_windows, read_rows, split_windows
+from gmsa.data import (
+    BadLine,
+    Example,
+    check_row,
+    collate,
+    documents_of,
+    find_files,
+    make_windows,
+    parse_row,
+    read_lines,
+    read_rows,
+    split_windows,
+)
 from gmsa.errors import InputError
 from gmsa.prompts import Prompt
 
@@ -93,6 +105,10 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         ({"text": 3}, "'input' is missing or empty"),
         ({"input": "x", "answer": "y"}, "'prompt' is missing or empty"),
         ({"input": " ", "prompt": "x", "answer": "y"}, "'input' is missing or empty"),
+        ({"input": [], "prompt": "x", "answer": "y"}, "'input' is missing or empty"),
+        ({"input": ["x", " "], "prompt": "x", "answer": "y"}, "'input' is missing or empty"),
+        ({"input": ["x", 3], "prompt": "x", "answer": "y"}, "'input' is missing or empty"),
+        ({"input": {"x": 1}, "prompt": "x", "answer": "y"}, "'input' is missing or empty"),
         ({"input": "x", "prompt": "y"}, "'answer' must be"),
         ({"input": "x", "prompt": "y", "answer": []}, "'answer' must be"),
         ({"input": "x", "prompt": "y", "answer": ""}, "'answer' must be"),
@@ -121,10 +137,81 @@ def test_a_damaged_gz_file_is_named(tmp_path: Path, damage: str) -> None:
         list(read_rows(str(path)))
 
 
-def test_checking_a_row_leaves_it_alone() -> None:
+@pytest.mark.parametrize("texts_only", [False, True])
+def test_checking_a_row_leaves_it_alone(texts_only: bool) -> None:
     row = dict(QUESTION)
-    assert check_row(row)["answer"] == ["That."]
+    checked = check_row(row, texts_only)
+    assert checked["answer"] == ("That." if texts_only else ["That."])
     assert row == QUESTION
+
+
+def test_bad_lines_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(b"{", TEXT, b"", [1]))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(QUESTION, {"text": ""}, TEXT, b'{"text": "\xff"}')))
+    bad: list[BadLine] = []
+    rows = list(read_rows(f"{tmp_path}/*", skip=bad.append))
+    assert rows == [TEXT, {**QUESTION, "answer": ["That."]}, TEXT]
+    assert [(Path(line.path).name, line.number) for line in bad] == [
+        *[("a.jsonl", 1), ("a.jsonl", 4)],
+        *[("b.jsonl.gz", 2), ("b.jsonl.gz", 4)],
+    ]
+    assert str(bad[1]) == f"{tmp_path}/a.jsonl, line 4: a row must be a JSON object"
+    assert "'input' is missing" in bad[2].reason
+    assert "can't decode byte 0xff" in bad[3].reason
+
+
+def test_a_damaged_file_is_not_a_line_to_leave_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(lines(*[{"text": str(i)} for i in range(2000)]))[:-20])
+    with pytest.raises(InputError, match=r"rows\.jsonl\.gz, after line \d+: "):
+        list(read_rows(str(path), skip=lambda bad: pytest.fail(str(bad))))
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (TEXT, "A text."),
+        (QUESTION, "A context."),
+        ({"input": "alone"}, "alone"),
+        ({"input": ["one", "two", "three"], "prompt": 3, "answer": None}, "one\n\ntwo\n\nthree"),
+        ({"text": "", "input": "context"}, "context"),
+        ({"text": "text", "input": "context"}, "text"),
+    ],
+)
+def test_every_row_as_a_text_to_restore(tmp_path: Path, row: dict[str, Any], text: str) -> None:
+    assert check_row(row, texts_only=True) == {**row, "text": text}
+    assert parse_row(json.dumps(row).encode(), texts_only=True) == {**row, "text": text}
+    (tmp_path / "rows.jsonl").write_bytes(lines(row, b""))
+    assert list(read_rows(f"{tmp_path}/rows.jsonl", texts_only=True)) == [{**row, "text": text}]
+
+
+@pytest.mark.parametrize("row", [{"input": " "}, {"input": ["x", ""]}, {"prompt": "?", "answer": "y"}, {"text": None}])
+def test_rows_with_nothing_to_restore(row: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="'input' is missing or empty"):
+        check_row(row, texts_only=True)
+
+
+def test_the_documents_a_question_is_about() -> None:
+    assert documents_of(QUESTION) == ["A context."]
+    assert documents_of({**QUESTION, "input": ["one", "two"]}) == ["one", "two"]
+    assert check_row({**QUESTION, "input": ["one", "two"]})["input"] == ["one", "two"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_lines_come_with_their_offsets(tmp_path: Path, suffix: str) -> None:
+    content = "é\n\n雪\r\nlast".encode()
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix == ".jsonl.gz" else content)
+    found = list(read_lines(str(path)))
+    assert found == [(0, "é\n".encode()), (3, b"\n"), (4, "雪\r\n".encode()), (9, b"last")]
+    assert all(content[offset:].startswith(line) for offset, line in found)
+
+
+def test_files_of_a_pattern(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).touch()
+    assert find_files(f"{tmp_path}/?.jsonl") == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    assert find_files("-") == ["-"]
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------
@@ -180,9 +267,21 @@ def test_collate_keeps_every_row_as_it_is() -> None:
     assert [t.tolist() for t in batch.after] == [[11, 12], [13]]
     assert [t.tolist() for t in batch.targets] == [[20, 21], []]
     assert all(t.dtype == torch.long for t in [*batch.before, *batch.after, *batch.targets])
+    assert batch.texts is None
 
 
-def test_a_batch_moves_as_a_whole() -> None:
-    batch = collate([Example([[1, 2]], Prompt(ints(3), ints(4)), [5], 2)], None).to("meta")
-    for value in vars(batch).values():
-        assert all(t.device.type == "meta" for t in (value if isinstance(value, list) else [value]))
+def test_collate_takes_several_merge_sizes_and_texts() -> None:
+    prompt = Prompt(ints(10), ints(11))
+    batch = collate([Example([[1]], prompt, [20], (1, 4), [7, 8]), Example([[2]], prompt, [21], (2, 4), [9])], None)
+    assert batch.merge_size.tolist() == [[1, 4], [2, 4]]
+    assert batch.texts is not None
+    assert [t.tolist() for t in batch.texts] == [[7, 8], [9]]
+
+
+@pytest.mark.parametrize("text", [None, [6, 7]])
+def test_a_batch_moves_as_a_whole(text: list[int] | None) -> None:
+    batch = collate([Example([[1, 2]], Prompt(ints(3), ints(4)), [5], 2, text)], None).to("meta")
+    assert (batch.texts is None) == (text is None)
+    for name, value in vars(batch).items():
+        if name != "texts" or text:
+            assert all(t.device.type == "meta" for t in (value if isinstance(value, list) else [value]))

@@ -43,6 +43,11 @@ def recipe(tmp_path: Path, save_backbone: Callable[..., Path]) -> Callable[..., 
     return make
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def losses(folder: Path) -> list[float]:
     lines = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
     return [entry["loss"] for entry in lines if "loss" in entry]
@@ -88,7 +93,7 @@ def test_a_second_stage_starts_from_the_first(recipe: Callable[..., Recipe], tmp
     first = train(recipe("first", trains=["encoder", "lsa"]))
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    second = train(recipe("second", init=str(first), model={}, trains=["decoder-qkv"], data=[{"path": str(data)}]))
+    second = train(recipe("second", stage="keft", init=str(first), model={}, trains=[], data=[{"path": str(data)}]))
     before, after = GMSA.from_pretrained(first, dtype="float32"), GMSA.from_pretrained(second, dtype="float32")
     assert before.fingerprint == after.fingerprint  # KEFT leaves the compressor alone, so memories stay valid
     assert after.config.trained == ["decoder-qkv", "encoder", "lsa"]
@@ -101,8 +106,8 @@ def test_rows_can_be_chosen_by_field(recipe: Callable[..., Recipe], tmp_path: Pa
     rows = [{"text": t, "source": "good" if i % 2 else "bad"} for i, t in enumerate(TEXTS)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(recipe(data=[{"path": str(data), "where": {"source": ["good"]}}], steps=1))
-    with pytest.raises(InputError, match="no rows"):
-        train(recipe(data=[{"path": str(data), "where": {"source": ["none"]}}], steps=1))
+    with pytest.raises(InputError, match=r"holds no texts where {'source': \['none'\]}"):
+        train(recipe("other", data=[{"path": str(data), "where": {"source": ["none"]}}], steps=1))
 
 
 def test_the_command_line_trains(
@@ -119,12 +124,12 @@ def test_the_command_line_trains(
     ("change", "message"),
     [
         ("learning_rat=1", "unknown recipe key 'learning_rat'; did you mean 'learning_rate'?"),
-        ("steps=0", "steps must be a whole number >= 1"),
+        ("steps=-1", "steps must be a whole number >= 0"),
         ("trains=[everything]", "trains must list some of"),
         ("merge_sizes=[0]", "merge_sizes must be a list"),
         ("model.encoder_layers=0", "encoder_layers must be a whole number >= 1"),
         ("model.lsa=deep", "lsa must be one of"),
-        ("nonsense", "must look like key=value"),
+        ("nonsense", "is an overlay.yaml or looks like key=value"),
     ],
 )
 def test_a_bad_recipe_names_the_field(recipe: Callable[..., Recipe], tmp_path: Path, change: str, message: str) -> None:
@@ -132,6 +137,85 @@ def test_a_bad_recipe_names_the_field(recipe: Callable[..., Recipe], tmp_path: P
     path.write_text(recipe().dump())
     with pytest.raises(ConfigError, match="^.*" + re.escape(message)):
         train(Recipe.load(path, [change]))
+
+
+def test_a_stage_says_what_rows_it_needs(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no questions; stage keft needs them"):
+        train(recipe(stage="keft", trains=[], steps=1))
+    # Stage 1 restores the contexts of questions; they need no answers for that.
+    rows = [{"input": t} for t in TEXTS]
+    train(recipe("inputs", data=[{"path": write_rows(tmp_path / "inputs.jsonl", rows)}], steps=1))
+
+
+def test_stage_two_from_nothing_is_noted(
+    recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [{"path": write_rows(tmp_path / "questions.jsonl", QUESTIONS)}]
+    train(recipe(stage="keft", trains=[], data=data, steps=1))
+    assert "'no AE' ablation" in capsys.readouterr().err
+    train(recipe("whole", stage="keft", trains=[], data=data, steps=1, reads="text"))
+    assert "no AE" not in capsys.readouterr().err
+
+
+def test_no_steps_save_the_model_as_it_is(recipe: Callable[..., Recipe]) -> None:
+    first = train(recipe("first", steps=2))
+    second = train(recipe("second", init=str(first), model={}, steps=0))
+    one, other = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].bfloat16(), other[name].bfloat16()) for name in one)
+
+
+def test_bad_lines_are_skipped_only_if_asked_for(
+    recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:3]) + "{broken\n" + '{"text": ""}\n')
+    with pytest.raises(InputError, match=r"bad.jsonl, line 4"):
+        train(recipe(data=[{"path": str(data)}], steps=1))
+    train(recipe("skipping", data=[{"path": str(data)}], steps=1, on_error="skip"))
+    told = capsys.readouterr().err
+    assert "2 bad line(s) skipped" in told
+    assert f"{data}, line 4" in told
+    assert f"{data}, line 5" in told
+
+
+def test_processes_that_prepare_batches_change_nothing(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    train(recipe("alone"))
+    train(recipe("helped", workers=2))
+    assert losses(tmp_path / "alone") == losses(tmp_path / "helped")
+
+
+def test_reports_go_where_the_recipe_says(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    probe = {"path": str(tmp_path / "texts.jsonl"), "texts": 2, "length": 16, "merge_sizes": [2], "every": 2}
+    train(recipe(steps=2, report_to=["tensorboard"], evaluate=probe))
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    assert b"train/token_accuracy" in events.read_bytes()
+    assert b"eval/token_accuracy_2x" in events.read_bytes()
+
+
+def test_truncation_is_logged(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    data = [{"path": write_rows(tmp_path / "questions.jsonl", QUESTIONS)}]
+    train(recipe(stage="joint", trains=[], data=data, max_context=20, rows_per_batch=4, steps=2))
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [entry["truncated"] for entry in lines if "loss" in entry] == [4, 4]
+
+
+def test_a_dry_run_tells_and_writes_nothing(
+    recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe().dump())
+    assert main(["train", str(path), "--dry-run", "merge_sizes=[4]", "lengths=[16]"]) == 0
+    told = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    model = GMSA.from_pretrained(train(recipe(steps=0)), dtype="float32").model
+    trained = sum(p.numel() for g in model.config.trained for p in model.group_parameters(g).values())
+    total = sum(p.numel() for p in model.parameters())
+    assert f"{trained / 1e6:,.1f}M of {total / 1e6:,.1f}M" in told
+    context, learned = re.search(r"tokens:\n    (.*)\n.*\n(?:.*\n)*.*learns to write.*\n    (.*)", told).groups()  # type: ignore[union-attr]
+    assert learned == f"{context}<|im_end|>"
+    assert any(context in text for text in TEXTS)
+    assert "about 4 (4x) soft tokens" in told
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe: Callable[..., Recipe], tmp_path: Path,
@@ -147,6 +231,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe: Callable[..., Recipe], 
         return {**out, "loss": out["loss"] * float("nan")} if len(calls) == 5 else out
 
     monkeypatch.setattr(GmsaModel, "forward", forward)
-    with pytest.raises(GmsaError, match=r"step 4 .*not finite.*checkpoint-3"):
+    with pytest.raises(GmsaError, match=r"batch 4 \(step 4\) is not finite.*checkpoint-3"):
         train(recipe())
     assert (tmp_path / "run/checkpoint-3/model.safetensors").exists()

@@ -8,171 +8,233 @@ import bisect
 import functools
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gmsa.data import Batch, Example, collate
+from gmsa.data import Batch, Example, collate, documents_of
 from gmsa.errors import ConfigError
-from gmsa.prompts import PromptTemplate
+from gmsa.prompts import Prompt, PromptTemplate
+from gmsa.training.recipe import Recipe
+from gmsa.training.rows import RowIndex, is_text
 from gmsa.training.schedule import RateSchedule
 
-
-class RestoreRows:
-    """Texts to restore. Each batch has one length, and as many rows as its token budget holds of that length."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]], lengths: Sequence[int], tokens_per_batch: int) -> None:
-        self.rows = rows
-        self.lengths = list(lengths)
-        self.tokens_per_batch = tokens_per_batch
-
-    def batch(self, number: int, seed: int) -> tuple[list[dict[str, Any]], int]:
-        """Rows of batch `number` and the length they are cropped to."""
-        start, length = self._start_and_length(number, seed)
-        count = max(1, self.tokens_per_batch // length)
-        return [self.rows[self._order(seed, (start + i) // len(self.rows))[(start + i) % len(self.rows)]]
-                for i in range(count)], length  # fmt: skip
-
-    def _start_and_length(self, number: int, seed: int) -> tuple[int, int]:
-        starts, lengths = self._plan(seed, 1 << max(10, number.bit_length()))
-        return starts[number], lengths[number]
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (lives as long as the run)
-    def _plan(self, seed: int, count: int) -> tuple[list[int], list[int]]:
-        rng = random.Random(f"{seed}-lengths")
-        starts, lengths, start = [], [], 0
-        for _ in range(count):
-            length = rng.choice(self.lengths)
-            starts.append(start)
-            lengths.append(length)
-            start += max(1, self.tokens_per_batch // length)
-        return starts, lengths
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _order(self, seed: int, epoch: int) -> list[int]:
-        order = list(range(len(self.rows)))
-        random.Random(f"{seed}-{epoch}").shuffle(order)
-        return order
+# Characters per token of English text, to plan batches without tokenising the whole file first.
+CHARACTERS_PER_TOKEN = 4
+# Rows that are sorted by length together: enough that rows of a batch are alike, few enough that batches stay random.
+CHUNK = 1024
+# Shorter pieces of text teach neither restoring nor continuing.
+LEAST_CONTINUATION = 8
 
 
-class AnswerRows:
-    """Questions on contexts. Batches hold rows of like length, as many as the token budget allows."""
-
-    # Characters per token of English text, to plan batches without tokenising the whole file first.
-    CHARACTERS_PER_TOKEN = 4
-
-    def __init__(self, rows: Sequence[dict[str, Any]], tokens_per_batch: int) -> None:
-        self.rows = rows
-        self.tokens_per_batch = tokens_per_batch
-
-    def batch(self, number: int, seed: int) -> tuple[list[dict[str, Any]], None]:
-        """Rows of batch `number`."""
-        ends, epoch = [0], 0
-        while ends[-1] <= number:  # epochs differ a little in how many batches they make
-            ends.append(ends[-1] + len(self._plan(seed, epoch)))
-            epoch += 1
-        epoch = bisect.bisect_right(ends, number) - 1
-        return [self.rows[i] for i in self._plan(seed, epoch)[number - ends[epoch]]], None
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019
-    def _plan(self, seed: int, epoch: int) -> list[list[int]]:
-        rng = random.Random(f"{seed}-{epoch}")
-        order = list(range(len(self.rows)))
-        rng.shuffle(order)
-        batches: list[list[int]] = []
-        # Sorting only within chunks keeps batches random but their rows alike in length.
-        for start in range(0, len(order), 512):
-            chunk = sorted(order[start : start + 512], key=self._tokens)
-            current: list[int] = []
-            for i in chunk:
-                if current and self._tokens(i) * (len(current) + 1) > self.tokens_per_batch:
-                    batches.append(current)
-                    current = []
-                current.append(i)
-            batches.append(current)
-        rng.shuffle(batches)
-        return batches
-
-    def _tokens(self, i: int) -> int:
-        row = self.rows[i]
-        return (len(row["input"]) + len(row["prompt"])) // self.CHARACTERS_PER_TOKEN + 1
-
-
-class TrainingBatches(Dataset[Batch]):
-    """All micro-batches of a run, in order.
+class RowBatches:
+    """Batches of rows alike in length: each as many as a budget of context tokens holds.
 
     Args:
-        sources: (rows, weight) pairs; each batch is drawn from one of them.
-        rates: merge sizes by step.
-        steps: optimiser steps of the run.
-        batches_per_step: micro-batches in one optimiser step, over all processes.
-        encoder_tokenizer: tokenises contexts.
-        template: renders prompts and tokenises targets, for the decoder.
-        window_size: of the encoder.
-        max_context: contexts of answers are cut to this many tokens; how many were is counted in `truncated`.
-        seed: of everything random.
+        rows: what to draw from; each epoch in another order.
+        tokens_per_batch: budget, counting what a batch is padded to.
+        lengths: texts are cropped to one of these, drawn per row; None: rows are taken whole.
+        rows_per_batch: so many rows in each batch instead, whatever their length.
     """
 
     def __init__(
         self,
-        sources: Sequence[tuple[RestoreRows | AnswerRows, float]],
-        rates: RateSchedule,
-        steps: int,
+        rows: RowIndex,
+        tokens_per_batch: int,
+        lengths: Sequence[int] | None = None,
+        rows_per_batch: int | None = None,
+    ) -> None:
+        self.rows = rows
+        self.tokens_per_batch = tokens_per_batch
+        self.lengths = list(lengths) if lengths else None
+        self.rows_per_batch = rows_per_batch
+        self._chunks = -(-len(rows) // CHUNK)  # per epoch
+        self._ends: dict[int, list[int]] = {}  # by seed: how many batches there are up to the end of each chunk
+
+    def batch(self, number: int, seed: int) -> list[tuple[int, int | None]]:
+        """(row number, length to crop it to) for each row of batch `number`."""
+        ends = self._ends.setdefault(seed, [])
+        while not ends or ends[-1] <= number:  # chunks differ a little in how many batches they make
+            ends.append((ends[-1] if ends else 0) + len(self._plan(seed, len(ends))))
+        chunk = bisect.bisect_right(ends, number)
+        return self._plan(seed, chunk)[number - (ends[chunk - 1] if chunk else 0)]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (lives as long as the run)
+    def _order(self, seed: int, epoch: int) -> torch.Tensor:
+        # Seeded by text, since seeds and epochs added up would repeat each other's orders.
+        generator = torch.Generator().manual_seed(random.Random(f"{seed}-{epoch}").getrandbits(62))
+        return torch.randperm(len(self.rows), generator=generator)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def _plan(self, seed: int, chunk: int) -> list[list[tuple[int, int | None]]]:
+        epoch, place = divmod(chunk, self._chunks)
+        rng = random.Random(f"{seed}-{epoch}-{place}")
+        members = self._order(seed, epoch)[place * CHUNK : (place + 1) * CHUNK].tolist()
+        drawn = [(number, rng.choice(self.lengths) if self.lengths else None) for number in members]
+        batches: list[list[tuple[int, int | None]]] = []
+        current: list[tuple[int, int | None]] = []
+        for member in sorted(drawn, key=self._tokens):
+            full = len(current) >= self.rows_per_batch if self.rows_per_batch else self._overflows(current, member)
+            if current and full:
+                batches.append(current)
+                current = []
+            current.append(member)
+        batches.append(current)
+        rng.shuffle(batches)
+        return batches
+
+    def _overflows(self, current: list[tuple[int, int | None]], member: tuple[int, int | None]) -> bool:
+        return self._tokens(member) * (len(current) + 1) > self.tokens_per_batch  # the longest row comes last
+
+    def _tokens(self, member: tuple[int, int | None]) -> int:
+        number, length = member
+        tokens = self.rows.characters[number] // CHARACTERS_PER_TOKEN + 1
+        return tokens if length is None else min(length, tokens)
+
+
+@dataclass(frozen=True)
+class NumberedBatch:
+    """A batch and what the log says of it."""
+
+    batch: Batch
+    number: int
+    truncated: int  # contexts that were longer than max_context
+
+
+class TrainingBatches(Dataset[NumberedBatch]):
+    """All micro-batches of a run, in order.
+
+    Args:
+        sources: (rows, weight) pairs; each batch is drawn from one of them.
+        recipe: what is made of the rows.
+        batches_per_step: micro-batches in one optimiser step, over all processes.
+        encoder_tokenizer: tokenises contexts.
+        template: renders prompts and tokenises targets, for the decoder.
+        window_size: of the encoder.
+
+    Raises:
+        ConfigError: there is nothing to draw from.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[RowBatches, float]],
+        recipe: Recipe,
         batches_per_step: int,
         encoder_tokenizer: PreTrainedTokenizerBase,
         template: PromptTemplate,
         window_size: int | None,
-        max_context: int,
-        seed: int,
     ) -> None:
         if not sources:
             raise ConfigError("data: a recipe needs at least one file of rows")
         self.sources = sources
-        self.rates = rates
-        self.steps = steps
+        self.recipe = recipe
+        self.rates = RateSchedule.parse(recipe.merge_sizes)
         self.batches_per_step = batches_per_step
         self.encoder_tokenizer = encoder_tokenizer
         self.template = template
         self.window_size = window_size
-        self.max_context = max_context
-        self.seed = seed
-        self.truncated = 0
+        self.needs_text = recipe.reads == "text" or recipe.distil is not None
         weights = [weight for _, weight in sources]
-        chooser = random.Random(f"{seed}-sources")
-        chosen = [chooser.choices(range(len(sources)), weights)[0] for _ in range(len(self))]
+        chooser = random.Random(f"{recipe.seed}-sources")
         counts = [0] * len(sources)
         self.places: list[tuple[int, int]] = []  # (source, number of the batch within it)
-        for source in chosen:
+        for _ in range(len(self)):
+            source = chooser.choices(range(len(sources)), weights)[0]
             self.places.append((source, counts[source]))
             counts[source] += 1
 
     def __len__(self) -> int:
-        return self.steps * self.batches_per_step
+        return self.recipe.steps * self.batches_per_step
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> NumberedBatch:
+        examples = self.examples(number)
+        # Lengths rounded up, so that the same few shapes come back again and again.
+        batch = collate(examples, self.window_size, pad_to_multiple=16)
+        return NumberedBatch(batch, number, sum(e.truncated for e in examples))
+
+    def examples(self, number: int) -> list[Example]:
+        """The rows of batch `number`, tokenised."""
         source, place = self.places[number]
-        rows, length = self.sources[source][0].batch(place, self.seed + source)
-        rng = random.Random(f"{self.seed}-{number}")
+        rows = self.sources[source][0].rows
+        rng = random.Random(f"{self.recipe.seed}-{number}")
         step = number // self.batches_per_step
-        examples = [self.example(row, length, self.rates.draw(step, rng), rng) for row in rows]
-        return collate(examples, self.window_size, pad_to_multiple=16)
+        made = []
+        for row_number, length in self.sources[source][0].batch(place, self.recipe.seed + source):
+            sizes = self.rates.draw(step, rng, self.recipe.rates_per_sample)
+            row = rows[row_number]
+            if is_text(row):
+                made.append(self.text_example(row["text"], length, sizes, rng))
+            else:
+                count = rng.randint(0, self.recipe.distractors) if len(rows) > 1 else 0
+                # Any row but this one: a draw from one row fewer, where those after it move up by one.
+                drawn = [rng.randrange(len(rows) - 1) for _ in range(count)]
+                others = [rows[other + (other >= row_number)] for other in drawn]
+                made.append(self.question_example(row, [documents_of(o)[0] for o in others], sizes, rng))
+        return made
 
-    def example(self, row: dict[str, Any], length: int | None, merge_size: int, rng: random.Random) -> Example:
-        """A row -> tokens. A text is cropped to `length`; its target is what the encoder saw, and the end token."""
-        encode = self.template.encode
-        end = [self.template.end_id]
-        same_tokenizer = self.encoder_tokenizer is self.template.tokenizer
-        if "text" in row:
-            tokens = self.encoder_tokenizer(row["text"], add_special_tokens=False)["input_ids"]
-            if length is not None and len(tokens) > length:
-                # Half the crops start where the text does, as a user's text would.
-                start = 0 if rng.random() < 0.5 else rng.randrange(len(tokens) - length + 1)
-                tokens = tokens[start : start + length]
-            target = tokens if same_tokenizer else encode(self.encoder_tokenizer.decode(tokens))
-            return Example([tokens], self.template.restore(), target + end, merge_size)
-        tokens = self.encoder_tokenizer(row["input"], add_special_tokens=False)["input_ids"]
-        if len(tokens) > self.max_context:
-            self.truncated += 1
-            tokens = tokens[: self.max_context]
-        return Example([tokens], self.template(row["prompt"]), encode(row["answer"][0]) + end, merge_size)
+    def text_example(self, text: str, length: int | None, sizes: tuple[int, ...], rng: random.Random) -> Example:
+        """A text to restore, or to continue: a crop of at most `length` tokens; the target is never longer than that.
+
+        To restore: the target is what the encoder saw, and the end token.
+        """
+        tokens = self._tokenise(text)
+        length = length or len(tokens)
+        continuation = self.recipe.continuation
+        share, half = (continuation["share"] if continuation else 0), min(length, len(tokens) // 2)
+        if share and rng.random() < share and half >= LEAST_CONTINUATION:
+            start = self._start(len(tokens) - 2 * half, rng)
+            tokens, target = tokens[start : start + half], tokens[start + half : start + 2 * half]
+            assert continuation is not None
+            return self._example([tokens], self.template(continuation["instruction"]), self._for_decoder(target), sizes)
+        start = self._start(len(tokens) - length, rng)
+        tokens = tokens[start : start + length]
+        target = [*self._for_decoder(tokens), self.template.end_id]
+        return self._example([tokens], self.template.restore(), target, sizes)
+
+    def question_example(
+        self, row: dict[str, Any], others: list[str], sizes: tuple[int, ...], rng: random.Random
+    ) -> Example:
+        """A question on its documents, with other rows' documents strewn among them, each a memory of its own."""
+        room, truncated, contexts = self.recipe.max_context, False, []
+        for document in documents_of(row):
+            tokens = self._tokenise(document)
+            truncated |= len(tokens) > room
+            contexts.append(tokens[:room])
+            room -= len(contexts[-1])
+        for document in others:
+            tokens = self._tokenise(document)[:room]
+            contexts.insert(rng.randint(0, len(contexts)), tokens)
+            room -= len(tokens)
+        contexts = [tokens for tokens in contexts if tokens]
+        target = [*self.template.encode(row["answer"][0]), self.template.end_id]
+        return self._example(contexts, self.template(row["prompt"]), target, sizes, truncated)
+
+    def _example(
+        self,
+        contexts: list[list[int]],
+        prompt: Prompt,
+        target: list[int],
+        sizes: tuple[int, ...],
+        truncated: bool = False,
+    ) -> Example:
+        text = None
+        if self.needs_text:
+            text = self.template.encode("\n\n".join(self.encoder_tokenizer.decode(tokens) for tokens in contexts))
+        return Example(contexts, prompt, target, sizes[0] if len(sizes) == 1 else sizes, text, truncated)
+
+    def _tokenise(self, text: str) -> list[int]:
+        return self.encoder_tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _for_decoder(self, tokens: list[int]) -> list[int]:
+        """Encoder tokens as decoder tokens."""
+        if self.encoder_tokenizer is self.template.tokenizer:
+            return tokens
+        return self.template.encode(self.encoder_tokenizer.decode(tokens))
+
+    def _start(self, slack: int, rng: random.Random) -> int:
+        """Where a crop begins; half of them where the text does, as a user's text would."""
+        return 0 if slack <= 0 or rng.random() < 0.5 else rng.randrange(slack + 1)

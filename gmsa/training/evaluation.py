@@ -61,29 +61,30 @@ class RestorationProbe:
         return cls(chosen, template, window_size, merge_sizes)
 
     @torch.no_grad()
-    def __call__(self, model: GmsaModel) -> dict[str, Any]:
-        """{"token_accuracy": {merge size: share}, "by_position": {...: [first, second, third]}, "sample": text}."""
-        accuracy, by_position = {}, {}
+    def accuracy(self, model: GmsaModel) -> dict[str, Any]:
+        """{"token_accuracy": {merge size: share}, "first_tokens": {merge size: shares of the first three}}."""
+        accuracy, first = {}, {}
         device = next(model.parameters()).device
-        prompt = self.template.restore()
         for size in self.merge_sizes:
             hits = []
             for start in range(0, len(self.texts), self.batch_size):
                 part = self.texts[start : start + self.batch_size]
-                examples = [Example([t], prompt, [*t, self.template.end_id], size) for t in part]
+                examples = [Example([t], self.template.restore(), [*t, self.template.end_id], size) for t in part]
                 out = model(**vars(collate(examples, self.window_size).to(device)))
                 right = out["logits"].argmax(-1) == out["labels"]
                 hits += [row[:-1] for row in right.split([len(t) + 1 for t in part])]
             stacked = torch.stack(hits).float()  # (texts, length)
             accuracy[str(size)] = round(stacked.mean().item(), 4)
-            by_position[str(size)] = [round(v, 3) for v in stacked[:, :3].mean(0).tolist()]
-        batch = collate([Example([self.texts[0]], prompt, [], self.merge_sizes[0])], self.window_size).to(device)
+            first[str(size)] = [round(v, 3) for v in stacked[:, :3].mean(0).tolist()]
+        return {"token_accuracy": accuracy, "first_tokens": first}
+
+    @torch.no_grad()
+    def sample(self, model: GmsaModel) -> str:
+        """The first text as the model restores it at the first merge size."""
+        text, device = self.texts[0], next(model.parameters()).device
+        example = Example([text], self.template.restore(), [], self.merge_sizes[0])
+        batch = collate([example], self.window_size).to(device)
         soft = model.compress(batch.window_ids, batch.window_mask, batch.window_rows, batch.merge_size)
-        length = len(self.texts[0])
-        options = {"max_new_tokens": length + 8, "do_sample": False, "eos_token_id": self.template.end_id}
+        options = {"max_new_tokens": len(text) + 8, "do_sample": False, "eos_token_id": self.template.end_id}
         new = model.generate(soft, batch.before, batch.after, **options)
-        return {
-            "token_accuracy": accuracy,
-            "first_tokens": by_position,
-            "sample": self.template.tokenizer.decode(new[0], skip_special_tokens=True),
-        }
+        return self.template.tokenizer.decode(new[0], skip_special_tokens=True)

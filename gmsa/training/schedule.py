@@ -39,6 +39,12 @@ class RateSchedule:
         """The set in force at an optimiser step."""
         return next(sizes for start, sizes in reversed(self.phases) if start <= step)
 
-    def draw(self, step: int, rng: random.Random) -> int:
-        """One sample's merge size."""
-        return rng.choice(self.sizes_at(step))
+    def draw(self, step: int, rng: random.Random, count: int | str = 1) -> tuple[int, ...]:
+        """One sample's merge sizes: `count` different ones, or as many as there are, ascending; "all" for every one."""
+        sizes = list(self.sizes_at(step))
+        distinct = len(set(sizes))
+        wanted = distinct if count == "all" else min(int(count), distinct)
+        drawn: list[int] = []
+        while len(drawn) < wanted:
+            drawn.append(rng.choice([size for size in sizes if size not in drawn]))
+        return tuple(sorted(drawn))

@@ -1,0 +1,89 @@
+"""Losses on target tokens alone (paper section 3), without ever holding the logits of all of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Targets whose logits exist at once. At 49k words, in fp32 with their gradient, that is 100 MB.
+CHUNK = 256
+
+
+def cross_entropy_in_chunks(
+    hidden: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy, and how many tokens are predicted right.
+
+    The gradient with respect to `hidden` is computed chunk by chunk along with the loss, so nothing is computed twice
+    and no logits are kept for the backward pass. For a frozen LM head: weights inside `logits_of` get no gradient.
+
+    Args:
+        hidden: (N, d) states that predict the labels.
+        labels: (N,) token ids.
+        logits_of: (n, d) -> (n, vocabulary).
+
+    Returns:
+        loss: mean over the N tokens.
+        correct: number of tokens whose label has the highest logit.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, labels, logits_of)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        needed = ctx.needs_input_grad[0]
+        loss, correct = hidden.new_zeros((), dtype=torch.float32), labels.new_zeros(())
+        gradients = []
+        for states, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+            with torch.set_grad_enabled(needed):
+                states = states.detach().requires_grad_(needed)
+                logits = logits_of(states).float()
+                part = F.cross_entropy(logits, wanted, reduction="sum")
+            if needed:
+                gradients.append(torch.autograd.grad(part, states)[0])
+            loss += part.detach()
+            correct += (logits.detach().argmax(-1) == wanted).sum()
+        if needed:
+            ctx.save_for_backward(torch.cat(gradients) / len(labels))
+        ctx.mark_non_differentiable(correct)
+        return loss / len(labels), correct
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0].to(gradient.dtype), None, None
+
+
+def distilled(
+    loss: Tensor, student: Tensor, teacher: Tensor, targets: Sequence[Tensor], rates: int, weight: float,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    """Mix cross-entropy with the distance to what the decoder predicts when it reads the full text.
+
+    Args:
+        loss: cross-entropy.
+        student: (N * K, vocabulary) logits from soft tokens, K rates per row, a row's targets K times in turn.
+        teacher: (N, vocabulary) logits at the same targets from the text.
+        targets: of each row, N in all.
+        rates: K.
+        weight: of the distance, the rest being that of the cross-entropy.
+        temperature: both distributions are flattened by it.
+
+    Returns:
+        (1 - weight) * loss + weight * temperature**2 * KL(teacher || student), per target token.
+    """
+    if rates > 1:
+        parts = teacher.split([len(target) for target in targets])
+        teacher = torch.cat([part for part in parts for _ in range(rates)])
+    distance = F.kl_div(
+        F.log_softmax(student.float() / temperature, dim=-1),
+        F.log_softmax(teacher.float() / temperature, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return (1 - weight) * loss + weight * temperature**2 * distance

@@ -1,0 +1,119 @@
+"""What a run tells: a progress bar, log.jsonl, curve.png, a text restored now and then."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Progress(TrainerCallback):
+    """A bar with the last figures on it; where stderr is no terminal, a line per log. Nothing goes to stdout."""
+
+    bar: "tqdm[Any] | None" = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the bar where the run starts or resumes."""
+        if state.is_world_process_zero:
+            hidden = not sys.stderr.isatty()
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=hidden)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move it."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Show loss and accuracy."""
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        figures = {"loss": f"{logs['loss']:.3f}", "accuracy": f"{logs['token_accuracy']:.3f}"}
+        self.bar.set_postfix(figures)
+        if self.bar.disable:
+            shown = "  ".join(f"{name} {value}" for name, value in figures.items())
+            tell(f"step {state.global_step}/{state.max_steps}  {shown}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave it standing."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class RunLog(TrainerCallback):
+    """Writes log.jsonl and curve.png into the run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what an interrupted run logged after its last checkpoint: those steps are done again."""
+        self.started = time.monotonic()
+        path = self.folder / "log.jsonl"
+        if state.is_world_process_zero and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if _step_of(line) <= state.global_step))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """One line per log."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.write({"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 1)})
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Add a line."""
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def tell(message: str) -> None:
+    """One line on stderr, above a bar if there is one."""
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the run was killed while it wrote this line
+        return float("inf")
+
+
+def draw_curve(folder: Path) -> None:
+    """Draw loss, training accuracy and probe accuracy from log.jsonl into curve.png; nothing without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        return
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    train = [e for e in entries if "loss" in e]
+    probes = [e for e in entries if "probe" in e]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot([e["step"] for e in train], [e["loss"] for e in train], color="tab:blue", linewidth=1)
+    left.set(xlabel="optimiser step", ylabel="cross-entropy (nats per token)", title="Training loss", ylim=(0, None))
+    right.plot(
+        [e["step"] for e in train], [e["token_accuracy"] for e in train], color="0.7", linewidth=1, label="training mix"
+    )
+    for size in sorted({s for e in probes for s in e["probe"]["token_accuracy"]}, key=int):
+        points = [(e["step"], e["probe"]["token_accuracy"][size]) for e in probes]
+        right.plot(*zip(*points, strict=True), marker=".", label=f"held out, {size}x")
+    right.set(xlabel="optimiser step", ylabel="token accuracy (teacher forced)", title="Restoration", ylim=(0, 1))
+    right.legend(loc="lower right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    scratch = folder / ".curve.png"
+    figure.savefig(scratch, dpi=110)
+    plt.close(figure)
+    scratch.replace(folder / "curve.png")

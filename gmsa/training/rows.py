@@ -1,0 +1,125 @@
+"""Rows of training files, read when asked for: only where each stands and how long it is stays in memory."""
+
+import contextlib
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, overload
+
+from gmsa.data import BadLine, find_files, parse_row, read_lines
+from gmsa.errors import InputError
+
+
+class RowIndex(Sequence[dict[str, Any]]):
+    """Rows by number, about 20 bytes of memory each. Packed files and standard input are unpacked to disk once.
+
+    Args:
+        texts_only: every row is a text to restore (see `gmsa.data.check_row`).
+    """
+
+    def __init__(self, texts_only: bool = False) -> None:
+        self.texts_only = texts_only
+        self.files: list[IO[bytes]] = []
+        self.file = array("H")
+        self.offset = array("Q")
+        self.size = array("I")
+        self.characters = array("I")  # of text, or of context and prompt: what batches are planned by
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    @overload
+    def __getitem__(self, number: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[dict[str, Any]]: ...
+    def __getitem__(self, number: int | slice) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        # pread leaves no position behind, so processes that share the file after a fork do not disturb each other.
+        line = os.pread(self.files[self.file[number]].fileno(), self.size[number], self.offset[number])
+        try:
+            row = parse_row(line, self.texts_only)
+        except ValueError:
+            row = None
+        if row is None:
+            raise InputError(f"row {number} is gone: its file changed while it was in use")
+        return row
+
+    def add(self, file: IO[bytes], offset: int, size: int, row: dict[str, Any]) -> None:
+        """Note where a row stands."""
+        if not self.files or self.files[-1] is not file:
+            self.files.append(file)
+        self.file.append(len(self.files) - 1)
+        self.offset.append(offset)
+        self.size.append(size)
+        self.characters.append(characters_of(row))
+
+
+def is_text(row: dict[str, Any]) -> bool:
+    """Is a row a text rather than a question? A question's "text" may be there and empty, as in a table's export."""
+    return isinstance(row.get("text"), str) and bool(row["text"].strip())
+
+
+def characters_of(row: dict[str, Any]) -> int:
+    """How much there is to read in a row: its text, or its context and prompt."""
+    if is_text(row):
+        return len(row["text"])
+    documents = row["input"]
+    return (len(documents) if isinstance(documents, str) else sum(map(len, documents))) + len(row["prompt"])
+
+
+def index_rows(
+    pattern: str,
+    where: dict[str, list[Any]] | None = None,
+    texts_only: bool = False,
+    skip: Callable[[BadLine], None] | None = None,
+) -> tuple[RowIndex, RowIndex]:
+    """Check every row of some files and note where it stands: (texts, questions).
+
+    Args:
+        pattern: as for `gmsa.data.read_rows`.
+        where: only rows whose fields have one of the values listed for them.
+        texts_only: every row is a text to restore.
+        skip: called with each line that is not a row; None: the first such line is an error.
+
+    Raises:
+        InputError: no such file, or a line that is not a row; names file and line.
+    """
+    texts, questions = RowIndex(texts_only), RowIndex()
+    for path in find_files(pattern):
+        unpacked = path == "-" or path.endswith(".gz")
+        try:
+            # The files live as long as the indexes that hold them.
+            file: IO[bytes] = tempfile.TemporaryFile() if unpacked else Path(path).open("rb")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{path}: {error}") from error
+        for number, (offset, line) in enumerate(read_lines(path), start=1):
+            try:
+                row = parse_row(line, texts_only)
+            except ValueError as error:
+                bad = BadLine(path, number, str(error))
+                if skip is None:
+                    raise InputError(str(bad)) from None
+                skip(bad)
+                continue
+            if row is None or not all(row.get(field) in values for field, values in (where or {}).items()):
+                continue
+            if unpacked:
+                with _unpacking(path):
+                    offset = file.tell()
+                    file.write(line)
+            (texts if is_text(row) else questions).add(file, offset, len(line), row)
+        if unpacked:
+            with _unpacking(path):
+                file.flush()
+    return texts, questions
+
+
+@contextlib.contextmanager
+def _unpacking(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot unpack {path} to {tempfile.gettempdir()}: {error.strerror}") from error
