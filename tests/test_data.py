@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -100,6 +100,9 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         (b'{"text": "x"', "Expecting"),
         (b"text", "Expecting value"),
         (b'{"text": "\xff"}', "can't decode byte 0xff"),
+        (b'{"text": "half of \\uD83D"}', "surrogates not allowed"),
+        (b'{"text": "x", "source": ["\\udfff"]}', "surrogates not allowed"),
+        (b"[" * 100_000, "nested too deeply"),
         ([1, 2], "a row must be a JSON object"),
         ({"text": "  "}, "'input' is missing or empty"),
         ({"text": 3}, "'input' is missing or empty"),
@@ -191,6 +194,17 @@ def test_rows_with_nothing_to_restore(row: dict[str, Any]) -> None:
         check_row(row, texts_only=True)
 
 
+@pytest.mark.parametrize("text", [r"\ud83d\ude42", r"\\ud83d", "🙂"])
+def test_both_halves_of_a_character_are_one(text: str) -> None:
+    row = parse_row(f'{{"text": "{text}"}}'.encode())
+    assert row == {"text": r"\ud83d" if text.startswith(r"\\") else "🙂"}
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", 3])
+def test_an_empty_text_beside_a_question_counts_for_nothing(empty: Any) -> None:
+    assert check_row({"text": empty, **QUESTION}) == {**QUESTION, "answer": ["That."]}
+
+
 def test_the_documents_a_question_is_about() -> None:
     assert documents_of(QUESTION) == ["A context."]
     assert documents_of({**QUESTION, "input": ["one", "two"]}) == ["one", "two"]
@@ -217,6 +231,7 @@ def test_files_of_a_pattern(tmp_path: Path) -> None:
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 12) | st.none())
 def test_windows_hold_every_token_once_in_order(tokens: list[int], size: int | None) -> None:
     windows = split_windows(tokens, size)

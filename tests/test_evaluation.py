@@ -111,15 +111,20 @@ def test_restoration_of_a_model_that_restores_perfectly(
     monkeypatch.setattr(gmsa, "restore", lambda memories, **_: [by_length[id(m)].strip() for m in memories])
     [(row, examples)] = evaluate_restoration(gmsa, str(data), [20], [4], limit=3)
     assert row["metrics"]["bleu"] == pytest.approx(1)
-    assert row["metrics"]["prefix_em"] == 1
+    assert row["metrics"]["prefix_em"] == row["metrics"]["rougeL"] == 1
+    assert row["metrics"]["bertscore_f1"] is None  # no scorer was given
+    assert row["ci"]["prefix_em"] == [1, 1]
+    low, high = row["ci"]["token_accuracy"]
+    assert low <= row["metrics"]["token_accuracy"] <= high
     assert row["n"] == len(examples) == 3
     assert row["tokens"] == {"context": 20, "soft": 5}
     assert 0 <= row["metrics"]["token_accuracy"] < 0.5  # the tiny model itself knows nothing
     assert row["metrics"]["perplexity"] > 2
+    assert row["metrics"]["perplexity_text"] > 2
 
 
 def test_questions_and_budgets(gmsa: GMSA, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gmsa, "answer", lambda questions, memories, **_: ["2"] * len(questions))
+    monkeypatch.setattr(gmsa, "read", lambda questions, memories, **_: ["2"] * len(questions))
     rows = [row for row, _ in evaluate_qa(gmsa, str(data), [2, 4], limit=5)]
     assert [r["merge_size"] for r in rows] == [2, 4]
     assert rows[0]["metrics"]["em"] == 20  # one of five

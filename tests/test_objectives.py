@@ -16,7 +16,7 @@ from gmsa import GMSA
 from gmsa.losses import CHUNK, cross_entropy_in_chunks, distilled
 from gmsa.modeling import GmsaModel, body_of
 from gmsa.training.recipe import Recipe
-from gmsa.training.trainer import DEFAULT_LORA, _checkpoint_activations, train
+from gmsa.training.trainer import DEFAULT_LORA, checkpoint_activations, train
 
 QUESTIONS = [
     {
@@ -225,7 +225,7 @@ def test_checkpointing_recomputes_the_frozen_decoder_and_changes_nothing(
     def gradients(checkpointing: bool) -> tuple[dict[str, torch.Tensor], int]:
         model = tiny_model(family)
         if checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
         model.set_trainable(["encoder", "lsa"])
         model.train()
         calls = []

@@ -1,9 +1,11 @@
-"""Metrics as pure functions (paper section 5). Restoration on 0-1, question answering on 0-100."""
+"""Metrics as pure functions (paper section 5). Restoration and ROUGE on 0-1, question answering on 0-100."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 
 def prefix_exact_match(reference: Sequence[int], restored: Sequence[int]) -> float:
@@ -21,6 +23,34 @@ def bleu(references: Sequence[str], restored: Sequence[str]) -> float:
     import sacrebleu
 
     return sacrebleu.corpus_bleu(list(restored), [list(references)]).score / 100
+
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class _Words:
+    """Lower-case words of letters and digits: as rouge-score has them in ASCII, where it drops all other letters."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(ROUGE, tokenizer=_Words())
+
+
+def rouge(prediction: str, references: Sequence[str]) -> dict[str, float]:
+    """ROUGE-1, -2 and -L, F-measure on 0-1 by rouge-score without stemming; each the best over all references."""
+    found = _rouge_scorer().score_multi(list(references), prediction)
+    return {name: found[name].fmeasure for name in ROUGE}
+
+
+def answer_length(prediction: str) -> int:
+    """Length of an answer in words, cut at white space."""
+    return len(prediction.split())
 
 
 def normalise(answer: str) -> str:

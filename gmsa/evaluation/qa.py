@@ -1,16 +1,25 @@
-"""Question answering from soft tokens or from the plain text (paper section 5)."""
+"""Question answering from what different methods give the decoder to read (paper section 5)."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
-from gmsa.data import read_rows
+from gmsa.baselines.base import Method, Models, Question
+from gmsa.baselines.soft_tokens import SoftTokens
+from gmsa.data import documents_of, read_rows
 from gmsa.engine import GMSA
-from gmsa.errors import InputError
+from gmsa.errors import ContextTooLongError, InputError
 from gmsa.evaluation import metrics
+from gmsa.evaluation.cache import AnswerCache
+from gmsa.evaluation.statistics import interval
 
 MEASURES = {
     "acc": metrics.accuracy,
@@ -26,6 +35,14 @@ def spread(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     return list(islice(rows[::step], limit))
 
 
+def choose(rows: Sequence[dict[str, Any]], limit: int, seed: int | None = None) -> list[dict[str, Any]]:
+    """`limit` rows: drawn at random with a seed, in the file's order; spread evenly without."""
+    if seed is None:
+        return spread(rows, limit)
+    drawn = random.Random(seed).sample(range(len(rows)), min(limit, len(rows)))
+    return [rows[i] for i in sorted(drawn)]
+
+
 def evaluate_qa(
     gmsa: GMSA,
     path: str,
@@ -34,17 +51,26 @@ def evaluate_qa(
     max_new_tokens: int = 32,
     batch_size: int = 8,
     show_progress_bar: bool = False,
+    *,
+    methods: Sequence[Method] | None = None,
+    seed: int | None = None,
+    cache: AnswerCache | None = None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Measure answers at each merge size.
+    """Measure the answers of each method, at each merge size where it has one.
 
     Args:
-        gmsa: the model.
+        gmsa: the model under test.
         path: JSONL of {"input", "prompt", "answer"}.
         merge_sizes: to compress at.
         limit: questions.
         max_new_tokens: longest answer.
         batch_size: questions at once.
         show_progress_bar: on stderr.
+        methods: from `gmsa.baselines.load_methods`; None: the model under test alone.
+        seed: draw questions at random; None: spread over the file.
+        cache: answers found here are not made again.
+        note: told in one line of each method that cannot read these contexts; it is left out.
 
     Yields:
         One result row (docs/results.md) and its examples.
@@ -52,32 +78,132 @@ def evaluate_qa(
     Raises:
         InputError: the file has no questions.
     """
-    rows = spread([row for row in read_rows(path) if "text" not in row], limit)
+    numbered = [{**row, "index": i} for i, row in enumerate(read_rows(path)) if "text" not in row]
+    rows = choose(numbered, limit, seed)
     if not rows:
         raise InputError(f"{path} has no rows with input, prompt and answer")
-    for size in merge_sizes:
-        examples, soft, origin = [], [], []
-        starts = range(0, len(rows), batch_size)
-        for start in tqdm(starts, desc=f"{size}x", disable=not show_progress_bar, unit="batch"):
-            part = rows[start : start + batch_size]
-            memories = gmsa.compress([row["input"] for row in part], size)
-            answers = gmsa.answer(
-                [row["prompt"] for row in part], [[m] for m in memories], max_new_tokens=max_new_tokens
-            )
-            soft += [len(m) for m in memories]
-            origin += [m.origin_tokens for m in memories]
-            for row, answer in zip(part, answers, strict=True):
-                values = {name: measure(answer, row["answer"]) for name, measure in MEASURES.items()}
-                examples.append({"prompt": row["prompt"], "answer": row["answer"], "predicted": answer, **values})
-        yield (
-            {
-                "task": "qa",
-                "dataset": path.rsplit("/", 1)[-1],
-                "method": "gmsa",
-                "merge_size": size,
-                "n": len(rows),
-                "metrics": {name: round(fmean(e[name] for e in examples), 2) for name in MEASURES},
-                "tokens": {"context": round(fmean(origin), 1), "soft": round(fmean(soft), 1)},
-            },
-            examples,
+    questions = [Question(documents_of(row), row["prompt"]) for row in rows]
+    dataset = path.rsplit("/", 1)[-1]
+    cache = cache or AnswerCache(None, note)
+    if methods is None:
+        methods = [SoftTokens(Models(gmsa), gmsa)]
+    for method in methods:
+        for size in merge_sizes if method.compresses else [None]:
+            run = AnswerRun(method, size, max_new_tokens, batch_size, cache)
+            name = f"{method.name}, {size}x" if size else method.name
+            try:
+                with tqdm(total=len(rows), desc=name, disable=not show_progress_bar, unit="question") as bar:
+                    answers = run.answer(questions, bar.update)
+            except ContextTooLongError as error:
+                note(f"{dataset}, {name} is skipped: {error}")
+                continue
+            made = [example(row, answer, method.name, size) for row, answer in zip(rows, answers, strict=True)]
+            yield result(dataset, method.name, size, answers, made), made
+
+
+class AnswerRun:
+    """One method at one merge size: questions in, answers out, those already in a cache reused."""
+
+    def __init__(
+        self, method: Method, merge_size: int | None, max_new_tokens: int, batch_size: int, cache: AnswerCache
+    ) -> None:
+        self.method = method
+        self.merge_size = merge_size
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.cache = cache
+
+    def key(self, question: Question) -> str:
+        """Identifies an answer by everything it depends on."""
+        prompt = self.method.reader.template.text("", question.prompt)
+        parts = [self.method.fingerprint, self.merge_size, self.max_new_tokens, question.documents, prompt]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def answer(self, questions: Sequence[Question], done: Callable[[int], Any]) -> list[dict[str, Any]]:
+        """An entry of the cache per question, in order; `done` is called with how many more are there.
+
+        Raises:
+            ContextTooLongError: the decoder cannot read that much.
+        """
+        keys = [self.key(question) for question in questions]
+        missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.cache.answers}
+        done(len(keys) - len(missing))
+        # Contexts of like length together: less padding. The longest first, so that too long a one fails at once.
+        order = sorted(missing, key=lambda key: -len(missing[key].context))
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            for key, entry in zip(part, self._answer([missing[key] for key in part]), strict=True):
+                self.cache.add(key, entry)
+            done(len(part))
+        return [self.cache.answers[key] for key in keys]
+
+    def _answer(self, questions: list[Question]) -> list[dict[str, Any]]:
+        reader = self.method.reader
+        started = time.perf_counter()
+        readings = self.method.read(questions, self.merge_size or 1)
+        read = time.perf_counter()
+        prompts = [q.prompt for q in questions]
+        answers = reader.read(
+            prompts, [r.content for r in readings], max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
         )
+        answered = time.perf_counter()
+        seconds = {
+            "compress": (read - started) / len(questions),
+            "answer": (answered - read) / len(questions),
+        }
+        entries = []
+        for question, reading, answer in zip(questions, readings, answers, strict=True):
+            around = reader.template(question.prompt)
+            entries.append(
+                {
+                    "predicted": answer,
+                    "answer_tokens": len(reader.template.encode(answer)),
+                    "context": len(reader.template.encode(question.context)),
+                    "read": len(reading),
+                    "cut": reading.cut,
+                    "prompt": len(around.before) + len(reading) + len(around.after),
+                    "seconds": seconds,
+                }
+            )
+        return entries
+
+
+def example(row: dict[str, Any], answer: dict[str, Any], method: str, merge_size: int | None) -> dict[str, Any]:
+    """A line of examples.jsonl."""
+    values = {name: measure(answer["predicted"], row["answer"]) for name, measure in MEASURES.items()}
+    return {
+        "id": row.get("id", row["index"]),
+        "method": method,
+        "merge_size": merge_size,
+        "prompt": row["prompt"],
+        "answer": row["answer"],
+        "predicted": answer["predicted"],
+        **values,
+        "answer_tokens": answer["answer_tokens"],
+        "tokens": {"context": answer["context"], "soft": answer["read"], "prompt": answer["prompt"]},
+        "cut": answer["cut"],
+    }
+
+
+def result(
+    dataset: str,
+    method: str,
+    merge_size: int | None,
+    answers: Sequence[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """A result row: means over the examples, and where they are metrics of answers, their intervals."""
+    intervals = {name: interval([e[name] for e in examples]) for name in MEASURES}
+    return {
+        "task": "qa",
+        "dataset": dataset,
+        "method": method,
+        "merge_size": merge_size,
+        "n": len(examples),
+        "metrics": {name: round(fmean(e[name] for e in examples), 2) for name in (*MEASURES, "answer_tokens")},
+        "ci": {name: [round(bound, 2) for bound in bounds] for name, bounds in intervals.items()},
+        "tokens": {
+            name: round(fmean(e["tokens"][name] for e in examples), 1) for name in ("context", "soft", "prompt")
+        },
+        "seconds": {name: round(fmean(a["seconds"][name] for a in answers), 4) for name in ("compress", "answer")},
+    }

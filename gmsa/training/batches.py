@@ -19,7 +19,7 @@ from gmsa.data import Batch, Example, collate, documents_of
 from gmsa.errors import ConfigError
 from gmsa.prompts import Prompt, PromptTemplate
 from gmsa.training.recipe import Recipe
-from gmsa.training.rows import RowIndex, is_text
+from gmsa.training.rows import RowIndex
 from gmsa.training.schedule import RateSchedule
 
 # Characters per token of English text, to plan batches without tokenising the whole file first.
@@ -166,7 +166,7 @@ class TrainingBatches(Dataset[NumberedBatch]):
         for row_number, length in self.sources[source][0].batch(place, self.recipe.seed + source):
             sizes = self.rates.draw(step, rng, self.recipe.rates_per_sample)
             row = rows[row_number]
-            if is_text(row):
+            if "text" in row:
                 made.append(self.text_example(row["text"], length, sizes, rng))
             else:
                 count = rng.randint(0, self.recipe.distractors) if len(rows) > 1 else 0

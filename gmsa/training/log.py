@@ -66,6 +66,11 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero and logs and "loss" in logs:
             self.write({"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 1)})
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Look at restoration after the last step too, whatever its number."""
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+
     def write(self, entry: dict[str, Any]) -> None:
         """Add a line."""
         with (self.folder / "log.jsonl").open("a") as file:

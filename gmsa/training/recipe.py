@@ -179,7 +179,7 @@ class Recipe:
 
         Args:
             path: the recipe. "{overlay}" in its `output` becomes +NAME for each overlay, so that the run has a folder
-                of its own; in its `init`, for each that changes the model, as the stage before had those too.
+                of its own; in its `init`, for each that changes the compressor, as the stage before had those too.
             changes: overlays (paths of YAML files with some of the keys) and `key=value` overrides.
 
         Raises:
@@ -195,7 +195,9 @@ class Recipe:
                     merged = key in MERGED_PARTS and isinstance(value, dict) and isinstance(raw.get(key), dict)
                     raw[key] = {**raw[key], **value} if merged else value
                 names["output"] += f"+{Path(change).stem}"
-                names["init"] += f"+{Path(change).stem}" if "model" in overlay else ""
+                # LoRA on the decoder is the second stage's own: it does not make another first stage.
+                first_stage_too = set(overlay.get("model") or {}) - {"decoder_lora"}
+                names["init"] += f"+{Path(change).stem}" if first_stage_too else ""
             else:
                 _override(raw, change)
         for key, added in names.items():

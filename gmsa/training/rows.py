@@ -57,14 +57,9 @@ class RowIndex(Sequence[dict[str, Any]]):
         self.characters.append(characters_of(row))
 
 
-def is_text(row: dict[str, Any]) -> bool:
-    """Is a row a text rather than a question? A question's "text" may be there and empty, as in a table's export."""
-    return isinstance(row.get("text"), str) and bool(row["text"].strip())
-
-
 def characters_of(row: dict[str, Any]) -> int:
     """How much there is to read in a row: its text, or its context and prompt."""
-    if is_text(row):
+    if "text" in row:
         return len(row["text"])
     documents = row["input"]
     return (len(documents) if isinstance(documents, str) else sum(map(len, documents))) + len(row["prompt"])
@@ -110,7 +105,7 @@ def index_rows(
                 with _unpacking(path):
                     offset = file.tell()
                     file.write(line)
-            (texts if is_text(row) else questions).add(file, offset, len(line), row)
+            (texts if "text" in row else questions).add(file, offset, len(line), row)
         if unpacked:
             with _unpacking(path):
                 file.flush()

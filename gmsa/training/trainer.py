@@ -294,11 +294,11 @@ def prepare(recipe: Recipe) -> tuple[GmsaModel, Backbone, PromptTemplate]:
     for parameter in model.set_trainable(recipe.trains):
         parameter.data = parameter.data.float()  # the master weights
     if recipe.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return model, encoder, template
 
 
-def _checkpoint_activations(model: GmsaModel) -> None:
+def checkpoint_activations(model: GmsaModel) -> None:
     """Recompute activations in the backward pass; transformers is renaming this."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable({"use_reentrant": False})

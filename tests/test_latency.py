@@ -1,0 +1,90 @@
+"""Latency rows: shape, tokens, the cost model. What was measured is never asserted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gmsa import GMSA
+from gmsa.cli import main
+from gmsa.errors import InputError
+from gmsa.evaluation import latency
+from gmsa.evaluation.latency import evaluate_latency, predicted, text_of
+from gmsa.modeling import GmsaModel
+
+
+@pytest.fixture
+def gmsa(trained_model: Callable[..., GmsaModel], tmp_path: Path) -> GMSA:
+    trained_model(lsa_layers=2).save_pretrained(tmp_path / "model")
+    return GMSA.from_pretrained(tmp_path / "model", dtype="float32")
+
+
+def test_every_way_is_timed_in_every_round(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[str, int | None]] = []
+    real = latency._time
+
+    def note(gmsa: GMSA, way: latency.Way, new: int) -> dict[str, object]:
+        order.append((way.method, way.merge_size))
+        return real(gmsa, way, new)
+
+    monkeypatch.setattr(latency, "_time", note)
+    found = list(evaluate_latency(gmsa, [64], [4, 8], [1, 3], rounds=2))
+    ways = [("original-prompt", None), ("gmsa", 4), ("gmsa-stored", 4), ("gmsa", 8), ("gmsa-stored", 8)]
+    assert order == ways * 3 * 2  # one round more than is counted, for each number of new tokens
+    assert [(row["method"], row["merge_size"]) for row, _ in found] == ways * 2
+    assert [row["new_tokens"] for row, _ in found] == [1] * 5 + [3] * 5
+    for row, rounds in found:
+        assert row["n"] == len(rounds) == 2
+        assert row["tokens"]["context"] == 64
+        assert row["tokens"]["soft"] == (64 if row["merge_size"] is None else 64 // row["merge_size"])
+        seconds = row["seconds"]
+        assert all(value >= 0 for value in seconds.values())
+        assert set(seconds) == {"compress", "first_token", "decode", "total"}
+        for taken in rounds:
+            assert taken["total"] == pytest.approx(taken["compress"] + taken["first_token"] + taken["decode"])
+    assert found[0][0]["metrics"]["ratio_to_original"] == 1
+    assert found[0][0]["metrics"]["predicted_ratio"] is None
+
+
+def test_exactly_so_many_tokens_are_generated(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    real = GmsaModel.generate
+
+    def note(self: GmsaModel, *args: object, **kwargs: object) -> object:
+        new = real(self, *args, **kwargs)  # type: ignore[arg-type]
+        lengths.append(new.shape[1])
+        return new
+
+    monkeypatch.setattr(GmsaModel, "generate", note)
+    list(evaluate_latency(gmsa, [40], [4], [7], rounds=1))
+    assert set(lengths) == {7}
+
+
+def test_the_cost_model_counts_layer_passes(gmsa: GMSA) -> None:
+    # 4 decoder layers, 2 of the encoder, 2 of the alignment.
+    assert predicted(gmsa, 4, stored=False) == pytest.approx(4 / (2 + 2 / 4 + 4 / 4))
+    assert predicted(gmsa, 4, stored=True) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("length", [10, 333, 1000])
+def test_texts_have_the_length_asked_for(gmsa: GMSA, length: int) -> None:
+    assert len(gmsa.tokenizer(text_of(gmsa, length), add_special_tokens=False)["input_ids"]) == length
+
+
+def test_a_context_that_does_not_fit_is_refused(gmsa: GMSA) -> None:
+    with pytest.raises(InputError, match=r"400 tokens does not fit the decoder's 512 positions"):
+        list(evaluate_latency(gmsa, [64, 400], [4], [1]))
+
+
+def test_the_command_prints_and_writes(gmsa: GMSA, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "latency", "--model", str(tmp_path / "model"), "--dtype", "float32", "--rounds", "1"]
+    sizes = ["--lengths", "48", "--merge-size", "4", "--new-tokens", "1,2", "-o", str(tmp_path / "out")]
+    assert main([*command, *sizes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", n=")[0] for line in lines] == [
+        f"48 tokens, {new} new, {way}" for new in (1, 2) for way in ("original-prompt", "gmsa, 4x", "gmsa-stored, 4x")
+    ]
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["original-prompt", "gmsa", "gmsa-stored"] * 2
+    assert "latency" in (tmp_path / "out/report.md").read_text().lower()
