@@ -164,17 +164,25 @@ def read_rows(
         InputError: no such file, or a line that is not a row; names file and line.
     """
     for path in find_files(pattern):
-        for number, (_, line) in enumerate(read_lines(path), start=1):
-            try:
-                row = parse_row(line, texts_only)
-            except ValueError as error:
-                bad = BadLine(path, number, str(error))
-                if skip is None:
-                    raise InputError(str(bad)) from None
-                skip(bad)
-            else:
-                if row is not None:
-                    yield row
+        for _, _, row in placed_rows(path, skip, texts_only):
+            yield row
+
+
+def placed_rows(
+    path: str, skip: Callable[[BadLine], None] | None = None, texts_only: bool = False
+) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """(byte offset, line, row) of each row of one file; arguments and errors as for `read_rows`."""
+    for number, (offset, line) in enumerate(read_lines(path), start=1):
+        try:
+            row = parse_row(line, texts_only)
+        except ValueError as error:
+            bad = BadLine(path, number, str(error))
+            if skip is None:
+                raise InputError(str(bad)) from None
+            skip(bad)
+        else:
+            if row is not None:
+                yield offset, line, row
 
 
 def parse_row(line: bytes, texts_only: bool = False) -> dict[str, Any] | None:

@@ -231,7 +231,7 @@ class GMSA:
         out = self.model.score(**inputs, targets=targets)
         log_probabilities = torch.log_softmax(out["logits"].float(), dim=-1)
         chosen = log_probabilities.gather(1, out["labels"][:, None])[:, 0]
-        return Score(len(tokens), int((out["logits"].argmax(-1) == out["labels"]).sum()), float(-chosen.sum()))
+        return Score(len(tokens), int(out["correct"]), float(-chosen.sum()))
 
     def _windows(self, memory: Memory) -> list[Memory]:
         """A memory cut where the windows of its text met."""

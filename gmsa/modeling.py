@@ -193,15 +193,16 @@ class Compressor(nn.Module):
         """
         if not bool((window_mask[:, 1:].bool() <= window_mask[:, :-1].bool()).all()):
             raise InputError("windows must be padded on the right: a real token stands after padding")
-        several = isinstance(merge_size, Tensor) and merge_size.dim() == 2
-        rates = merge_size.shape[1] if several else 1  # type: ignore[union-attr]
-        sizes = merge_size.flatten() if several else merge_size  # type: ignore[union-attr]
-        if self.appended is not None:  # the tokens appended differ, so every rate is a pass of its own
-            ids, mask = window_ids.repeat_interleave(rates, 0), window_mask.repeat_interleave(rates, 0)
-            soft, mask = self._append(ids, mask, sizes)
+        states = None if self.appended is not None else self.encode(window_ids)
+        if (rates := rates_of(merge_size)) > 1:
+            assert isinstance(merge_size, Tensor)
+            merge_size = merge_size.flatten()
+            window_ids, window_mask = (part.repeat_interleave(rates, 0) for part in (window_ids, window_mask))
+            states = states.repeat_interleave(rates, 0) if states is not None else None
+        if states is None:  # the tokens appended differ from rate to rate, so each is a pass of its own
+            soft, mask = self._append(window_ids, window_mask, merge_size)
         else:
-            states = self.encode(window_ids).repeat_interleave(rates, 0)
-            soft, mask = group_merge(states, window_mask.repeat_interleave(rates, 0), sizes)
+            soft, mask = group_merge(states, window_mask, merge_size)
         return self.lsa(soft), mask
 
     def _append(self, ids: Tensor, mask: Tensor, merge_size: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, overload
 
-from gmsa.data import BadLine, find_files, parse_row, read_lines
+from gmsa.data import BadLine, find_files, parse_row, placed_rows
 from gmsa.errors import InputError
 
 
@@ -90,16 +90,8 @@ def index_rows(
             file: IO[bytes] = tempfile.TemporaryFile() if unpacked else Path(path).open("rb")  # noqa: SIM115
         except OSError as error:
             raise InputError(f"{path}: {error}") from error
-        for number, (offset, line) in enumerate(read_lines(path), start=1):
-            try:
-                row = parse_row(line, texts_only)
-            except ValueError as error:
-                bad = BadLine(path, number, str(error))
-                if skip is None:
-                    raise InputError(str(bad)) from None
-                skip(bad)
-                continue
-            if row is None or not all(row.get(field) in values for field, values in (where or {}).items()):
+        for offset, line, row in placed_rows(path, skip, texts_only):
+            if not all(row.get(field) in values for field, values in (where or {}).items()):
                 continue
             if unpacked:
                 with _unpacking(path):
