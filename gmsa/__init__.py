@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gmsa.memory import Memory
     from gmsa.merging import group_merge
     from gmsa.modeling import GmsaModel
+    from gmsa.store import MemoryStore
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -24,9 +25,10 @@ _HOMES = {
     "Memory": "gmsa.memory",
     "GmsaConfig": "gmsa.config",
     "GmsaModel": "gmsa.modeling",
+    "MemoryStore": "gmsa.store",
     "group_merge": "gmsa.merging",
 }
-__all__ = ["GMSA", "GmsaConfig", "GmsaModel", "Memory", "__version__", "group_merge"]
+__all__ = ["GMSA", "GmsaConfig", "GmsaModel", "Memory", "MemoryStore", "__version__", "group_merge"]
 
 
 def __getattr__(name: str) -> Any:

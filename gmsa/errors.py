@@ -29,5 +29,21 @@ class MemoryFileError(GmsaError):
     """A memory file is missing, damaged or not a memory."""
 
 
+class MemoryNotFoundError(GmsaError, LookupError):
+    """A memory store holds no memory of that id."""
+
+
+class StoreError(GmsaError):
+    """A memory store cannot be opened, read or written."""
+
+
 class MemoryMismatchError(GmsaError, ValueError):
     """A memory was made by another compressor than the one asked to read it."""
+
+
+class RemoteDecoderError(GmsaError):
+    """A decoder served elsewhere cannot be reached, refuses a request or breaks off."""
+
+
+class CorpusError(GmsaError):
+    """A corpus cannot be read, or its output folder not be written or gone on with."""

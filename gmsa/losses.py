@@ -42,12 +42,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for states, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
             with torch.set_grad_enabled(needed):
                 states = states.detach().requires_grad_(needed)
-                logits = logits_of(states).float()
-                part = F.cross_entropy(logits, wanted, reduction="sum")
-            if needed:
-                gradients.append(torch.autograd.grad(part, states)[0])
-            loss += part.detach()
-            correct += (logits.detach().argmax(-1) == wanted).sum()
+                logits = logits_of(states)
+            logged = F.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+            loss -= logged.gather(1, wanted[:, None]).sum()
+            correct += (logged.argmax(-1) == wanted).sum()
+            if needed:  # the gradient is softmax minus one-hot: made in place, instead of by passes of autograd's own
+                of_logits = logged.exp_()
+                of_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+                gradients.append(torch.autograd.grad(logits, states, of_logits.to(logits.dtype))[0])
         if needed:
             ctx.save_for_backward(torch.cat(gradients) / len(labels))
         ctx.mark_non_differentiable(correct)

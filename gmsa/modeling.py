@@ -586,6 +586,10 @@ def load_model(
     """
     config = config or checkpoint.read_config(folder)
     given = {name: value for name, value in options.items() if value}
+    if getattr(config, "holds", None) == "compressor":
+        from gmsa.scale.compressor import load_compressor  # builds on this module
+
+        return load_compressor(folder, config, dtype, **given)
     decoder, encoder = checkpoint.load_backbones(config, dtype, **given)
     model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
     checkpoint.load_weights(model, folder)

@@ -7,23 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from safetensors.torch import save_file
+from tiny import BEGIN, END, VOCABULARY, make_model, make_tokenizer
+from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model
 
 from gmsa import GMSA
 from gmsa.backbones import Backbone
-from gmsa.baselines import METHODS, embedding_sentences, load_methods
+from gmsa.baselines import METHODS, embedding_sentences, load_methods, provence
+from gmsa.baselines import exit as exit_method
 from gmsa.baselines.base import Method, Models, Question, TextMethod
 from gmsa.baselines.bm25_sentences import Bm25Sentences
 from gmsa.baselines.sentences import split_sentences
 from gmsa.cli import main
-from gmsa.errors import InputError
+from gmsa.errors import CheckpointError, InputError
 from gmsa.evaluation.cache import AnswerCache
 from gmsa.evaluation.qa import choose, evaluate_qa
 from gmsa.modeling import GmsaModel
 
+UNAVAILABLE = ("llmlingua-2", "provence", "exit")  # offline; the last two have tests of their own
 NO_LLMLINGUA = importlib.util.find_spec("llmlingua") is None
 TRAINED = [f"{name}-trained" for name in ("original-prompt", "truncate-head")]
-ALL = [*(name for name in METHODS if name != "llmlingua-2"), *TRAINED]
+ALL = [*(name for name in METHODS if name not in UNAVAILABLE), *TRAINED]
 QUESTIONS = [
     Question(["The mill was built in 1731. It ground rye. Its owner was a widow from the north."], "Who owned it?"),
     Question(["Ants.", "Bees live in hives! Do wasps? They do not.\nSome do."], "Where do bees live?"),
@@ -55,7 +59,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 @pytest.fixture
 def load(models: Models, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Method]:
-    monkeypatch.setattr(embedding_sentences, "find_model", lambda: str(tiny_bert))
+    monkeypatch.setattr(embedding_sentences, "find_minilm", lambda: str(tiny_bert))
 
     def load_one(name: str) -> Method:
         if "lingua" in name and NO_LLMLINGUA:
@@ -96,8 +100,7 @@ def test_a_batch_answers_as_each_question_alone(load: Callable[[str], Method], n
     method = load(name)
 
     def answers(questions: list[Question]) -> list[str]:
-        contents = [reading.content for reading in method.read(questions, 2)]
-        return method.reader.read([q.prompt for q in questions], contents, max_new_tokens=6)
+        return method.answer(questions, method.read(questions, 2), 6, 8)
 
     together = answers(QUESTIONS)
     assert together == [answers([question])[0] for question in QUESTIONS]
@@ -107,9 +110,10 @@ def test_a_batch_answers_as_each_question_alone(load: Callable[[str], Method], n
 @pytest.mark.parametrize("name", [name for name in ALL if name != "gmsa"])
 def test_a_context_may_be_blank(load: Callable[[str], Method], name: str) -> None:
     method = load(name)
-    [reading] = method.read([Question([" "], "What?")], 4)
+    question = Question([" "], "What?")
+    [reading] = method.read([question], 4)
     assert len(reading) <= 1
-    assert len(method.reader.read(["What?"], [reading.content], max_new_tokens=2)) == 1
+    assert len(method.answer([question], [reading], 2, 8)) == 1
 
 
 # -- what they choose --------------------------------------------------------------------------------------------------
@@ -179,22 +183,221 @@ def test_the_untouched_backbone_reads_unless_told_otherwise(models: Models, load
     assert len({plain.fingerprint, trained.fingerprint, load("gmsa").fingerprint}) == 3
 
 
+# -- models of others, as tiny random ones -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def provence_folder(tmp_path: Path) -> Path:
+    """Files laid out as the published model's: a configuration that names code, and one file of weights."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fields = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
+    config = DebertaV2Config(vocab_size=VOCABULARY, initializer_range=0.5, **sizes, **fields)
+    torch.manual_seed(0)
+    parts = {"deberta.": DebertaV2Model(config), "token_classifier.": torch.nn.Linear(16, 2),
+             "classifier.": torch.nn.Linear(16, 1)}  # fmt: skip
+    weights = {prefix + k: v for prefix, part in parts.items() for k, v in part.state_dict().items()}
+    make_tokenizer(cls_token="<|begin|>", sep_token="<|end|>").save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors")
+    config.save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text())
+    entries |= {"model_type": "Provence", "auto_map": {"AutoModel": "modeling_provence.Provence"}}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def test_provence_ranks_by_the_mean_over_a_sentence(
+    gmsa: GMSA, provence_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provence, "MODEL", str(provence_folder))
+    [method] = load_methods(["provence"], Models(gmsa), print)
+    question, sentences = "Who?", ["It was she. ", "He left. "]
+    ids = [BEGIN, *b"Who?", END, *b"It was she. He left. ", END]
+    shift = {byte: method.tokenizer.encode(chr(byte), add_special_tokens=False)[0] for byte in range(32, 127)}
+    row = torch.tensor([[token if token >= 256 else shift[token] for token in ids]])
+    with torch.no_grad():
+        keep = torch.sigmoid(method.head(method.body(row).last_hidden_state) @ torch.tensor([-1.0, 1.0]))[0]
+    expected = [float(keep[6:18].mean()), float(keep[18:27].mean())]
+    assert method.rank(sentences, question) == pytest.approx(expected, abs=1e-5)
+    # What does not fit beside them is read in windows of its own, with the question again.
+    monkeypatch.setattr(provence, "LONGEST", 4 + 3 + 12)
+    alone = [method.rank([s], question)[0] for s in sentences]
+    assert method.rank(sentences, question) == pytest.approx(alone, abs=1e-5)
+    assert alone[1] != pytest.approx(expected[1], abs=1e-5)
+    [reading] = method.read(QUESTIONS[:1], 2)
+    assert len(reading) == math.ceil(len(QUESTIONS[0].context) / 2)
+
+
+def test_other_weights_than_provence(gmsa: GMSA, provence_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provence, "MODEL", str(provence_folder))
+    save_file({"deberta.x": torch.zeros(1)}, provence_folder / "model.safetensors")
+    notes: list[str] = []
+    assert load_methods(["provence"], Models(gmsa), notes.append) == []
+    assert "are not those of a DeBERTa" in notes[0]
+
+
+def test_windows_hold_whole_parts() -> None:
+    assert provence.windows([[1, 2], [3], [4, 5, 6, 7, 8], [9]], 4) == [[[1, 2], [3]], [[4, 5, 6, 7]], [[9]]]
+    assert provence.windows([], 4) == []
+
+
+def test_exit_asks_of_every_sentence(
+    gmsa: GMSA, save_backbone: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = save_backbone("llama", max_position_embeddings=2048)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(make_model("llama", max_position_embeddings=2048), lora).save_pretrained(tmp_path)
+    monkeypatch.setattr(exit_method, "BASE", str(base))
+    monkeypatch.setattr(exit_method, "ADAPTER", str(tmp_path))
+    [method] = load_methods(["exit"], Models(gmsa), print)
+    sentences = ["It was she who left. ", "He did. ", "They all did, then. "]
+    found = method.rank(sentences, "Who?")
+    model = peft.PeftModel.from_pretrained(make_model("llama", max_position_embeddings=2048), tmp_path)
+    for sentence, score in zip(sentences, found, strict=True):
+        text = (
+            "<start_of_turn>user\nQuery:\nWho?\nFull context:\nIt was she who left. He did. They all did, then. \n"
+            f"Sentence:\n{sentence.strip()}\nIs this sentence useful in answering the query? "
+            'Answer only "Yes" or "No".<end_of_turn>\n<start_of_turn>model\n'
+        )
+        with torch.no_grad():
+            logits = model(**method.tokenizer(text, return_tensors="pt")).logits[0, -1]
+        yes, no = (method.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Y", "N"))
+        assert score == pytest.approx(float(torch.sigmoid(logits[yes] - logits[no])), abs=1e-4)
+    assert len(set(found)) == 3
+    monkeypatch.setattr(exit_method, "LONGEST", 200)
+    assert len(method.prompt("A.", "Who?", "x" * 300)) == 200
+    assert method.tokenizer.decode(method.prompt("A.", "Who?", "x" * 300)).endswith("<start_of_turn>model\n")
+
+
+# -- parts of a cache --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "cohere"])
+@pytest.mark.parametrize("name", ["snapkv", "streaming-llm"])
+def test_a_cache_kept_whole_answers_as_the_original_prompt(
+    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel], name: str, family: str
+) -> None:
+    models = Models(GMSA(tiny_model(family, system_prompt=""), tiny_backbone(family)))
+    found = []
+    for method in load_methods([name, "original-prompt"], models, print):
+        found.append(method.answer(QUESTIONS, method.read(QUESTIONS, 1), 8, 2))
+    assert found[0] == found[1]
+    assert len({*found[0]}) > 1
+
+
+def prefilled(method: Method, question: Question) -> tuple[Any, tuple[int, int]]:
+    """The model's output after the whole prompt, attention included, and where the context stands."""
+    prompt, ids = method.reader.template(question.prompt), method.reader.template.encode(question.context)
+    decoder = method.reader.model.decoder
+    row = torch.cat([prompt.before, torch.tensor(ids), prompt.after])[None]
+    try:
+        decoder.set_attn_implementation("eager")
+        with torch.no_grad():
+            out = decoder(row, output_attentions=True, use_cache=True)
+    finally:
+        decoder.set_attn_implementation("sdpa")
+    return out, (len(prompt.before), len(prompt.before) + len(ids))
+
+
+def test_snapkv_keeps_what_the_question_attends_to(load: Callable[[str], Any]) -> None:
+    method = load("snapkv")
+    for question, reading in zip(QUESTIONS[:2], method.read(QUESTIONS, 4), strict=False):  # a batch with padding
+        out, (start, end) = prefilled(method, question)
+        for layer, (keys, values) in enumerate(reading.content.layers):
+            weights = out.attentions[layer][0, :, end:, start:end].mean(dim=1)  # (4 heads, L)
+            weights = weights.unflatten(0, (2, 2)).mean(dim=1)  # (2 of keys, L)
+            padded = torch.nn.functional.pad(weights, (2, 2))
+            smooth = sum(padded[:, i : i + end - start] for i in range(5))
+            cache = out.past_key_values.layers[layer]
+            for head in range(2):
+                places = [start + i for i in sorted(smooth[head].argsort(descending=True)[: len(reading)].tolist())]
+                expected = cache.keys[0, head, [*range(start), *places]]
+                torch.testing.assert_close(keys[head], expected, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(values[head, start:], cache.values[0, head, places], atol=1e-4, rtol=1e-4)
+
+
+def test_streaming_keeps_both_ends(
+    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+) -> None:
+    models = Models(GMSA(tiny_model("llama", prompt="plain"), tiny_backbone("llama")))
+    [method] = load_methods(["streaming-llm"], models, print)
+    [reading] = method.read(QUESTIONS[:1], 4)
+    out, (start, end) = prefilled(method, QUESTIONS[0])
+    assert start == 1  # the begin token, which is the first of 4
+    places = [0, 1, 2, 3, *range(end - (len(reading) - 3), end)]
+    expected = out.past_key_values.layers[2].keys[0][:, places]
+    torch.testing.assert_close(reading.content.layers[2][0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_dropped_from_a_cache_does_not_reach_the_answer(load: Callable[[str], Any]) -> None:
+    method = load("snapkv")
+    [reading] = method.read(QUESTIONS[:1], 4)
+    kept = reading.content
+    keys, values = kept.layers[0]
+    assert keys.shape == values.shape == (2, len(method.reader.template("?").before) + len(reading), 12)
+    assert kept.position == len(method.reader.template("?").before) + len(QUESTIONS[0].context)
+    changed = [(k, v + 1) for k, v in kept.layers]
+    other = type(reading)(type(kept)(changed, kept.context, kept.position))
+    answers = [method.answer(QUESTIONS[:1], [r], 8, 8) for r in (reading, other)]
+    assert answers[0] != answers[1]  # nothing else holds the text
+
+
+def test_local_attention_has_no_cache_to_choose_from(
+    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+) -> None:
+    notes: list[str] = []
+    models = Models(GMSA(tiny_model("gemma3"), tiny_backbone("gemma3")))
+    assert load_methods(["snapkv"], models, notes.append) == []
+    assert notes == ["snapkv is skipped: it needs a decoder that attends to everything in every layer, without windows"]
+
+
 # -- the registry ------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_method_names_the_nearest(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="unknown method 'bm25': did you mean 'bm25-sentences'"):
         load_methods(["bm25"], models, print)
-    assert main(["eval", "qa", "--data", "x.jsonl", "--methods", "gmsa,orignal-prompt"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    for command in (
+        ["eval", "qa", "--data", "x.jsonl", "--methods", "gmsa,orignal-prompt"],
+        ["eval", "qa", "--data", "x.jsonl", "--methods", "gmsa,gmsa=folder"],
+        ["eval", "qa", "--data", "x.jsonl", "--methods", "gmsa,a b=folder"],
+        ["eval", "qa", "--data", "x.jsonl", "--methods", "a=folder,a=other"],
+        ["eval", "restoration", "--data", "x.jsonl", "--methods", "gmsa,truncate-head"],
+    ):
+        assert main(command) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_other_checkpoints_are_methods(
+    gmsa: GMSA, tmp_path: Path, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+) -> None:
+    fields = {"merging": "appended", "lsa": "mlp", "max_appended": 64, "window_size": 64, "trained": ["lsa"]}
+    GMSA(tiny_model("llama", system_prompt="", **fields), tiny_backbone("llama")).save_pretrained(tmp_path / "appended")
+    methods = load_methods(["gmsa", f"icae-like={tmp_path / 'appended'}"], Models(gmsa), print)
+    assert [method.name for method in methods] == ["gmsa", "icae-like"]
+    assert len({method.fingerprint for method in methods}) == 2
+    data = str(write_rows(tmp_path / "rows.jsonl"))
+    rows = [row for row, _ in evaluate_qa(gmsa, data, [5], 3, 4, methods=methods)]
+    assert [row["method"] for row in rows] == ["gmsa", "icae-like"]
+    # One window of 64 tokens against several of 16, each rounded up.
+    assert rows[1]["tokens"]["soft"] < rows[0]["tokens"]["soft"]
+    assert rows[1]["tokens"]["context"] == rows[0]["tokens"]["context"]
+    GMSA(tiny_model("qwen2", trained=["encoder"]), tiny_backbone("qwen2")).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="another decoder backbone"):
+        load_methods([f"other={tmp_path / 'other'}"], Models(gmsa), print)
+    with pytest.raises(CheckpointError):
+        load_methods([f"other={tmp_path / 'none'}"], Models(gmsa), print)
 
 
 def test_what_is_not_at_hand_is_skipped_in_one_line(gmsa: GMSA) -> None:
     notes: list[str] = []
-    found = load_methods(["original-prompt-trained", "llmlingua-2", "closed-book"], Models(gmsa), notes.append)
+    found = load_methods(["original-prompt-trained", *UNAVAILABLE, "closed-book"], Models(gmsa), notes.append)
     assert [method.name for method in found] == ["closed-book"]
     assert "needs --text-decoder FOLDER" in notes[0]
-    assert notes[1].startswith("llmlingua-2 is skipped: it needs")
+    for name, note in zip(UNAVAILABLE, notes[1:], strict=True):
+        assert note.startswith(f"{name} is skipped: it needs")
+        assert "download" in note or "pip install" in note
+        assert "\n" not in note
 
 
 def test_a_text_decoder_stands_on_the_same_backbone(
@@ -218,11 +421,12 @@ def test_a_context_too_long_for_the_decoder_skips_the_method(gmsa: GMSA, models:
     row = {"input": "word " * 110, "prompt": "?", "answer": "x"}
     (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
     notes: list[str] = []
-    methods = load_methods(["original-prompt", "gmsa"], models, notes.append)
+    methods = load_methods(["original-prompt", "snapkv", "gmsa"], models, notes.append)
     found = evaluate_qa(gmsa, str(tmp_path / "long.jsonl"), [4], 5, 4, methods=methods, note=notes.append)
     assert [row["method"] for row, _ in found] == ["gmsa"]
-    assert len(notes) == 1
+    assert len(notes) == 2
     assert "original-prompt is skipped" in notes[0]
+    assert "snapkv, 4x is skipped" in notes[1]
 
 
 def test_the_command_can_be_repeated(

@@ -138,7 +138,7 @@ def test_the_command_writes_one_shape_of_results(
     arguments = ["--data", str(data), "--merge-size", "4", "--limit", "2", "-o", str(tmp_path / "out")]
     model = ["--model", str(tmp_path / "model"), "--dtype", "float32"]
     assert main(["eval", "restoration", "--lengths", "16", *arguments, *model]) == 0
-    assert "16 tokens, 4x, n=2: bleu" in capsys.readouterr().out
+    assert "gmsa, 16 tokens, 4x, n=2: bleu" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert [set(row) for row in results["rows"]] == [set(FIELDS)]
     assert results["meta"]["model_fingerprint"] == gmsa.fingerprint

@@ -1,6 +1,7 @@
 """What may be learned besides the paper's two losses, each against a computation of its own."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,13 @@ def test_checkpointing_trains_the_same(recipe: Callable[..., Recipe], tmp_path: 
     train(recipe("plain"))
     train(recipe("saving", gradient_checkpointing=True))
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "saving"), rel=1e-5)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_blocks_train_the_same(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    train(recipe("plain"))
+    train(recipe("compiled", compile=True))
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "compiled"), rel=1e-4)
 
 
 # -- several documents, texts continued --------------------------------------------------------------------------------

@@ -115,12 +115,68 @@ def test_the_page_needs_nothing_else_and_escapes_everything() -> None:
     assert "url(http" not in text
     assert "@import" not in text
     assert EVIL in page.text
-    assert "last loss 2.000" in page.text
+    assert "<i>run</i>22.000" in page.text.replace("\n", "")  # log, steps, last loss
     ids = re.findall(r'<clipPath id="(\w+)"', text)
     assert len(ids) == len(set(ids))
     assert "currentColor" in text
     assert "#010203" not in text
     assert text == to_html(list(report_blocks(runs, [("<i>run</i>", log)])))  # the same from run to run
+
+
+def test_tables_are_readable_on_a_phone_and_long_ones_folded() -> None:
+    runs = [answered("gmsa", (0.0, 100.0)), *(answered(f"method-{i}", (0.0, 0.0)) for i in range(7))]
+    blocks = list(report_blocks(runs))
+    page = Page(to_html(blocks))
+    cells = [attributes for tag, attributes in page.tags if tag == "td"]
+    assert all(attributes["data-label"] is not None for attributes in cells)
+    assert "14 comparisons" in page.text  # 7 methods, EM and F1
+    assert next(b for b in blocks if isinstance(b, Table) and b.header[0] == "a").caption == "14 comparisons"
+    assert "14 comparisons" not in to_markdown(blocks)
+
+
+def test_costs_stand_apart_where_a_table_would_be_too_wide() -> None:
+    run = answered("gmsa", (0.0, 100.0))
+    run.rows[0]["tokens"] = {"context": 40.0, "soft": 10.0, "prompt": 30.0}
+    run.rows[0]["seconds"] = {"compress": 0.1, "answer": 0.2}
+    tables = [b for b in report_blocks([run]) if isinstance(b, Table) and b.header[0] == "method"]
+    assert len(tables) == 1
+    run.rows[0]["metrics"] |= dict.fromkeys(("acc", "f1_first", "answer_tokens"), 1.0)
+    tables = [b for b in report_blocks([run]) if isinstance(b, Table) and b.header[0] == "method"]
+    assert [table.header[:3] for table in tables] == [["method", "merge size", "n"]] * 2
+    assert "soft tokens" not in tables[0].header
+    assert tables[1].header[3:] == ["context tokens", "soft tokens", "prompt tokens", "compress s", "answer s"]
+
+
+def test_heat_maps_of_what_soft_tokens_stand_for() -> None:
+    pytest.importorskip("matplotlib")
+    metrics = {"coverage": 0.5}
+    runs = []
+    for name in ("gmsa", "<b>"):
+        row = row_of("attention", name, length=4, metrics=metrics)
+        maps = {"influence": [[1.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], "similarity": [[1.0, 0.2], [0.2, 1.0]]}
+        examples = [
+            {**example_key(row), "text": "a b", **metrics, **maps},
+            {**example_key(row), "text": "c", **metrics},
+        ]
+        runs.append(Run(name, META, [row], examples))
+    text = to_html(list(report_blocks(runs)))
+    assert "What soft tokens stand for: dev.jsonl" in text
+    assert text.count("what each soft token hangs on") == 2
+    assert "<b>" not in text
+    assert "nan" not in text
+    without = [Run(run.name, run.meta, run.rows) for run in runs]  # no examples at hand, so nothing to draw
+    assert "<svg" not in to_html(list(report_blocks(without)))
+
+
+def test_losses_of_several_logs_share_a_chart() -> None:
+    pytest.importorskip("matplotlib")
+    entries = [{"step": 1, "loss": 3.0}, {"step": 2, "probe": {"token_accuracy": {"2": 0.5, "4": 0.25}}}]
+    text = to_html(list(report_blocks([], [("first", entries), ("second", entries[:1]), ("empty", [])])))
+    assert text.count("<svg") == 1
+    assert "Probe: token accuracy" in text
+    assert ">4x<" in text
+    page = Page(text)
+    assert "first13.000" in page.text.replace("\n", "")
 
 
 def test_markdown_shows_text_as_it_is() -> None:

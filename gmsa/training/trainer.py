@@ -23,7 +23,7 @@ from gmsa.config import GmsaConfig
 from gmsa.data import BadLine
 from gmsa.errors import CheckpointError, ConfigError, GmsaError, InputError
 from gmsa.losses import distilled
-from gmsa.modeling import GmsaModel, rates_of
+from gmsa.modeling import GmsaModel, body_of, layers_of, rates_of
 from gmsa.prompts import PromptTemplate
 from gmsa.training import checkpoints
 from gmsa.training.batches import NumberedBatch, RowBatches, TrainingBatches
@@ -295,7 +295,25 @@ def prepare(recipe: Recipe) -> tuple[GmsaModel, Backbone, PromptTemplate]:
         parameter.data = parameter.data.float()  # the master weights
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
+    if recipe.compile:
+        compile_blocks(model)
     return model, encoder, template
+
+
+def compile_blocks(model: GmsaModel) -> None:
+    """Compile the blocks one by one, in place: blocks of a kind share one graph, whatever the lengths in a batch.
+
+    Raises:
+        ConfigError: on CPU, without a C++ compiler.
+    """
+    if model.device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", os.environ.get("CXX", "")))):
+        raise ConfigError("compile needs a C++ compiler (g++ or clang++) on CPU: install one, or set compile=false")
+    # One graph per mode (training, probing), attention mask and dtype; past the limit torch would fall back for good.
+    torch._dynamo.config.recompile_limit = 64
+    parts = (model.compressor.encoder, model.compressor.lsa.blocks, body_of(model.decoder))
+    for part in parts:
+        for block in layers_of(part) if part is not None else ():
+            block.compile(dynamic=True)
 
 
 def checkpoint_activations(model: GmsaModel) -> None:

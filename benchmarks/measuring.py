@@ -1,0 +1,149 @@
+"""What the benchmarks of speed share: a clock, rounds by turns, what made a result, charts."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from gmsa import GMSA, __version__
+from gmsa.allocation import keep_freed_memory, return_freed_memory
+
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which of them there are decides how fast bf16 is
+COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#c98500", "#a463f2", "#6b7280")
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """A command line with the options that all have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default="default", metavar="MODEL", help="folder or hub id (default: the bundled model)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="of weights and compute (default: the faster one)"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="medians are over so many (default: 3)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N",
+                        help="default: 1, timed by the processor's clock; more are timed by the wall's")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a small run, to see that it works")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to this JSON file")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="draw them into this PNG (needs matplotlib)")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def load(options: argparse.Namespace) -> GMSA:
+    """The model, computing with so many threads, the allocator set as in the commands."""
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    return GMSA.from_pretrained(options.model, dtype=options.dtype)
+
+
+def now(device: torch.device) -> float:
+    """Seconds. One thread on the CPU: those this process computed; what else the machine does is not counted."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def by_turns(ways: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of the figures of every way, run in turn in every round; one round before is not counted."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, run in ways.items():
+            figures = run()
+            if number:
+                found[name].append(figures)
+        print(f"round {number} of {rounds}", file=sys.stderr)
+    return {name: {key: median(f[key] for f in runs) for key in runs[0]} for name, runs in found.items()}
+
+
+def reset_peak() -> None:
+    """Begin to measure the peak of resident memory anew (Linux), without what the allocator keeps."""
+    return_freed_memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(what: str = "VmRSS") -> int:
+    """Bytes this process has resident now, or with VmHWM at most since `reset_peak`; 0 where that cannot be told."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return 0
+
+
+def meta(options: argparse.Namespace, gmsa: GMSA, script: str) -> dict[str, Any]:
+    """What made a result: versions, machine, model, command."""
+    machine: dict[str, Any] = {"processor": platform.processor(), "cores": os.cpu_count(), "threads": options.threads}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        text = cpuinfo.read_text()
+        name = re.search(r"model name\s*: (.*)", text)
+        machine["processor"] = name[1] if name else platform.machine()
+        machine["cpu_flags"] = [flag for flag in CPU_FLAGS if re.search(rf"\b{flag}\b", text)]
+    if gmsa.model.device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(gmsa.model.device)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {
+        "versions": {"gmsa": __version__, "python": platform.python_version(), **versions},
+        "machine": machine,
+        "decoder": (gmsa.config.decoder or {}).get("name"),
+        "dtype": str(gmsa.model.dtype).removeprefix("torch."),
+        "clock": "processor" if gmsa.model.device.type == "cpu" and options.threads == 1 else "wall",
+        "rounds": options.rounds,
+        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+    }
+
+
+def write(path: Path | None, results: dict[str, Any]) -> None:
+    """The results as JSON, if wanted."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows of cells as lines of text; the first row is the heading."""
+    cells = [[cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def figure(panels: int) -> tuple[Any, Any]:
+    """A figure with panels side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    picture, axes = plt.subplots(1, panels, figsize=(1 + 4 * panels, 3.6), layout="constrained", squeeze=False)
+    for one in axes[0]:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(axis="y", alpha=0.25)
+        one.set_axisbelow(True)
+    return picture, axes[0]
+
+
+def save(picture: Any, path: Path) -> None:
+    """Write a figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=130)

@@ -1,0 +1,184 @@
+"""Users who ask a running server all at once: how long they wait, and whether anything goes wrong.
+
+    gmsa serve --store "$(mktemp -d)" --auto-compress 128 &
+    python benchmarks/serving_load.py http://127.0.0.1:8000 --output docs/results/serving.json
+
+Each user, without pause: compresses a text nobody has sent before (1 request of 8), asks about a stored memory (4, half
+of them streamed) or sends a long text with a question as any OpenAI client would (3). Only 429 may refuse; any other
+error makes the exit code 1.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = ["How long did the work take?", "How many bricks were used?", "Who was the chief engineer?", "Why?"]
+KINDS = ["compress", "ask", "ask", "stream", "stream", "long text", "long text", "long text"]
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass
+class Findings:
+    """What the users met with."""
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    statuses: Counter[str] = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+class User:
+    """One of them."""
+
+    def __init__(self, number: int, http: httpx.AsyncClient, text: str, memory: str, new: int, found: Findings) -> None:
+        self.random = random.Random(number)
+        self.http = http
+        self.text = text
+        self.memory = memory
+        self.new = new
+        self.found = found
+
+    async def run(self, until: float) -> None:
+        """Ask, and ask again."""
+        while time.perf_counter() < until:
+            kind = self.random.choice(KINDS)
+            try:
+                await self.one(kind)
+            except httpx.HTTPError as error:
+                self.found.errors.append(f"{kind}: {type(error).__name__} {error}")
+
+    async def one(self, kind: str) -> None:
+        """One request, to its last byte."""
+        started = time.perf_counter()
+        if kind == "compress":
+            begin = self.random.randrange(len(self.text) // 2)
+            body = {"text": f"{self.random.random()} {self.text[begin:]}", "label": "load"}
+            answer = await self.http.post("/v1/memories", json=body)
+        elif kind == "stream":
+            await self.stream(started)
+            return
+        else:
+            answer = await self.http.post("/v1/chat/completions", json=self.question(kind == "long text"))
+        if self.noted(kind, answer.status_code, answer.text):
+            self.found.seconds[kind].append(time.perf_counter() - started)
+            self.found.tokens += answer.json().get("usage", {}).get("completion_tokens", 0)
+
+    async def stream(self, started: float) -> None:
+        """A streamed answer; its first word is timed, too."""
+        first, lines = None, []
+        body = {**self.question(False), "stream": True, "stream_options": {"include_usage": True}}
+        async with self.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                lines += [line] if line else []
+                if first is None and '"content": "' in line and '"content": ""' not in line:
+                    first = time.perf_counter() - started
+        if not self.noted("stream", answer.status_code, "".join(lines)):
+            return
+        if lines[-1] != "data: [DONE]":
+            self.found.errors.append(f"stream: ended with {lines[-1][:200]}")
+            return
+        self.found.seconds["stream"].append(time.perf_counter() - started)
+        self.found.seconds["stream, first word"] += [first] if first is not None else []
+        self.found.tokens += json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"]
+
+    def noted(self, kind: str, status: int, said: str) -> bool:
+        """Count a status; whether it was a success."""
+        self.found.statuses[str(status)] += 1
+        if status not in (200, 201, 429):
+            self.found.errors.append(f"{kind}: {status} {said[:200]}")
+        return status in (200, 201)
+
+    def question(self, long: bool) -> dict[str, object]:
+        """A request for a short answer."""
+        question = self.random.choice(QUESTIONS)
+        if long:
+            content: object = f"{self.text}\n\n{question}"
+        else:
+            content = [{"type": "memory", "memory_id": self.memory}, {"type": "text", "text": question}]
+        return {"messages": [{"role": "user", "content": content}], "max_tokens": self.new}
+
+
+async def measure(url: str, key: str | None, users: int, seconds: float, new: int, text: str) -> dict[str, object]:
+    """Let the users loose; what they found, in numbers."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    found = Findings()
+    limits = httpx.Limits(max_connections=users)
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120, limits=limits) as http:
+        model = (await http.get("/v1/models")).raise_for_status().json()["data"][0]
+        made = (await http.post("/v1/memories", json={"text": text, "label": "load"})).raise_for_status().json()
+        started = time.perf_counter()
+        crowd = [User(number, http, text, made["id"], new, found) for number in range(users)]
+        await asyncio.gather(*(user.run(started + seconds) for user in crowd))
+        spent = time.perf_counter() - started
+        health = (await http.get("/health")).json()["status"]
+    answered = found.statuses["200"] + found.statuses["201"]
+    return {
+        "model": model["id"],
+        "users": users,
+        "seconds": round(spent, 1),
+        "new_tokens": new,
+        "text_tokens": made["origin_tokens"],
+        "requests_per_second": round(answered / spent, 2),
+        "tokens_per_second": round(found.tokens / spent, 1),
+        "statuses": dict(sorted(found.statuses.items())),
+        "errors": found.errors,
+        "health_after": health,
+        "latency_seconds": {kind: summary(values) for kind, values in sorted(found.seconds.items())},
+        # Answers wait for other work on the machine, too: the load says how much of it there was.
+        "meta": {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
+    }
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """How many, and percentiles."""
+    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+    return {"n": len(values), **{f"p{p}": round(cuts[p - 1], 3) for p in PERCENTILES}, "max": round(max(values), 3)}
+
+
+def main() -> int:
+    """Print a table; 1 if anything but 429 went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url", help="of a running server")
+    parser.add_argument("--api-key")
+    parser.add_argument("--users", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--new-tokens", type=int, default=16, help="longest answer")
+    parser.add_argument("--text", type=Path, default=ROOT / "examples" / "thames.txt")
+    parser.add_argument("--output", type=Path, help="JSON of what is printed")
+    options = parser.parse_args()
+    found = asyncio.run(
+        measure(
+            options.url, options.api_key, options.users, options.seconds, options.new_tokens, options.text.read_text()
+        )
+    )
+    found["meta"] = {**found["meta"], "command": " ".join(["python", "benchmarks/serving_load.py", *sys.argv[1:]])}  # type: ignore[dict-item]
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{'':20}{'n':>6}" + "".join(f"{f'p{p}':>9}" for p in PERCENTILES) + f"{'max':>9}")
+    for kind, row in found["latency_seconds"].items():  # type: ignore[attr-defined]
+        print(
+            f"{kind:20}{row['n']:>6}"
+            + "".join(f"{row[f'p{p}']:>7.2f} s" for p in PERCENTILES)
+            + f"{row['max']:>7.2f} s"
+        )
+    rates = f"{found['requests_per_second']} requests and {found['tokens_per_second']} tokens per second"
+    print(f"{rates}; statuses {found['statuses']}")
+    for error in found["errors"][:20]:  # type: ignore[index]
+        print(error, file=sys.stderr)
+    return 1 if found["errors"] or found["health_after"] != "ok" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""`gmsa serve`: the OpenAI-compatible server and its page."""
+
+import argparse
+import ipaddress
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gmsa.cli import count, merge_size
+from gmsa.commands.store import size
+from gmsa.errors import ConfigError, GmsaError, InputError
+from gmsa.home import home
+
+if TYPE_CHECKING:
+    from gmsa.serving.settings import Settings
+
+KEY_VARIABLE = "GMSA_API_KEY"
+
+
+def add_command(add: Any) -> None:
+    """Hang `serve` on the command line; `add` as in `gmsa.cli.build_parser`."""
+    made = add("serve", serve, "Serve a model to OpenAI clients and to a page in the browser.")
+    made.add_argument("model", nargs="?", default="default", metavar="MODEL", help="folder or hub id (bundled model)")
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    made.add_argument("--port", type=port, default=8000, metavar="N", help="0 takes a free one (8000)")
+    key = made.add_mutually_exclusive_group()
+    key.add_argument("--api-key", metavar="KEY", help=f"what clients must send (default: {KEY_VARIABLE}, if set)")
+    key.add_argument("--api-key-file", metavar="FILE", help="the same, from a file")
+    key.add_argument("--anonymous", action="store_true", help="listen to other machines without a key")
+    made.add_argument("--store", metavar="PATH", help="folder of the memories (default: store in GMSA_HOME)")
+    made.add_argument(
+        "--max-store", type=size, metavar="SIZE", help="least recently used memories go beyond it (no cap)"
+    )
+    made.add_argument("--served-name", action="append", metavar="NAME", help="the model's name; repeatable")
+    made.add_argument("--merge-size", type=merge_size, default=4, metavar="N", help="tokens per soft token (4)")
+    made.add_argument(
+        "--auto-compress", type=count, default=0, metavar="N", help="compress texts of more than N tokens (off)"
+    )
+    made.add_argument(
+        "--max-context-tokens", type=count, default=131_072, metavar="N", help="of a text to compress (131072)"
+    )
+    made.add_argument(
+        "--max-prompt-tokens", type=count, default=8192, metavar="N", help="prompt and answer, soft tokens too (8192)"
+    )
+    made.add_argument("--max-new-tokens", type=count, default=512, metavar="N", help="where none are asked for (512)")
+    made.add_argument("--max-batch", type=count, default=8, metavar="N", help="answers written at once (8)")
+    made.add_argument("--max-queue", type=count, default=32, metavar="N", help="requests that may wait (32)")
+    made.add_argument("--max-body", type=size, default=8 * 2**20, metavar="SIZE", help="of a request (8 MiB)")
+    made.add_argument("--accept-soft-tokens", action="store_true", help="take memory files in requests")
+    made.add_argument("--drain-seconds", type=count, default=30, metavar="N", help="to end after SIGTERM (30)")
+    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of weights and compute")
+
+
+def port(text: str) -> int:
+    """A TCP port from the command line."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Gmsa serve"""
+    try:
+        import uvicorn  # noqa: F401
+        from fastapi import FastAPI  # noqa: F401
+        from prometheus_client import Counter  # noqa: F401
+    except ImportError as error:
+        raise GmsaError(f"serving needs {error.name}: pip install 'gmsa[serve]'") from error
+    settings = settings_of(options)  # what is wrong with the options is said before the model is loaded
+    from gmsa.engine import GMSA
+    from gmsa.serving.server import run
+    from gmsa.serving.service import Service
+
+    gmsa = GMSA.from_pretrained(options.model, dtype=options.dtype)
+    run(Service(gmsa, settings), options.host, options.port)
+    print("gmsa: stopped", file=sys.stderr)
+
+
+def settings_of(options: argparse.Namespace) -> "Settings":
+    """The server's settings as the options give them.
+
+    Raises:
+        ConfigError: it would be open to other machines without a key.
+        InputError: the key file cannot be read.
+    """
+    from gmsa.serving.settings import Settings
+
+    key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+    if options.api_key_file is not None:
+        try:
+            key = Path(options.api_key_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the API key from {options.api_key_file}") from error
+    if options.anonymous:
+        key = None
+    elif key is None and not is_loopback(options.host):
+        raise ConfigError(
+            f"{options.host} lets other machines in: set --api-key, --api-key-file or {KEY_VARIABLE}, "
+            "or say --anonymous"
+        )
+    name = Path(options.model).name or options.model
+    return Settings(
+        model_names=tuple(dict.fromkeys(options.served_name or [f"gmsa-{name}" if name == "default" else name])),
+        store=Path(options.store) if options.store else home() / "store",
+        api_key=key,
+        **{
+            field: getattr(options, field)
+            for field in (
+                *("merge_size", "auto_compress", "max_context_tokens", "max_prompt_tokens", "max_new_tokens"),
+                *("max_batch", "max_queue", "max_body", "max_store", "accept_soft_tokens", "drain_seconds"),
+            )
+        },
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""Beyond one process: models in parts, decoders behind vLLM, corpora compressed by many workers."""

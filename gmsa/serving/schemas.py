@@ -1,0 +1,352 @@
+"""What the routes take and give: OpenAI's shapes, and what GMSA adds to them.
+
+A request that breaks a shape is answered 422; one in good shape that cannot be served, 400. Fields not listed here are
+ignored, as OpenAI's clients send many, except those that would change the answer (`Unsupported`).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+
+# JSON is typed already: "1" is no number and 1 no truth.
+STRICT = ConfigDict(strict=True)
+MAX_PARTS = 256
+MAX_MESSAGES = 1024
+MAX_CHOICES = 16
+MAX_PROMPTS = 32
+
+
+def _whole(text: str) -> str:
+    """Refuse half a surrogate pair, which JSON can write and no text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a surrogate pair, so it is no text") from None
+    return text
+
+
+def _integral(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("is not to be had here")
+    return value
+
+
+_Integral = BeforeValidator(_integral)
+Positive = Annotated[int, Field(ge=1, le=10_000_000), _Integral]
+Natural = Annotated[int, Field(ge=0, le=10_000_000), _Integral]
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), _Integral]
+One = Annotated[int, Field(ge=1, le=1), _Integral]
+Seed = Annotated[int, _Integral]
+Off = Annotated[bool, AfterValidator(_off), WithJsonSchema({"type": "boolean", "const": False})]
+AnyText = Annotated[str, AfterValidator(_whole)]
+MemoryId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Text = Annotated[AnyText, StringConstraints(min_length=1)]
+MergeSize = Annotated[int, Field(ge=1, le=1_000_000, description="tokens per soft token"), _Integral]
+
+
+class TextPart(BaseModel):
+    """Text, which the server may compress."""
+
+    model_config = STRICT
+    type: Literal["text"]
+    text: AnyText
+
+
+class MemoryPart(BaseModel):
+    """A memory, read where it stands: one that is stored, or soft tokens where the server takes them."""
+
+    model_config = STRICT
+    type: Literal["memory"]
+    memory_id: MemoryId | None = Field(None, description="of a stored memory")
+    safetensors: str | None = Field(
+        None, description="base64 of a memory file, where the server runs with --accept-soft-tokens"
+    )
+
+
+Part = Annotated[TextPart | MemoryPart, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    """One turn of a chat."""
+
+    model_config = STRICT
+    role: Literal["system", "developer", "user", "assistant"]
+    content: AnyText | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides text."""
+
+    model_config = STRICT
+    include_usage: bool = Field(False, description="a last chunk with the usage")
+
+
+class Generation(BaseModel):
+    """What chat and plain completions have in common."""
+
+    model_config = STRICT
+    model: str | None = Field(None, description="one of /v1/models; may be left out")
+    max_tokens: Positive | None = Field(None, description="of each answer")
+    temperature: float | None = Field(None, ge=0, le=2, description="0, the default here, takes the likeliest token")
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: Seed | None = None
+    n: Choices | None = Field(None, description="answers per prompt")
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(None, description="strings that end it")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    auto_compress: Natural | None = Field(
+        None, description="compress texts of more tokens than this; 0: none; default: the server's"
+    )
+    merge_size: MergeSize | None = Field(None, description="of texts that are compressed; default: the server's")
+
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end an answer."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The longest answer asked for."""
+        return self.max_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class Unsupported(BaseModel):
+    """Options that change an answer and are not to be had here; anything but their neutral values is refused."""
+
+    model_config = STRICT
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: Off | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+
+
+class ResponseFormat(BaseModel):
+    """Only text is written."""
+
+    model_config = STRICT
+    type: Literal["text"]
+
+
+class ChatRequest(Generation, Unsupported):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Positive | None = Field(None, description="the newer name of max_tokens")
+    response_format: ResponseFormat | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The longest answer asked for."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class CompletionRequest(Generation):
+    """Body of /v1/completions."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    memory_ids: Annotated[list[MemoryId], Field(max_length=MAX_PARTS)] = Field(
+        [], description="memories read before each prompt"
+    )
+    echo: Off | None = None
+    suffix: Literal[""] | None = None
+    best_of: One | None = None
+    logprobs: None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+
+    def prompts(self) -> list[str]:
+        """The prompts as a list."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+class MemoryRequest(BaseModel):
+    """Body of POST /v1/memories."""
+
+    model_config = STRICT
+    text: Text
+    merge_size: MergeSize | None = Field(None, description="default: the server's")
+    label: Annotated[AnyText, StringConstraints(max_length=200)] | None = Field(None, description="a name for people")
+    metadata: (
+        dict[
+            Annotated[AnyText, StringConstraints(max_length=64)], Annotated[AnyText, StringConstraints(max_length=512)]
+        ]
+        | None
+    ) = Field(None, max_length=16)
+
+
+class RestoreRequest(BaseModel):
+    """Body of POST /v1/memories/{id}/restore."""
+
+    model_config = STRICT
+    stream: bool = False
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class PromptDetails(BaseModel):
+    """What a prompt was made of: read in full it would have been prompt_tokens - soft_tokens + origin_tokens long."""
+
+    soft_tokens: int = Field(description="soft tokens read")
+    origin_tokens: int = Field(description="tokens of the texts they stand for")
+
+
+class Usage(BaseModel):
+    """Tokens the decoder read and wrote; soft tokens count as tokens read."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class AnswerMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    finish_reason: FinishReason
+    logprobs: None = None
+
+
+class ChatResponse(BaseModel):
+    """Answer of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(BaseModel):
+    """One continuation."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    logprobs: None = None
+
+
+class CompletionResponse(BaseModel):
+    """Answer of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class MemoryObject(BaseModel):
+    """A stored memory; its text is not kept, but can be restored from it."""
+
+    id: str
+    object: Literal["memory"] = "memory"
+    label: str | None
+    metadata: dict[str, Any]
+    merge_size: int
+    origin_tokens: int
+    soft_tokens: int
+    dtype: str
+    bytes: int
+    fingerprint: str
+    created: float
+    used: float
+    readable: bool = Field(description="whether it was made for the model that is served")
+
+
+class MadeMemory(MemoryObject):
+    """A memory as it is answered to POST /v1/memories."""
+
+    existing: bool = Field(description="whether it was there before")
+    seconds: float = Field(description="spent on it")
+
+
+class MemoryList(BaseModel):
+    """Stored memories, the newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[MemoryObject]
+    has_more: bool
+
+
+class DeletedMemory(BaseModel):
+    """Answer of DELETE /v1/memories/{id}."""
+
+    id: str
+    object: Literal["memory.deleted"] = "memory.deleted"
+    deleted: Literal[True] = True
+
+
+class RestoredMemory(BaseModel):
+    """The text of a memory, as the model can restate it."""
+
+    id: str
+    object: Literal["memory.restored"] = "memory.restored"
+    text: str
+    seconds: float
+
+
+class ModelObject(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["gmsa"] = "gmsa"
+    fingerprint: str = Field(description="of the compressor; memories belong to one")
+    merge_size: int = Field(description="used where a request names none")
+    auto_compress: int = Field(description="texts of more tokens are compressed; 0: none")
+    max_prompt_tokens: int = Field(description="prompt and answer together, soft tokens counted as tokens")
+    max_context_tokens: int = Field(description="of a text to be compressed")
+
+
+class ModelList(BaseModel):
+    """Models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class Health(BaseModel):
+    """Whether the server answers questions."""
+
+    status: Literal["ok", "draining", "failed"]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, in OpenAI's shape."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """An error."""
+
+    error: ErrorBody

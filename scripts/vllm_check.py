@@ -1,0 +1,223 @@
+"""Proves that vLLM answers from soft tokens as this package does: exports the decoder, serves it, compares tokens.
+
+    make vllm-check        sets up an environment with vLLM, runs this in it, writes docs/results/vllm.json
+
+Three ways to the same greedy tokens, in fp32: the exported decoder under transformers (the reference), a vLLM server
+asked by `RemoteDecoder`, and vLLM in this process by `LocalDecoder`. Answers of `GMSA.answer` must have the same text.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gmsa import GMSA
+from gmsa.memory import Memory
+from gmsa.scale.export import export_decoder
+from gmsa.scale.vllm import LocalDecoder, RemoteDecoder, prompt_embeddings
+
+ROOT = Path(__file__).parent.parent
+TEXTS = ("examples/thames.txt", "LICENSE")
+QUESTIONS = (
+    "Restate the aforementioned Text.",
+    "What is this text about?",
+    "Who is mentioned, and what did they do?",
+    "Quelle est l'idée principale ?",
+    "Which numbers and dates are named? List them.",
+    "Continue the text.",
+    "这段文字说了什么？ 🎉",
+)
+LENGTHS = (60, 200, 700, 1800)  # characters
+MERGE_SIZES = (1, 2, 4, 8, 16)
+MAX_LENGTH = 2048
+
+
+@dataclass
+class Case:
+    """One prompt: a question on one or two memories."""
+
+    question: str
+    memories: list[Memory]
+    embeds: Tensor
+    expected: list[int] | None = None
+
+
+def make_cases(gmsa: GMSA, count: int) -> list[Case]:
+    """Prompts of many lengths and rates, the same each time; every fifth one has two memories."""
+    text = "\n\n".join((ROOT / name).read_text() for name in TEXTS)
+    lengths, sizes, questions = (itertools.cycle(values) for values in (LENGTHS, MERGE_SIZES, QUESTIONS))
+    place, cases = 0, []
+    for number in range(count):
+        memories = []
+        for _ in range(2 if number % 5 == 4 else 1):
+            length = next(lengths)
+            memories.append(gmsa.compress(text[place : place + length], next(sizes)))
+            place = (place + length) % (len(text) - max(LENGTHS))
+        question = next(questions)
+        cases.append(Case(question, memories, prompt_embeddings(gmsa, question, memories)))
+    return cases
+
+
+@torch.no_grad()
+def reference(folder: Path, cases: list[Case], ends: list[int], new_tokens: int) -> AutoModelForCausalLM:
+    """Fill in what the exported decoder writes under transformers; returns it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for case in cases:
+        out = model.generate(
+            inputs_embeds=case.embeds[None],
+            attention_mask=torch.ones(1, len(case.embeds), dtype=torch.long),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+        )
+        case.expected = cut(out[0].tolist(), ends)
+    return model
+
+
+def cut(tokens: list[int] | tuple[int, ...], ends: list[int]) -> list[int]:
+    """Without what ends them."""
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
+
+
+@torch.no_grad()
+def margin(model: Any, case: Case, found: list[int]) -> dict[str, float | int]:
+    """Where tokens part from the expected ones, and by how much the best logit there leads the next."""
+    assert case.expected is not None
+    place = next(
+        (i for i, (a, b) in enumerate(zip(case.expected, found, strict=False)) if a != b),
+        min(len(case.expected), len(found)),
+    )
+    said = model.get_input_embeddings()(torch.tensor(case.expected[:place], dtype=torch.long))
+    logits = model(inputs_embeds=torch.cat([case.embeds, said])[None]).logits[0, -1]
+    best = logits.topk(2).values
+    return {"token": place, "logit_margin": round(float(best[0] - best[1]), 6)}
+
+
+@contextlib.contextmanager
+def server(folder: Path, name: str, key: str) -> Iterator[str]:
+    """A vLLM server of the decoder; yields its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The module rather than `vllm serve`: the CPU build from PyPI has no entry point of that name that starts.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", name, "--api-key", key, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enable-prompt-embeds", "--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--enforce-eager"]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            until = time.monotonic() + 900
+            while True:
+                if process.poll() is not None or time.monotonic() > until:
+                    log.seek(0)
+                    sys.exit("the server did not start:\n" + log.read()[-4000:])
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/health", timeout=5).is_success:
+                        break
+                time.sleep(1)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def main() -> None:
+    """Run the check; exits 1 if a token differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default", help="folder or hub id")
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    options = parser.parse_args()
+    for name, value in {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+        os.environ.setdefault(name, value)
+
+    gmsa = GMSA.from_pretrained(options.model, dtype="float32", device_map="cpu")
+    ends = sorted(gmsa._ends())
+    new = options.new_tokens
+    result: dict[str, Any] = {"model": options.model, "compressor": gmsa.fingerprint, "new_tokens": new}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "decoder"
+        export_decoder(gmsa, folder)
+        cases = make_cases(gmsa, options.prompts)
+        model = reference(folder, cases, ends, new)
+        checks: dict[str, dict[str, Any]] = {}
+
+        def compare(name: str, found: list[list[int]], seconds: float) -> None:
+            wrong = [i for i, (case, ids) in enumerate(zip(cases, found, strict=True)) if case.expected != ids]
+            checks[name] = {
+                "prompts": len(cases),
+                "equal": len(cases) - len(wrong),
+                "tokens": sum(map(len, found)),
+                "seconds": round(seconds, 1),
+                "differing": {str(i): margin(model, cases[i], found[i]) for i in wrong},
+            }
+            print(name, checks[name], flush=True)
+
+        texts = [gmsa.tokenizer.decode(case.expected, skip_special_tokens=True).strip() for case in cases]
+
+        def compare_texts(name: str, found: list[str], of: list[str]) -> None:
+            checks[name] = {"prompts": len(of), "equal": sum(a == b for a, b in zip(found, of, strict=True))}
+            print(name, checks[name], flush=True)
+
+        compare_texts("GMSA.answer", [gmsa.answer(c.question, c.memories, max_new_tokens=new) for c in cases], texts)
+        key = secrets.token_hex(8)
+        with (
+            server(folder, f"gmsa-{gmsa.fingerprint}", key) as url,
+            RemoteDecoder(gmsa, url, api_key=key) as remote,
+            ThreadPoolExecutor(8) as pool,
+        ):
+            started = time.perf_counter()
+            pieces = list(pool.map(lambda case: remote.complete(case.embeds, max_new_tokens=new), cases))
+            compare("server", [cut(p.token_ids, ends) for p in pieces], time.perf_counter() - started)
+            some = cases[:10]
+            streamed = [
+                "".join(remote.answer(c.question, c.memories, max_new_tokens=new, stream=True)).strip() for c in some
+            ]
+            compare_texts("server, streamed", streamed, texts[:10])
+        local = LocalDecoder(gmsa, folder, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True)
+        started = time.perf_counter()
+        pieces = local.complete([case.embeds for case in cases], max_new_tokens=new)
+        compare("in process", [cut(p.token_ids, ends) for p in pieces], time.perf_counter() - started)
+
+    import vllm
+
+    result |= {
+        "command": "make vllm-check",
+        "prompt_positions": [min(len(c.embeds) for c in cases), max(len(c.embeds) for c in cases)],
+        "distinct_answers": len(set(texts)),
+        "checks": checks,
+        "versions": {
+            **{name: importlib.metadata.version(name) for name in ("gmsa", "torch", "transformers")},
+            "vllm": vllm.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    failed = [name for name, check in checks.items() if check["equal"] != check["prompts"]]
+    sys.exit(f"differs: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The benchmarks of speed run on a small model and say what they must. What they measure is never asserted."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from gmsa.modeling import GmsaModel
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def run(
+    trained_model: Callable[..., GmsaModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """run(name, *arguments) -> the results of a quick run of one benchmark."""
+    trained_model(system_prompt="").save_pretrained(tmp_path / "model")
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        module: ModuleType = importlib.import_module(name)
+        output = tmp_path / "results.json"
+        common = ["--quick", "--model", str(tmp_path / "model"), "--dtype", "float32", "--output", str(output)]
+        module.main([*common, *arguments])
+        return json.loads(output.read_text())
+
+    yield run
+    for name in ("measuring", "answering", "compression", "cost_model", "decoding"):
+        sys.modules.pop(name, None)
+
+
+def test_answering(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "a.png"
+    rows = run("answering", "--image", str(image))["rows"]
+    assert image.stat().st_size > 0
+    ways = ["original"] + ["cold", "stored", "prefilled"] * 2
+    assert [row["way"] for row in rows] == ways * 2
+    assert [row["context"] for row in rows] == [128] * 7 + [256] * 7
+    originals = {row["context"]: row for row in rows if row["way"] == "original"}
+    for row in rows:
+        seconds = row["seconds"]
+        assert 0 < seconds["first"] <= seconds["total"]
+        base = originals[row["context"]]["seconds"]
+        assert row["ratio_first"] == pytest.approx(base["first"] / seconds["first"], rel=0.05)
+        if "ratio_long" in row:
+            assert row["merge_size"] == 8
+            assert row["ratio_long"] == pytest.approx(base["total"] / seconds["long"], rel=0.05)
+    assert "prefilled" in capsys.readouterr().out
+
+
+def test_compression(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    image = tmp_path / "c.png"
+    results = run("compression", "--image", str(image))
+    assert image.stat().st_size > 0
+    assert results["largest_difference"] < 1e-3  # both sides compute the same
+    speed, memory, growth = results["throughput"], results["memory"], results["growth"]
+    assert set(speed["tokens_per_second"]) == set(memory["bytes"]) == {"naive", "ours"}
+    assert speed["naive_positions"] >= speed["tokens"] >= 2048
+    for sizes in memory["bytes"].values():
+        assert 0 <= sizes["on_top"] <= sizes["peak"]
+    # Texts are made of whole sentences, so lengths are near those asked for.
+    assert [row["tokens"] for row in growth["rows"]] == [pytest.approx(n, rel=0.1) for n in (512, 1024)]
+
+
+def test_sides_that_differ_are_noticed(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("compression")
+    real = module.NaiveCompressor.__call__
+    monkeypatch.setattr(module.NaiveCompressor, "__call__", lambda *a: [soft * 1.01 for soft in real(*a)])
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        run("compression")
+
+
+def test_cost_model(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    image = tmp_path / "m.png"
+    passes = run("cost_model", "--image", str(image))["passes"]
+    assert image.stat().st_size > 0
+    assert len(passes) == 3
+    # 2 windows of 16 and their sinks: q and o 48 x 48, k and v 48 x 24, three of 48 x 64 in each of 2 encoder layers;
+    # 2 groups of 8 per window in one of LSA.
+    layer = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 64)
+    assert passes[0]["gigaflops"] == pytest.approx((2 * layer * 2 * 17 + layer * 2 * 2) / 1e9, abs=0.06)
+    for row in passes:
+        assert row["ratio"] == pytest.approx(row["measured_seconds"] / row["predicted_seconds"], abs=0.02)
+        assert sum(row["share_of_time"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_decoding(run: Callable[..., dict[str, Any]]) -> None:
+    results = run("decoding")
+    assert [row["variant"] for row in results["rows"]][:4] == ["generate", "loop", "buffers", "packed"]
+    assert all(row["same_tokens"] for row in results["rows"][:4])
+    assert results["int8_accuracy"]["tokens"] == 64
+    assert results["meta"]["clock"] == "processor"
+
+
+def test_bytes(run: Callable[..., dict[str, Any]]) -> None:
+    results = run("bytes")
+    sys.modules.pop("bytes", None)
+    # 4 layers, keys and values, 2 heads of 12, 4 bytes each
+    assert results["counted"]["cache_bytes_per_token"] == 4 * 2 * 2 * 12 * 4
+    small = {row["form"]: row["bytes_per_token"] for row in results["counted"]["memory"]}
+    assert small["int8"] < small["bfloat16"]
+    llama = [row for row in results["reckoned"] if row["decoder"] == "Llama-2-7B" and row["merge_size"] == 4]
+    assert llama[0]["cache_bytes_per_token"] == 32 * 2 * 4096 * 2
+    assert llama[0]["times_smaller"]["bfloat16"] == 256
+
+
+def test_processor_time_is_taken_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    measuring = importlib.import_module("measuring")
+    monkeypatch.setattr(measuring.time, "process_time", lambda: 1.0)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: 2.0)
+    assert measuring.now(torch.device("cpu")) == 1.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert measuring.now(torch.device("cpu")) == 2.0
+    sys.modules.pop("measuring", None)
