@@ -439,6 +439,6 @@ def test_any_dumped_recipe_reads_as_an_equal_one(fields: dict[str, Any]) -> None
 
 def test_full_covers_what_it_can() -> None:
     """FULL, above, differs from the defaults in all that is not a plain number or exclusive to another value."""
-    plain = {"reads", "trains", "attn_implementation", "rows_per_batch", "gradient_checkpointing"}
+    plain = {"reads", "trains", "attn_implementation", "rows_per_batch", "gradient_checkpointing", "compile"}
     spared = {f.name for f in dataclasses.fields(Recipe) if f.type in (int, float)} | plain
     assert {f.name for f in dataclasses.fields(Recipe)} - spared <= set(FULL)
