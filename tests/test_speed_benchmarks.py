@@ -87,7 +87,7 @@ def test_cost_model(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     layer = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 64)
     assert passes[0]["gigaflops"] == pytest.approx((2 * layer * 2 * 17 + layer * 2 * 2) / 1e9, abs=0.06)
     for row in passes:
-        assert row["ratio"] == pytest.approx(row["measured_seconds"] / row["predicted_seconds"], abs=0.02)
+        assert row["ratio"] == pytest.approx(row["measured_seconds"] / row["predicted_seconds"], rel=0.05)
         assert sum(row["share_of_time"].values()) == pytest.approx(1, abs=0.01)
 
 
