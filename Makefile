@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint typecheck check bench wheel smoke vllm-check clean
+.PHONY: demo test lint typecheck check docs bench wheel smoke vllm-check clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/gmsa pull
@@ -20,6 +20,10 @@ typecheck: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 check: lint typecheck test
+
+# The site, into site/index.html; a broken link, anchor or docstring fails. It needs no network to build or to read.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python scripts/build_docs.py
 
 # Speed, measured as ratios in one run each; minutes. Results and pictures go where docs/speed.md shows them.
 bench: $(VENV)/.installed-dev
@@ -55,11 +59,11 @@ $(VENV)-vllm/.installed: pyproject.toml scripts/install_torch.sh
 	$(VENV)-vllm/bin/python -m pip install -q '$(VLLM)' 'transformers<5.20'
 	$(VENV)-vllm/bin/python -c 'import torchvision' 2>/dev/null || \
 		$(VENV)-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/python -m pip install -q -e '.[remote]'
+	$(VENV)-vllm/bin/python -m pip install -q -e '.[remote,serve]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-smoke $(VENV)-vllm dist build
+	rm -rf $(VENV) $(VENV)-smoke $(VENV)-vllm dist build site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "GMSA needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1)
@@ -72,4 +76,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml scripts/install_torch.sh
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[docs]'
 	@touch $@

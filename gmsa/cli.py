@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
             "-o",
             "--output",
             metavar="DIR",
-            help="folder for results.json, examples.jsonl and the report; qa and summ go on where they stopped",
+            help="folder for results.json, examples.jsonl and the report; an interrupted run goes on where it stopped",
         )
         command.add_argument(
             "--log", action="append", default=[], metavar="FILE", help="log.jsonl of a training to draw"
@@ -420,13 +420,17 @@ def measure(
     def note(line: str) -> None:
         print(f"gmsa: {line}", file=sys.stderr)
 
+    from gmsa.evaluation.cache import AnswerCache
+
     bar = sys.stderr.isatty()
+    # Read before the model is loaded: what is wrong with the folder is said at once.
+    cache = AnswerCache(Path(options.output) / "cache.jsonl" if options.output else None, note)
     if options.task == "latency":
         from gmsa.evaluation.latency import evaluate_latency
 
         gmsa = load(options)
         sizes = (options.lengths, options.merge_size, options.new_tokens)
-        return gmsa, evaluate_latency(gmsa, *sizes, options.rounds, show_progress_bar=bar), {}
+        return gmsa, evaluate_latency(gmsa, *sizes, options.rounds, show_progress_bar=bar, cache=cache, note=note), {}
     from gmsa.baselines import check_methods, load_methods
     from gmsa.baselines.base import Models
 
@@ -466,16 +470,15 @@ def measure(
                 scorer=scorer,
                 seed=options.seed,
                 method=method.name,
+                cache=cache,
             )
             for path in options.data
             for method in methods
         )
         return gmsa, found, {"bertscore": scorer.name if scorer else None}
-    from gmsa.evaluation.cache import AnswerCache
     from gmsa.evaluation.qa import evaluate_qa
     from gmsa.evaluation.summaries import judge_summaries
 
-    cache = AnswerCache(Path(options.output) / "cache.jsonl" if options.output else None, note)
     gmsa = load(options)
     methods = load_methods(options.methods, Models(gmsa, options.text_decoder), note)
     found = chain.from_iterable(

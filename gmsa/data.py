@@ -33,6 +33,7 @@ class Example:
     merge_size: int | tuple[int, ...]  # several: the row is learned at each, all rows of a batch at equally many
     text: list[int] | None = None  # the whole context as decoder token ids, where the decoder is to read it
     truncated: bool = False  # the context was longer
+    learned: list[bool] | None = None  # which tokens of the target are; None: all. Further questions are only read.
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Batch:
     after: list[Tensor]
     targets: list[Tensor]
     texts: list[Tensor] | None = None
+    learned: list[Tensor] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
@@ -156,6 +158,9 @@ def collate(examples: Sequence[Example], window_size: int | None, pad_to_multipl
         after=[e.prompt.after for e in examples],
         targets=[torch.tensor(e.target, dtype=torch.long) for e in examples],
         texts=[torch.tensor(e.text) for e in examples if e.text is not None] or None,
+        learned=[torch.tensor(e.learned or [True] * len(e.target)) for e in examples]
+        if any(e.learned for e in examples)
+        else None,
     )
 
 

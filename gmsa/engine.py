@@ -291,7 +291,7 @@ class GMSA:
     @overload
     def answer(
         self,
-        question: str,
+        question: str | Prompt,
         memory: Memory | Prefix | Sequence[Memory],
         *,
         max_new_tokens: int = ...,
@@ -303,7 +303,7 @@ class GMSA:
     @overload
     def answer(
         self,
-        question: str,
+        question: str | Prompt,
         memory: Memory | Prefix | Sequence[Memory],
         *,
         max_new_tokens: int = ...,
@@ -315,7 +315,7 @@ class GMSA:
     @overload
     def answer(
         self,
-        question: Sequence[str],
+        question: Sequence[str | Prompt],
         memory: Memory | Prefix | Sequence[Memory] | Sequence[Prefix | Sequence[Memory]],
         *,
         max_new_tokens: int = ...,
@@ -327,7 +327,7 @@ class GMSA:
 
     def answer(
         self,
-        question: str | Sequence[str],
+        question: str | Prompt | Sequence[str | Prompt],
         memory: Memory | Prefix | Sequence[Memory] | Sequence[Prefix | Sequence[Memory]],
         *,
         max_new_tokens: int = 128,
@@ -342,7 +342,7 @@ class GMSA:
 
         Args:
             question: one, or a list of questions on the same memories. To ask each question of its own memories, give
-                a list of lists of memories, one per question.
+                a list of lists of memories, one per question. A `Prompt` is read as it is, for chats of several turns.
             memory: what to answer from; a `Prefix` from `prefill` in place of memories spares reading them.
             max_new_tokens: longest answer.
             stream: yield the answer piece by piece (one question only).
@@ -354,7 +354,7 @@ class GMSA:
             InputError: an empty question, or lists that do not match.
             MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
         """
-        questions = [question] if isinstance(question, str) else list(question)
+        questions = [question] if isinstance(question, str | Prompt) else list(question)
         groups: list[Content]
         if isinstance(memory, Memory):
             groups = [[memory]] * len(questions)
@@ -371,11 +371,11 @@ class GMSA:
         if stream:
             if len(questions) != 1:
                 raise InputError("stream=True takes one question")
-            return self._stream((groups[0], self.template(questions[0])), max_new_tokens, _stops(stop), sampling)
+            return self._stream((groups[0], self._prompt(questions[0])), max_new_tokens, _stops(stop), sampling)
         answers = self.read(
             questions, groups, max_new_tokens=max_new_tokens, batch_size=batch_size, stop=stop, **sampling
         )
-        return answers[0] if isinstance(question, str) else answers
+        return answers[0] if isinstance(question, str | Prompt) else answers
 
     def prefill(self, memory: Memory | Sequence[Memory]) -> Prefix:
         """Let the decoder read memories ahead of questions: `answer` takes the result in their place.
@@ -398,7 +398,7 @@ class GMSA:
 
     def read(
         self,
-        questions: Sequence[str],
+        questions: Sequence[str | Prompt],
         contents: Sequence[Content],
         *,
         max_new_tokens: int = 128,
@@ -419,9 +419,12 @@ class GMSA:
             MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
         """
         stops = _stops(stop)
-        rows = [(content, self.template(q)) for content, q in zip(contents, questions, strict=True)]
+        rows = [(content, self._prompt(q)) for content, q in zip(contents, questions, strict=True)]
         new = self._read(rows, max_new_tokens, batch_size, stops, **sampling)
         return [self._text(tokens, stops) for tokens in new]
+
+    def _prompt(self, question: str | Prompt) -> Prompt:
+        return question if isinstance(question, Prompt) else self.template(question)
 
     def _read(
         self,

@@ -62,7 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def distilled(
-    loss: Tensor, student: Tensor, teacher: Tensor, targets: Sequence[Tensor], rates: int, weight: float,
+    loss: Tensor, student: Tensor, teacher: Tensor, counts: Sequence[int], rates: int, weight: float,
     temperature: float,
 ) -> Tensor:  # fmt: skip
     """Mix cross-entropy with the distance to what the decoder predicts when it reads the full text.
@@ -71,7 +71,7 @@ def distilled(
         loss: cross-entropy.
         student: (N * K, vocabulary) logits from soft tokens, K rates per row, a row's targets K times in turn.
         teacher: (N, vocabulary) logits at the same targets from the text.
-        targets: of each row, N in all.
+        counts: learned tokens of each row's target, N in all.
         rates: K.
         weight: of the distance, the rest being that of the cross-entropy.
         temperature: both distributions are flattened by it.
@@ -80,7 +80,7 @@ def distilled(
         (1 - weight) * loss + weight * temperature**2 * KL(teacher || student), per target token.
     """
     if rates > 1:
-        parts = teacher.split([len(target) for target in targets])
+        parts = teacher.split(list(counts))
         teacher = torch.cat([part for part in parts for _ in range(rates)])
     distance = F.kl_div(
         F.log_softmax(student.float() / temperature, dim=-1),

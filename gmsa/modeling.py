@@ -435,6 +435,7 @@ class GmsaModel(PreTrainedModel):
         after: Sequence[Tensor],
         targets: Sequence[Tensor],
         texts: Sequence[Tensor] | None = None,
+        learned: Sequence[Tensor] | None = None,
         keep_logits: bool = True,
     ) -> dict[str, Tensor]:
         """Loss of restoring or answering (paper section 3): cross-entropy on the targets only.
@@ -446,6 +447,8 @@ class GmsaModel(PreTrainedModel):
             targets: token ids to predict after them, B tensors.
             texts: the contexts as decoder token ids, B tensors. Where given, the decoder reads them in place of soft
                 tokens and nothing is compressed: what distillation learns from, and the fair bound to compare with.
+            learned: B bool tensors, true for the tokens of a target that count; the others (further questions) are
+                only read. None: all count.
             keep_logits: return them; otherwise they exist for a few tokens at a time only, which takes less memory.
 
         Returns:
@@ -453,11 +456,13 @@ class GmsaModel(PreTrainedModel):
             the highest logit. "logits": (N, vocabulary), if kept. The LM head never runs where there is no label.
         """
         if texts is not None:
-            return self.score(embed_rows(self.get_input_embeddings(), texts), before, after, targets, keep_logits)
+            soft = list(embed_rows(self.get_input_embeddings(), texts))
+            return self.score(soft, before, after, targets, learned, keep_logits)
         soft = self.compress(window_ids, window_mask, window_rows, merge_size)
         if (rates := rates_of(merge_size)) > 1:
             before, after, targets = ([x for x in part for _ in range(rates)] for part in (before, after, targets))
-        return self.score(soft, before, after, targets, keep_logits)
+            learned = learned and [x for x in learned for _ in range(rates)]
+        return self.score(soft, before, after, targets, learned, keep_logits)
 
     def score(
         self,
@@ -465,6 +470,7 @@ class GmsaModel(PreTrainedModel):
         before: Sequence[Tensor],
         after: Sequence[Tensor],
         targets: Sequence[Tensor],
+        learned: Sequence[Tensor] | None = None,
         keep_logits: bool = True,
     ) -> dict[str, Tensor]:
         """Teacher-forced prediction of the targets from soft tokens that exist already; returns as `forward` does."""
@@ -474,14 +480,17 @@ class GmsaModel(PreTrainedModel):
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions(mask), use_cache=False
         ).last_hidden_state
         # Rows end together, so the state that predicts the first of t targets stands t + 1 from the end.
-        picked = [state[-len(target) - 1 : -1] for state, target in zip(hidden, targets, strict=True)]
+        picked = torch.cat([state[-len(target) - 1 : -1] for state, target in zip(hidden, targets, strict=True)])
         labels = torch.cat(list(targets))
+        if learned is not None:
+            counts = torch.cat(list(learned))
+            picked, labels = picked[counts], labels[counts]
         head = self.get_output_embeddings()
         head_is_trained = head is not None and any(p.requires_grad for p in head.parameters())
         if not keep_logits and not head_is_trained:
-            loss, correct = cross_entropy_in_chunks(torch.cat(picked), labels, self.lm_logits)
+            loss, correct = cross_entropy_in_chunks(picked, labels, self.lm_logits)
             return {"loss": loss, "correct": correct, "labels": labels}
-        logits = self.lm_logits(torch.cat(picked))
+        logits = self.lm_logits(picked)
         correct = (logits.detach().argmax(-1) == labels).sum()
         out = {"loss": F.cross_entropy(logits.float(), labels), "correct": correct, "labels": labels}
         return {**out, "logits": logits} if keep_logits else out

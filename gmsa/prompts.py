@@ -41,6 +41,7 @@ class PromptTemplate:
             raise BackboneError("the decoder's tokenizer has no chat template: set prompt to 'plain'")
         self.end_id = self._end_id()
         self._render = lru_cache(maxsize=1024)(self._render_uncached)
+        self._follow = lru_cache(maxsize=1024)(self._follow_uncached)
 
     def restore(self) -> Prompt:
         """The prompt that asks for the text itself."""
@@ -56,6 +57,17 @@ class PromptTemplate:
             raise InputError("the question is empty")
         return self._render(text)
 
+    def following(self, text: str) -> list[int]:
+        """Token ids that stand between an answer, its end token included, and the answer to the next question.
+
+        Raises:
+            InputError: the text is empty.
+            BackboneError: the chat template has no place for a second question.
+        """
+        if not text.strip():
+            raise InputError("the question is empty")
+        return self._follow(text)
+
     def text(self, context: str, text: str) -> str:
         """The same prompt with the context in plain text where soft tokens would stand."""
         before, after = self._around(text)
@@ -68,6 +80,16 @@ class PromptTemplate:
     def _render_uncached(self, text: str) -> Prompt:
         before, after = self._around(text)
         return Prompt(torch.tensor(self.encode(before), dtype=torch.long), torch.tensor(self.encode(after)))
+
+    def _follow_uncached(self, text: str) -> list[int]:
+        if self.config.prompt == "plain":
+            return self.encode(f"\n{text}\n")
+        turns = [("user", "?"), ("assistant", MARK), ("user", text)]
+        rendered = self._chat([{"role": r, "content": c} for r, c in turns], add_generation_prompt=True)
+        ids = self.encode(rendered.partition(MARK)[2])
+        if not ids:
+            raise BackboneError("the decoder's chat template drops earlier answers: set questions_per_context to 1")
+        return ids[1:] if ids[0] == self.end_id else ids
 
     def _around(self, text: str) -> tuple[str, str]:
         if self.config.prompt == "plain":

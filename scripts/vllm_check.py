@@ -4,6 +4,10 @@
 
 Three ways to the same greedy tokens, in fp32: the exported decoder under transformers (the reference), a vLLM server
 asked by `RemoteDecoder`, and vLLM in this process by `LocalDecoder`. Answers of `GMSA.answer` must have the same text.
+And `gmsa serve --decoder vllm:URL`, which has the compressor alone, must say through OpenAI's client what `gmsa serve`
+says: texts, why they end, and usage.
+
+    python scripts/vllm_check.py --checks front --server http://127.0.0.1:8000      one check, against a server there is
 """
 
 import argparse
@@ -32,7 +36,7 @@ from transformers import AutoModelForCausalLM
 
 from gmsa import GMSA
 from gmsa.memory import Memory
-from gmsa.scale.export import export_decoder
+from gmsa.scale.export import export_compressor, export_decoder
 from gmsa.scale.vllm import LocalDecoder, RemoteDecoder, prompt_embeddings
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +50,7 @@ QUESTIONS = (
     "Continue the text.",
     "这段文字说了什么？ 🎉",
 )
+CHECKS = ("server", "in-process", "front")
 LENGTHS = (60, 200, 700, 1800)  # characters
 MERGE_SIZES = (1, 2, 4, 8, 16)
 MAX_LENGTH = 2048
@@ -120,11 +125,30 @@ def server(folder: Path, name: str, key: str) -> Iterator[str]:
         port = free.getsockname()[1]
     # The module rather than `vllm serve`: the CPU build from PyPI has no entry point of that name that starts.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", name, "--api-key", key, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--enable-prompt-embeds", "--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--enforce-eager"]
-    url = f"http://127.0.0.1:{port}"
+    with process(command, f"http://127.0.0.1:{port}", {"VLLM_API_KEY": key}) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def gmsa_server(model: str, store: Path, **options: str) -> Iterator[str]:
+    """A `gmsa serve`; yields its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "gmsa", "serve", model, "--port", str(port), "--store", str(store)]
+    command += ["--dtype", "float32", "--served-name", "gmsa", "--max-prompt-tokens", str(MAX_LENGTH)]
+    command += [part for name, value in options.items() for part in (f"--{name}", value)]
+    with process(command, f"http://127.0.0.1:{port}", {}) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def process(command: list[str], url: str, environment: dict[str, str]) -> Iterator[str]:
+    """A server until the block ends; yields its URL once it is healthy."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment)
         try:
             until = time.monotonic() + 900
             while True:
@@ -141,14 +165,88 @@ def server(folder: Path, name: str, key: str) -> Iterator[str]:
             process.wait(timeout=60)
 
 
+def ask(url: str, count: int, new_tokens: int) -> list[dict[str, Any]]:
+    """What a `gmsa serve` says to chats about long texts, through OpenAI's client; every fourth also as a stream."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
+    text = "\n\n".join((ROOT / name).read_text() for name in TEXTS)
+    lengths, sizes, questions = (itertools.cycle(values) for values in (LENGTHS, MERGE_SIZES, QUESTIONS))
+
+    def answer(number: int, part: str, size: int, question: str) -> dict[str, Any]:
+        content = [{"type": "text", "text": part}, {"type": "text", "text": question}]
+        fields: dict[str, Any] = {
+            "model": "gmsa",
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": new_tokens,
+            "stop": "1" if number % 5 == 3 else None,
+            "extra_body": {"auto_compress": 12, "merge_size": size},
+        }
+        said = client.chat.completions.create(**fields)
+        (choice,) = said.choices
+        found = {"text": choice.message.content, "finish": choice.finish_reason, "usage": said.usage.model_dump()}
+        if number % 4 == 0:
+            stream = client.chat.completions.create(**fields, stream=True)
+            found["stream"] = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        return found
+
+    places = itertools.accumulate(lengths, initial=0)
+    cases = [
+        (n, text[place : place + LENGTHS[n % 4]], next(sizes), next(questions))
+        for n, place in zip(range(count), places, strict=False)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda case: answer(*case), cases))
+
+
+def check_front(model: str, compressor: Path, url: str, key: str, count: int, new_tokens: int) -> dict[str, Any]:
+    """A front over a vLLM server beside a `gmsa serve` of the whole model."""
+    os.environ["GMSA_DECODER_API_KEY"] = key
+    stores = compressor.parent
+    with gmsa_server(str(compressor), stores / "front", decoder=f"vllm:{url}") as front:
+        found = ask(front, count, new_tokens)
+    with gmsa_server(model, stores / "local") as local:
+        expected = ask(local, count, new_tokens)
+    differing = {
+        str(number): [ours["text"], theirs["text"]]
+        for number, (ours, theirs) in enumerate(zip(found, expected, strict=True))
+        if ours != theirs
+    }
+    return {
+        "prompts": count,
+        "equal": count - len(differing),
+        "streams": sum("stream" in answer for answer in found),
+        "tokens": sum(answer["usage"]["completion_tokens"] for answer in found),
+        "finish": {reason: sum(a["finish"] == reason for a in found) for reason in ("stop", "length")},
+        "distinct": len({answer["text"] for answer in found}),
+        "differing": differing,
+    }
+
+
+def vllm_version(url: str | None, key: str) -> str:
+    """Of the server there is, or of the package here."""
+    if url is None:
+        import vllm
+
+        return vllm.__version__
+    return httpx.get(f"{url}/version", headers={"Authorization": f"Bearer {key}"}).json()["version"]
+
+
 def main() -> None:
     """Run the check; exits 1 if a token differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default", help="folder or hub id")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--checks", default=",".join(CHECKS), help="some of these")
+    parser.add_argument(
+        "--server", metavar="URL", help="of the exported decoder, running; its key in GMSA_DECODER_API_KEY"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     options = parser.parse_args()
+    wanted = options.checks.split(",")
+    if not set(wanted) <= set(CHECKS):
+        parser.error(f"--checks: some of {', '.join(CHECKS)}")
     for name, value in {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
         os.environ.setdefault(name, value)
 
@@ -156,12 +254,14 @@ def main() -> None:
     ends = sorted(gmsa._ends())
     new = options.new_tokens
     result: dict[str, Any] = {"model": options.model, "compressor": gmsa.fingerprint, "new_tokens": new}
-    with tempfile.TemporaryDirectory() as scratch:
+    checks: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch) / "decoder"
         export_decoder(gmsa, folder)
-        cases = make_cases(gmsa, options.prompts)
-        model = reference(folder, cases, ends, new)
-        checks: dict[str, dict[str, Any]] = {}
+        cases: list[Case] = []
+        if set(wanted) != {"front"}:
+            cases = make_cases(gmsa, options.prompts)
+            model = reference(folder, cases, ends, new)
 
         def compare(name: str, found: list[list[int]], seconds: float) -> None:
             wrong = [i for i, (case, ids) in enumerate(zip(cases, found, strict=True)) if case.expected != ids]
@@ -180,36 +280,43 @@ def main() -> None:
             checks[name] = {"prompts": len(of), "equal": sum(a == b for a, b in zip(found, of, strict=True))}
             print(name, checks[name], flush=True)
 
-        compare_texts("GMSA.answer", [gmsa.answer(c.question, c.memories, max_new_tokens=new) for c in cases], texts)
-        key = secrets.token_hex(8)
-        with (
-            server(folder, f"gmsa-{gmsa.fingerprint}", key) as url,
-            RemoteDecoder(gmsa, url, api_key=key) as remote,
-            ThreadPoolExecutor(8) as pool,
-        ):
+        if cases:
+            answers = [gmsa.answer(c.question, c.memories, max_new_tokens=new) for c in cases]
+            compare_texts("GMSA.answer", answers, texts)
+            result["prompt_positions"] = [min(len(c.embeds) for c in cases), max(len(c.embeds) for c in cases)]
+            result["distinct_answers"] = len(set(texts))
+        key = os.environ.get("GMSA_DECODER_API_KEY") or secrets.token_hex(8)
+        if {"server", "front"} & set(wanted):
+            served = contextlib.nullcontext(options.server) if options.server else None
+            url = stack.enter_context(served or server(folder, f"gmsa-{gmsa.fingerprint}", key))
+        if "server" in wanted:
+            with RemoteDecoder(gmsa, url, api_key=key) as remote, ThreadPoolExecutor(8) as pool:
+                started = time.perf_counter()
+                pieces = list(pool.map(lambda case: remote.complete(case.embeds, max_new_tokens=new), cases))
+                compare("server", [cut(p.token_ids, ends) for p in pieces], time.perf_counter() - started)
+                streamed = [
+                    "".join(remote.answer(c.question, c.memories, max_new_tokens=new, stream=True)).strip()
+                    for c in cases[:10]
+                ]
+                compare_texts("server, streamed", streamed, texts[:10])
+        if "front" in wanted:
+            export_compressor(gmsa, Path(scratch) / "compressor")
+            count = min(20, options.prompts)
+            checks["front"] = check_front(options.model, Path(scratch) / "compressor", url, key, count, new)
+            print("front", checks["front"], flush=True)
+        stack.close()
+        if "in-process" in wanted:
+            local = LocalDecoder(gmsa, folder, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True)
             started = time.perf_counter()
-            pieces = list(pool.map(lambda case: remote.complete(case.embeds, max_new_tokens=new), cases))
-            compare("server", [cut(p.token_ids, ends) for p in pieces], time.perf_counter() - started)
-            some = cases[:10]
-            streamed = [
-                "".join(remote.answer(c.question, c.memories, max_new_tokens=new, stream=True)).strip() for c in some
-            ]
-            compare_texts("server, streamed", streamed, texts[:10])
-        local = LocalDecoder(gmsa, folder, dtype="float32", max_model_len=MAX_LENGTH, enforce_eager=True)
-        started = time.perf_counter()
-        pieces = local.complete([case.embeds for case in cases], max_new_tokens=new)
-        compare("in process", [cut(p.token_ids, ends) for p in pieces], time.perf_counter() - started)
-
-    import vllm
+            pieces = local.complete([case.embeds for case in cases], max_new_tokens=new)
+            compare("in process", [cut(p.token_ids, ends) for p in pieces], time.perf_counter() - started)
 
     result |= {
-        "command": "make vllm-check",
-        "prompt_positions": [min(len(c.embeds) for c in cases), max(len(c.embeds) for c in cases)],
-        "distinct_answers": len(set(texts)),
+        "command": "make vllm-check" if set(wanted) == set(CHECKS) else " ".join(["python", *sys.argv]),
         "checks": checks,
         "versions": {
             **{name: importlib.metadata.version(name) for name in ("gmsa", "torch", "transformers")},
-            "vllm": vllm.__version__,
+            "vllm": vllm_version(options.server, key),
             "python": platform.python_version(),
         },
     }

@@ -7,6 +7,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from gmsa.prompts import PromptTemplate
 from gmsa.training import batches as batches_module
 from gmsa.training.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.training.recipe import Recipe
-from gmsa.training.rows import RowIndex, index_rows
+from gmsa.training.rows import Conversations, RowIndex, index_rows
 from gmsa.training.schedule import RateSchedule
 
 TEXTS = [{"text": f"{i:03d}" + "".join(chr(97 + (i * k) % 26) for k in range(10 + 7 * i))} for i in range(20)]
@@ -400,6 +401,53 @@ def test_a_question_becomes_prompt_and_first_answer(extra: dict[str, Any]) -> No
     assert TOKENIZER.decode(contexts(batch)[0]) == "context"
     assert TOKENIZER.decode(batch.after[0]) == "\nWho?<|im_end|>\n<|im_start|>assistant\n"
     assert TOKENIZER.decode(batch.targets[0]) == "Ada<|im_end|>"
+
+
+def asked_about(*contexts: str) -> list[dict[str, Any]]:
+    return [{"input": c, "prompt": f"q{i}", "answer": [f"a{i}", "x"]} for i, c in enumerate(contexts)]
+
+
+def test_questions_about_one_context_become_one_conversation() -> None:
+    index = rows_of(asked_about("one", "one", "one", "two", "one"))
+    rows = Conversations(index, 8)
+    assert [row["input"] for row in rows] == ["one", "two", "one"]
+    assert [[prompt for prompt, _ in row["turns"]] for row in rows] == [["q0", "q1", "q2"], ["q3"], ["q4"]]
+    assert rows.characters.tolist() == [5, 5, 5]  # the context is read once
+    batches = batches_of(RowBatches(rows, 96))
+    said = set()
+    for order in permutations(range(3)):
+        turns = [f"<|im_start|>user\nq{n}<|im_end|>\n<|im_start|>assistant\na{n}<|im_end|>" for n in order]
+        said.add("\n".join(turns).replace("user\n", "user\none\n", 1))
+    found = set()
+    for number in range(40):
+        for example in batches.examples(number % len(batches)):
+            if example.learned is None:
+                continue
+            text = TOKENIZER.decode(
+                [*example.prompt.before, *example.contexts[0], *example.prompt.after, *example.target]
+            )
+            assert text in said
+            found.add(text)
+            learned = [token for token, counts in zip(example.target, example.learned, strict=True) if counts]
+            order = [text[place + 1] for place in range(len(text)) if text[place] == "q"]
+            assert TOKENIZER.decode(learned) == "".join(f"a{n}<|im_end|>" for n in order)
+    assert len(found) > 1  # in any order
+
+
+def test_conversations_have_so_many_questions_at_most() -> None:
+    rows = Conversations(rows_of(asked_about(*["one"] * 5, *["two"] * 2)), 2)
+    assert [len(row["turns"]) for row in rows] == [2, 2, 1, 2]
+    assert [row["turns"][0][0] for row in rows[1:3]] == ["q2", "q4"]
+
+
+def test_a_batch_says_what_is_learned_only_where_it_has_to() -> None:
+    assert batches_of(questions(asked_about("one", "two")))[0].batch.learned is None
+    rows = Conversations(rows_of(asked_about("one", "one", "two")), 2)
+    batch = batches_of(RowBatches(rows, 96))[0].batch
+    assert batch.learned is not None
+    assert sorted((len(row), int(row.sum()) == len(row)) for row in batch.learned) == sorted(
+        (len(target), len(target) < 10) for target in batch.targets
+    )
 
 
 def test_several_documents_are_contexts_of_their_own_in_order() -> None:

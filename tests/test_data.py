@@ -294,9 +294,11 @@ def test_collate_takes_several_merge_sizes_and_texts() -> None:
 
 
 @pytest.mark.parametrize("text", [None, [6, 7]])
-def test_a_batch_moves_as_a_whole(text: list[int] | None) -> None:
-    batch = collate([Example([[1, 2]], Prompt(ints(3), ints(4)), [5], 2, text)], None).to("meta")
+@pytest.mark.parametrize("learned", [None, [False, True]])
+def test_a_batch_moves_as_a_whole(text: list[int] | None, learned: list[bool] | None) -> None:
+    batch = collate([Example([[1, 2]], Prompt(ints(3), ints(4)), [5, 6], 2, text, False, learned)], None).to("meta")
     assert (batch.texts is None) == (text is None)
+    assert (batch.learned is None) == (learned is None)
     for name, value in vars(batch).items():
-        if name != "texts" or text:
+        if value is not None or name not in ("texts", "learned"):
             assert all(t.device.type == "meta" for t in (value if isinstance(value, list) else [value]))

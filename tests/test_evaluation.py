@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmsa import GMSA
+from gmsa import GMSA, Memory
 from gmsa.backbones import Backbone
 from gmsa.cli import main
 from gmsa.errors import InputError
 from gmsa.evaluation import metrics
+from gmsa.evaluation.cache import AnswerCache
 from gmsa.evaluation.qa import evaluate_qa, spread
 from gmsa.evaluation.report import FIELDS
 from gmsa.evaluation.restoration import evaluate_restoration
@@ -123,6 +124,52 @@ def test_restoration_of_a_model_that_restores_perfectly(
     assert row["metrics"]["perplexity_text"] > 2
 
 
+def test_an_interrupted_restoration_goes_on(
+    gmsa: GMSA, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache.jsonl"
+    restore, restored = gmsa.restore, []
+
+    def run(cache: AnswerCache | None) -> list[object]:
+        return list(evaluate_restoration(gmsa, str(data), [16, 20], [4, 2], 5, 2, cache=cache))
+
+    def restore_some(memories: list[Memory], **options: int) -> list[str]:
+        if len(restored) == 7:  # of 20 texts, in batches of 2, 2 and 1 for each length and merge size
+            raise KeyboardInterrupt
+        restored.extend(memories)
+        return restore(memories, **options)
+
+    expected = run(None)
+    monkeypatch.setattr(gmsa, "restore", restore_some)
+    with pytest.raises(KeyboardInterrupt):
+        run(AnswerCache(path, print))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:9])  # the write of the last line broke off
+    done = [line for line in lines[:-1] if "restored" in line]
+    assert len(done) == 6
+
+    restored.clear()
+    monkeypatch.setattr(gmsa, "restore", lambda m, **o: restored.extend(m) or restore(m, **o))
+    assert run(AnswerCache(path, print)) == expected
+    assert len(restored) == 20 - len(done) + 1  # the batch of the broken line is restored whole, as before
+    restored.clear()
+    monkeypatch.setattr(gmsa, "score", None)  # not needed any more, nor anything else of the model
+    monkeypatch.setattr(gmsa, "compress", None)
+    assert run(AnswerCache(path, print)) == expected
+    assert restored == []
+
+
+def test_restored_texts_of_other_settings_are_kept_apart(
+    gmsa: GMSA, data: Path, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+) -> None:
+    cache = AnswerCache(None, print)
+    list(evaluate_restoration(gmsa, str(data), [20], [4, 2], 3, cache=cache))
+    assert len(cache.answers) == 3 + 2 * 3  # the texts themselves, and at each merge size
+    other = GMSA(tiny_model("llama", system_prompt="Be brief."), tiny_backbone("llama"))
+    list(evaluate_restoration(other, str(data), [20], [4], 3, cache=cache))
+    assert len(cache.answers) == 9 + 6
+
+
 def test_questions_and_budgets(gmsa: GMSA, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gmsa, "read", lambda questions, memories, **_: ["2"] * len(questions))
     rows = [row for row, _ in evaluate_qa(gmsa, str(data), [2, 4], limit=5)]
@@ -132,7 +179,7 @@ def test_questions_and_budgets(gmsa: GMSA, data: Path, monkeypatch: pytest.Monke
 
 
 def test_the_command_writes_one_shape_of_results(
-    gmsa: GMSA, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gmsa: GMSA, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gmsa.save_pretrained(tmp_path / "model")
     arguments = ["--data", str(data), "--merge-size", "4", "--limit", "2", "-o", str(tmp_path / "out")]
@@ -143,6 +190,10 @@ def test_the_command_writes_one_shape_of_results(
     assert [set(row) for row in results["rows"]] == [set(FIELDS)]
     assert results["meta"]["model_fingerprint"] == gmsa.fingerprint
     assert len((tmp_path / "out/examples.jsonl").read_text().splitlines()) == 2
+    with monkeypatch.context() as patch:  # again: the same numbers, and nothing is restored
+        patch.setattr(GMSA, "restore", None)
+        assert main(["eval", "restoration", "--lengths", "16", *arguments, *model]) == 0
+    assert json.loads((tmp_path / "out/results.json").read_text())["rows"] == results["rows"]
     assert main(["eval", "restoration", "--lengths", "9999", *arguments, *model]) == 1
     assert "no text of 9999 tokens" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ from gmsa import GMSA, generation
 from gmsa.cli import main
 from gmsa.errors import InputError
 from gmsa.evaluation import latency
+from gmsa.evaluation.cache import AnswerCache
 from gmsa.evaluation.latency import evaluate_latency, predicted, text_of
 from gmsa.modeling import GmsaModel
 
@@ -46,6 +47,35 @@ def test_every_way_is_timed_in_every_round(gmsa: GMSA, monkeypatch: pytest.Monke
             assert taken["total"] == pytest.approx(taken["compress"] + taken["first_token"] + taken["decode"])
     assert found[0][0]["metrics"]["ratio_to_original"] == 1
     assert found[0][0]["metrics"]["predicted_ratio"] is None
+
+
+def test_an_interrupted_timing_goes_on(gmsa: GMSA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(rounds: int = 1) -> tuple[list[Any], list[str], int]:
+        notes: list[str] = []
+        timed: list[int] = []
+        monkeypatch.setattr(latency, "_time", lambda *given: timed.append(given[2]) or time_it(*given))
+        cache = AnswerCache(tmp_path / "cache.jsonl", notes.append)
+        found = list(evaluate_latency(gmsa, [48], [4], [1, 2], rounds, cache=cache, note=notes.append))
+        return found, notes, len(timed)
+
+    real = latency._time
+
+    def breaks_off(gmsa: GMSA, way: latency.Way, new: int) -> dict[str, Any]:
+        if new == 2:
+            raise KeyboardInterrupt
+        return real(gmsa, way, new)
+
+    time_it: Callable[..., Any] = breaks_off
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    time_it = real
+    first, notes, timed = run()
+    assert timed == 3 * 2  # the ways of the second number of new tokens, with the round that is not counted
+    assert notes == [f"48 tokens, 1 new: timed before, in {tmp_path / 'cache.jsonl'}"]
+    again, _, timed = run()
+    assert timed == 0
+    assert again == first
+    assert run(rounds=2)[2] == 3 * 3 * 2  # another question
 
 
 def test_exactly_so_many_tokens_are_generated(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,9 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in lines if "loss" in entry]
 
 
+COUNTS = [4, 9, 2]  # tokens of each target
+
+
 def arguments(model: GmsaModel, merge_size: Any) -> dict[str, Any]:
     rows = random_ids(20, 7, 33)
     ids, mask, owners = windows_of(rows, model.config.window_size)
@@ -67,7 +70,7 @@ def arguments(model: GmsaModel, merge_size: Any) -> dict[str, Any]:
         "merge_size": merge_size,
         "before": random_ids(3, 3, 3, seed=1),
         "after": random_ids(5, 4, 6, seed=2),
-        "targets": random_ids(4, 9, 2, seed=3),
+        "targets": random_ids(*COUNTS, seed=3),
     }
 
 
@@ -131,6 +134,50 @@ def test_training_on_text_leaves_the_compressor_alone(recipe: Callable[..., Reci
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+# -- several questions of one context ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_logits", [True, False])
+@pytest.mark.parametrize("sizes", [[2, 2, 4], [[1, 4], [2, 3], [4, 8]]], ids=["one rate", "two rates"])
+def test_only_learned_tokens_count(tiny_model: Callable[..., GmsaModel], keep_logits: bool, sizes: Any) -> None:
+    model = tiny_model()
+    given = arguments(model, torch.tensor(sizes))
+    learned = [torch.tensor([True, False, False, True]), torch.arange(9) != 3, torch.tensor([True, True])]
+    whole = model(**given)
+    rates = 1 if isinstance(sizes[0], int) else 2
+    counts = torch.cat([row for row in learned for _ in range(rates)])
+    expected = torch.nn.functional.cross_entropy(whole["logits"][counts], whole["labels"][counts])
+    found = model(**given, learned=learned, keep_logits=keep_logits)
+    assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(found["labels"]) == counts.sum()
+    assert ("logits" in found) == keep_logits
+
+
+def test_a_conversation_is_its_questions_one_after_the_other(tiny_model: Callable[..., GmsaModel]) -> None:
+    """The loss of a conversation is that of each answer after everything said before it."""
+    model = tiny_model()
+    given = arguments(model, 4)
+    given = {name: value[:1] if name in ("before", "after") else value for name, value in given.items()}
+    first = model.config.window_size
+    given |= {"window_ids": given["window_ids"][:1], "window_mask": given["window_mask"][:1]}
+    given |= {"window_rows": given["window_rows"][:1]}
+    assert first is not None
+    told, asked, answer = random_ids(4, 3, 5, seed=7)
+    learned = torch.tensor([True] * 4 + [False] * 3 + [True] * 5)
+    both = model(**{**given, "targets": [torch.cat([told, asked, answer])]}, learned=[learned])
+    one = model(**{**given, "targets": [told]})
+    after = [torch.cat([given["after"][0], told, asked])]
+    other = model(**{**given, "after": after, "targets": [answer]})
+    expected = (4 * one["loss"] + 5 * other["loss"]) / 9
+    assert both["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"distil": {"weight": 0.5}}, {"rates_per_sample": 2}, {"reads": "text"}])
+def test_conversations_can_be_trained(recipe: Callable[..., Recipe], tmp_path: Path, more: dict[str, Any]) -> None:
+    train(recipe(stage="keft", questions_per_context=3, **more))
+    assert len(losses(tmp_path / "run")) == 2
+
+
 # -- distillation ------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +185,7 @@ def test_distillation_mixes_in_the_distance_to_the_text(tiny_model: Callable[...
     model = tiny_model()
     given = arguments(model, torch.tensor([2, 2, 4]))
     student, teacher = model(**given), model(**given, texts=random_ids(20, 7, 33))
-    found = distilled(student["loss"], student["logits"], teacher["logits"], given["targets"], 1, 0.3, 2.0)
+    found = distilled(student["loss"], student["logits"], teacher["logits"], COUNTS, 1, 0.3, 2.0)
     p = (teacher["logits"] / 2).softmax(-1)
     distance = (p * (p.log() - (student["logits"] / 2).log_softmax(-1))).sum(-1).mean()
     assert found.item() == pytest.approx((0.7 * student["loss"] + 0.3 * 4 * distance).item(), rel=1e-4)
@@ -149,12 +196,12 @@ def test_distillation_at_several_rates_repeats_the_teacher(tiny_model: Callable[
     sizes = torch.tensor([[1, 4], [2, 3], [4, 8]])
     teacher = model(**arguments(model, 1), texts=random_ids(20, 7, 33))["logits"]
     together = model(**arguments(model, sizes))
-    found = distilled(together["loss"], together["logits"], teacher, arguments(model, 1)["targets"], 2, 1.0, 1.0)
+    found = distilled(together["loss"], together["logits"], teacher, COUNTS, 2, 1.0, 1.0)
     apart = []
     for k in range(2):
         given = arguments(model, sizes[:, k])
         out = model(**given)
-        apart.append(distilled(out["loss"], out["logits"], teacher, given["targets"], 1, 1.0, 1.0))
+        apart.append(distilled(out["loss"], out["logits"], teacher, COUNTS, 1, 1.0, 1.0))
     assert found.item() == pytest.approx(sum(a.item() for a in apart) / 2, rel=1e-4)
 
 
@@ -162,9 +209,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_model: Callable
     model = tiny_model()
     given = arguments(model, torch.tensor([2, 2, 4]))
     logits = model(**given)["logits"]
-    assert distilled(torch.tensor(5.0), logits, logits, given["targets"], 1, 1.0, 1.0).item() == pytest.approx(
-        0, abs=1e-5
-    )
+    assert distilled(torch.tensor(5.0), logits, logits, COUNTS, 1, 1.0, 1.0).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_no_gradient_reaches_the_teacher(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,35 @@ def test_before_context_and_after_make_the_prompt(fields: dict[str, Any], expect
     assert tokens == made.encode(expected)
 
 
+@pytest.mark.parametrize("system_prompt", [None, "", "Be brief."])
+def test_a_further_question_goes_on_where_the_answer_ended(system_prompt: str | None) -> None:
+    made = template(system_prompt=system_prompt)
+    turns = [{"role": "user", "content": f"{CONTEXT}\n{QUESTION}"}, {"role": "assistant", "content": "In 1731."}]
+    turns += [{"role": "user", "content": "By whom?"}]
+    if system_prompt is not None:
+        turns = [{"role": "system", "content": system_prompt}, *turns]
+    whole = made.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    tokens = made.encode(made.text(CONTEXT, QUESTION))
+    assert [*tokens, *made.encode("In 1731."), made.end_id, *made.following("By whom?")] == made.encode(whole)
+
+
+def test_a_further_question_in_plain() -> None:
+    made = template(prompt="plain")
+    assert made.tokenizer.decode(made.following(QUESTION)) == f"\n{QUESTION}\n"
+
+
+def test_a_further_question_cannot_be_empty() -> None:
+    with pytest.raises(InputError, match="empty"):
+        template().following(" ")
+
+
+def test_a_chat_template_that_forgets_answers() -> None:
+    forgetful = make_tokenizer()
+    forgetful.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
+    with pytest.raises(BackboneError, match="questions_per_context"):
+        template(forgetful).following(QUESTION)
+
+
 def test_special_tokens_of_the_prompt_are_single_tokens() -> None:
     prompt = template()(QUESTION)
     assert prompt.before[0] == 259  # <|im_start|>

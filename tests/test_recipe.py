@@ -247,7 +247,15 @@ def test_nested_numbers_written_without_a_dot(load: Callable[..., Recipe]) -> No
 
 WHOLE = {
     **dict.fromkeys(["tokens_per_batch", "rows_per_batch", "accumulate", "save_every", "log_every", "keep"], 1),
-    **{"max_context": 1, "rates_per_sample": 1, "steps": 0, "distractors": 0, "workers": 0, "seed": 0},
+    **{
+        "max_context": 1,
+        "rates_per_sample": 1,
+        "questions_per_context": 1,
+        "steps": 0,
+        "distractors": 0,
+        "workers": 0,
+        "seed": 0,
+    },
 }
 
 

@@ -26,7 +26,7 @@ OVERLAYS = [
     f"{kind}/{path.stem}" for kind in ("ablations", "options") for path in sorted(RECIPES.glob(f"{kind}/*.yaml"))
 ]
 # Overlays for the second stage alone; the others are tried on the first one.
-STAGE_2 = {"no-ae", "no-keft", "distil", "unfrozen", "trainable-all", "trainable-lora", "documents"}
+STAGE_2 = {"no-ae", "no-keft", "distil", "unfrozen", "trainable-all", "trainable-lora", "documents", "conversations"}
 # What the ablations and options make of the model or the recipe.
 CHANGES: dict[str, dict[str, Any]] = {
     "no-ae": {"init": None},
@@ -45,6 +45,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "trainable-all": {"trains": ["decoder"]},
     "trainable-lora": {"trains": ["decoder-lora"]},
     "documents": {"distractors": 4},
+    "conversations": {"questions_per_context": 5},
     "chat": {"prompt": "chat"},
     "curriculum": {"merge_sizes": {0: [1, 2], 200: [1, 2, 4], 1000: [2, 4, 4, 8, 8]}},
 }

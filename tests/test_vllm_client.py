@@ -3,14 +3,13 @@
 import base64
 import io
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_vllm import FakeVllm, serving
 from transformers import AutoModelForCausalLM
 
 from gmsa import GMSA, Memory
@@ -22,120 +21,6 @@ from gmsa.scale.vllm import LocalDecoder, RemoteDecoder, encode_embeddings, prom
 
 TEXTS = ["The mill was built in 1731 by two brothers.", "It stands by the river still, and turns."]
 QUESTION = "When was it built?"
-LIMIT = 300
-
-
-class FakeVllm(ThreadingHTTPServer):
-    """As vLLM answers /v1/models and /v1/completions, with faults to order."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path, tokenizer: Any, name: str) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = tokenizer
-        self.names = [name]
-        self.fault = ""
-        self.seen: list[dict[str, Any]] = []
-        self.gone = threading.Event()  # a client left in the middle
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    @torch.no_grad()
-    def write(self, body: dict[str, Any]) -> list[int]:
-        embeds = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"], validate=True)), weights_only=True)
-        new = self.decoder.generate(
-            inputs_embeds=embeds[None],
-            attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
-            max_new_tokens=body["max_tokens"],
-            do_sample=body["temperature"] > 0,
-            eos_token_id=body["stop_token_ids"],
-        )
-        return new[0].tolist()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: FakeVllm
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        if self.headers.get("Authorization") != "Bearer secret":
-            self.reply(401, {"error": "Unauthorized"})
-        elif self.server.fault == "no-openai":
-            self.reply(200, {"hello": "there"})
-        elif self.server.fault == "no-json":
-            self.reply(200, None, b"<html>a proxy</html>")
-        else:
-            models = [{"id": name, "max_model_len": LIMIT} for name in self.server.names]
-            self.reply(200, {"object": "list", "data": models})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append(body)
-        if self.server.fault == "disabled":
-            message = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
-            self.reply(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}})
-        elif self.server.fault == "busy":
-            self.reply(503, None, b"upstream   connect error")
-        elif body.get("stream"):
-            self.stream(self.server.write(body))
-        else:
-            tokens = self.server.write(body)
-            text = self.server.tokenizer.decode(tokens, skip_special_tokens=True)
-            usage = {"completion_tokens": len(tokens)}
-            choice = {"index": 0, "text": text, "token_ids": tokens, "finish_reason": self.reason(tokens, body)}
-            self.reply(200, {"choices": [choice], "usage": usage})
-
-    def reason(self, tokens: list[int], body: dict[str, Any]) -> str:
-        return "stop" if tokens[-1] in body["stop_token_ids"] else "length"
-
-    def stream(self, tokens: list[int]) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        body = self.server.seen[-1]
-        try:
-            sent = ""
-            for number, token in enumerate(tokens, start=1):
-                last = number == len(tokens)
-                whole = self.server.tokenizer.decode(tokens[:number], skip_special_tokens=True)
-                # A character may take several tokens; it is sent once it is there.
-                text = whole[len(sent) :] if last or not whole.endswith("\ufffd") else ""
-                sent += text
-                choice = {
-                    "text": text,
-                    "token_ids": [token],
-                    "finish_reason": self.reason(tokens, body) if last else None,
-                }
-                self.event({"choices": [choice], "usage": {"completion_tokens": number}})
-                if number == 2 and self.server.fault == "breaks-off":
-                    return
-                if number == 2 and self.server.fault == "gives-up":
-                    self.event({"error": {"message": "the engine died", "code": 500}})
-                    return
-                while self.server.fault == "endless":
-                    self.event({"choices": [{"text": "x", "finish_reason": None}]})
-            self.event({"choices": [], "usage": {"completion_tokens": len(tokens)}})
-            self.wfile.write(b"data: [DONE]\n\n")
-        except OSError:
-            self.server.gone.set()
-
-    def event(self, facts: dict[str, Any]) -> None:
-        self.wfile.write(b"data: " + json.dumps(facts).encode() + b"\n\n")
-        self.wfile.flush()
-
-    def reply(self, status: int, facts: Any, raw: bytes | None = None) -> None:
-        content = raw if raw is not None else json.dumps(facts).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +38,8 @@ def folders(gmsa: GMSA, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 @pytest.fixture
 def server(gmsa: GMSA, folders: tuple[Path, Path]) -> Iterator[FakeVllm]:
-    server = FakeVllm(folders[0], gmsa.tokenizer, f"gmsa-{gmsa.fingerprint}")
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(FakeVllm(folders[0], gmsa.tokenizer, f"gmsa-{gmsa.fingerprint}")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -215,6 +95,17 @@ def test_pieces_tell_tokens_and_why_they_end(gmsa: GMSA, remote: RemoteDecoder) 
     assert (whole.tokens, whole.finish) == (5, "length")
     stopped = remote.complete(embeds, max_new_tokens=5, stop_token_ids=[whole.token_ids[2]])
     assert stopped.finish == "stop"
+
+
+def test_text_may_hold_what_ends_lines_elsewhere(gmsa: GMSA, remote: RemoteDecoder, server: FakeVllm) -> None:
+    server.fault = "marks"
+    pieces = list(remote.answer(QUESTION, gmsa.compress(TEXTS[0], 2), max_new_tokens=2, stream=True))
+    assert pieces == ["\u2028a\x85b"] * 2
+
+
+def test_a_model_named_after_the_compressor_is_preferred(gmsa: GMSA, server: FakeVllm) -> None:
+    server.names = ["a", f"gmsa-{gmsa.fingerprint}"]
+    assert RemoteDecoder(gmsa, server.url, api_key="secret").model == server.names[1]
 
 
 def test_leaving_a_stream_ends_the_request(gmsa: GMSA, remote: RemoteDecoder, server: FakeVllm) -> None:

@@ -1,4 +1,4 @@
-"""Answers kept on disk as they come, so that an interrupted evaluation goes on and a repeated one costs nothing."""
+"""What was measured, kept on disk as it comes: an interrupted evaluation goes on, a repeated one costs nothing."""
 
 import json
 import os
@@ -8,14 +8,21 @@ from typing import Any
 
 from gmsa.errors import InputError
 
-FIELDS = {"predicted", "answer_tokens", "context", "read", "cut", "prompt", "seconds"}
+# What an entry may hold: an answer (qa.py), a restored text or how well text itself is predicted (restoration.py), or
+# what every way of answering took (latency.py).
+SHAPES = (
+    {"predicted", "answer_tokens", "context", "read", "cut", "prompt", "seconds"},
+    {"restored", "score", "context", "soft"},
+    {"score"},
+    {"tokens", "taken"},
+)
 
 
 class AnswerCache:
-    """Answers by key, in a file of one JSON object a line; the last of equal keys counts.
+    """Entries by key, in a file of one JSON object a line; the last of equal keys counts.
 
     Args:
-        path: of the file, made with its folder when needed; None keeps answers in memory only.
+        path: of the file, made with its folder when needed; None keeps entries in memory only.
         note: told of each line that is damaged, which is then ignored.
 
     Raises:
@@ -41,7 +48,7 @@ class AnswerCache:
             try:
                 entry = json.loads(line)
                 key = entry.pop("key")
-                if set(entry) != FIELDS:
+                if set(entry) not in SHAPES:
                     raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError):
                 note(f"{path}, line {number} is damaged and ignored")
@@ -49,7 +56,7 @@ class AnswerCache:
             self.answers[key] = entry
 
     def add(self, key: str, answer: dict[str, Any]) -> None:
-        """Keep an answer; it is on disk when this returns.
+        """Keep an entry; it is on disk when this returns.
 
         Raises:
             InputError: the disk is full or read-only.

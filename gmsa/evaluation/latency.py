@@ -4,9 +4,13 @@ Every way of answering is run in turn in every round, so that a machine that slo
 """
 
 import contextlib
+import hashlib
+import json
+import platform
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -18,8 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gmsa import __version__
+from gmsa.backbones import fingerprint_of
 from gmsa.engine import GMSA
 from gmsa.errors import InputError
+from gmsa.evaluation.cache import AnswerCache
 from gmsa.memory import Memory
 from gmsa.modeling import body_of, layers_of
 
@@ -65,6 +72,9 @@ def evaluate_latency(
     new_tokens: Sequence[int],
     rounds: int = 5,
     show_progress_bar: bool = False,
+    *,
+    cache: AnswerCache | None = None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Time the original prompt, GMSA from the text, and GMSA from a stored memory.
 
@@ -75,6 +85,8 @@ def evaluate_latency(
         new_tokens: so many are generated, no more and no fewer.
         rounds: of each; medians are reported. One more, before the first, is not counted.
         show_progress_bar: on stderr.
+        cache: a length and number of new tokens timed before, all ways and rounds of it, is not timed again.
+        note: told in one line of each of those.
 
     Yields:
         A result row and what each round took. `seconds`: `compress` (or loading the stored memory), `first_token`
@@ -89,21 +101,51 @@ def evaluate_latency(
     longest = max(lengths) + max(new_tokens) + 128
     if limit is not None and longest > limit:
         raise InputError(f"the original prompt of {max(lengths)} tokens does not fit the decoder's {limit} positions")
+    cache = cache or AnswerCache(None, note)
     plan = [(length, new) for length in lengths for new in new_tokens]
     with (
         tempfile.TemporaryDirectory() as scratch,
         tqdm(total=len(plan) * (rounds + 1), unit="round", disable=not show_progress_bar) as bar,
     ):
+        made_with = _made_with(gmsa, merge_sizes, rounds)
         for length, new in plan:
+            key = hashlib.sha256(json.dumps(["latency", *made_with, length, new]).encode()).hexdigest()
             ways, tokens = _ways(gmsa, text_of(gmsa, length), merge_sizes, Path(scratch))
-            taken: list[list[dict[str, Any]]] = [[] for _ in ways]
-            for number in range(rounds + 1):
-                for way, found in zip(ways, taken, strict=True):
-                    figures = _time(gmsa, way, new)
-                    if number:
-                        found.append(figures)
-                bar.update()
+            if key in cache.answers:
+                note(f"{length} tokens, {new} new: timed before, in {cache.path}")
+                bar.update(rounds + 1)
+            else:
+                taken: list[list[dict[str, Any]]] = [[] for _ in ways]
+                for number in range(rounds + 1):
+                    for way, found in zip(ways, taken, strict=True):
+                        figures = _time(gmsa, way, new)
+                        if number:
+                            found.append(figures)
+                    bar.update()
+                cache.add(key, {"tokens": tokens, "taken": taken})
+            taken = cache.answers[key]["taken"]
             yield from _rows(gmsa, ways, taken, tokens, length, new)
+
+
+def _made_with(gmsa: GMSA, merge_sizes: Sequence[int], rounds: int) -> list[Any]:
+    """All that times depend on and that can be told, beside the lengths: the model, the machine, how often."""
+    device = gmsa.model.device
+    try:
+        processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        processor = None
+    return [
+        gmsa.fingerprint,
+        fingerprint_of(gmsa.model),
+        str(gmsa.model.dtype),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        processor[1] if processor else platform.processor(),
+        platform.node(),
+        torch.get_num_threads(),
+        [torch.__version__, __version__],
+        list(merge_sizes),
+        rounds,
+    ]
 
 
 def _ways(gmsa: GMSA, text: str, merge_sizes: Sequence[int], folder: Path) -> tuple[list[Way], int]:

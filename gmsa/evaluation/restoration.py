@@ -1,17 +1,22 @@
 """How much of a text comes back from its soft tokens (paper section 5)."""
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from gmsa.backbones import fingerprint_of
 from gmsa.data import read_rows, split_windows
 from gmsa.engine import GMSA, Score
 from gmsa.errors import InputError
 from gmsa.evaluation.bertscore import BertScorer
+from gmsa.evaluation.cache import AnswerCache
 from gmsa.evaluation.metrics import ROUGE, bleu, prefix_exact_match, rouge
 from gmsa.evaluation.statistics import interval
 from gmsa.modeling import embed_rows
@@ -78,6 +83,7 @@ def evaluate_restoration(
     scorer: BertScorer | None = None,
     seed: int = 0,
     method: str = "gmsa",
+    cache: AnswerCache | None = None,
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Measure each length at each merge size.
 
@@ -92,21 +98,22 @@ def evaluate_restoration(
         scorer: of BERTScore; None leaves that out.
         seed: of the bootstrap behind the intervals.
         method: what the rows call the model.
+        cache: texts found here are not restored again.
 
     Yields:
         One result row (docs/results.md) and its examples: text, restored text and the metrics of each.
     """
+    run = RestorationRun(gmsa, batch_size, cache or AnswerCache(None, warnings.warn))
     for length in lengths:
         texts = texts_of_length(gmsa, path, length, limit)
-        given_text = perplexity([score_given_text(gmsa, text) for text in texts])  # the same at every merge size
+        given_text = perplexity(run.score_texts(texts))  # the same at every merge size
         for size in merge_sizes:
-            memories = gmsa.compress(texts, size, batch_size=batch_size)
-            restored: list[str] = []
-            starts = range(0, len(texts), batch_size)
-            name = f"{method}, {length} tokens, {size}x"
-            for start in tqdm(starts, desc=name, disable=not show_progress_bar, unit="batch"):
-                restored += gmsa.restore(memories[start : start + batch_size], batch_size=batch_size)
-            scores = [gmsa.score(memory, text) for memory, text in zip(memories, texts, strict=True)]
+            with tqdm(
+                total=len(texts), desc=f"{method}, {length} tokens, {size}x", disable=not show_progress_bar, unit="text"
+            ) as bar:
+                entries = run.restore(texts, size, bar.update)
+            restored = [entry["restored"] for entry in entries]
+            scores = [Score(*entry["score"]) for entry in entries]
             examples = [_example(gmsa, *found) for found in zip(texts, restored, scores, strict=True)]
             if scorer is not None:
                 found_f1 = scorer.f1([text.strip() for text in texts], restored)
@@ -131,13 +138,72 @@ def evaluate_restoration(
                     "n": len(texts),
                     "metrics": {name: None if v is None else round(v, 4) for name, v in metrics.items()},
                     "ci": {name: [round(bound, 4) for bound in bounds] for name, bounds in intervals.items()},
-                    "tokens": {
-                        "context": round(fmean(m.origin_tokens for m in memories), 1),
-                        "soft": round(fmean(len(m) for m in memories), 1),
-                    },
+                    "tokens": {name: round(fmean(entry[name] for entry in entries), 1) for name in ("context", "soft")},
                 },
                 examples,
             )
+
+
+class RestorationRun:
+    """One model: texts in, what came of them out; what is in a cache already is reused."""
+
+    def __init__(self, gmsa: GMSA, batch_size: int, cache: AnswerCache) -> None:
+        self.gmsa = gmsa
+        self.batch_size = batch_size
+        self.cache = cache
+        prompt = gmsa.template.restore()
+        # All that a restored text depends on, beside text and merge size.
+        self._made_with = [
+            gmsa.fingerprint,
+            fingerprint_of(gmsa.model),
+            str(gmsa.model.dtype),
+            gmsa.config.window_size,
+            prompt.before.tolist(),
+            prompt.after.tolist(),
+        ]
+
+    def key(self, text: str, merge_size: int | None) -> str:
+        """Identifies an entry; without a merge size it is how well the text itself is predicted."""
+        return hashlib.sha256(json.dumps(["restoration", *self._made_with, merge_size, text]).encode()).hexdigest()
+
+    def score_texts(self, texts: Sequence[str]) -> list[Score | None]:
+        """`score_given_text` of each text."""
+        found = []
+        for text in texts:
+            key = self.key(text, None)
+            if key not in self.cache.answers:
+                score = score_given_text(self.gmsa, text)
+                self.cache.add(key, {"score": score and [score.tokens, score.right, score.nll]})
+            values = self.cache.answers[key]["score"]
+            found.append(values and Score(*values))
+        return found
+
+    def restore(self, texts: Sequence[str], merge_size: int, done: Callable[[int], Any]) -> list[dict[str, Any]]:
+        """An entry of the cache per text, in order; `done` is called with how many more are there."""
+        gmsa, size = self.gmsa, self.batch_size
+        keys = [self.key(text, merge_size) for text in texts]
+        missing = [key not in self.cache.answers for key in keys]
+        # Batches are those of a run that was never interrupted, so that rounding is the same, too.
+        memories = gmsa.compress(texts, merge_size, batch_size=size) if any(missing) else []
+        for start in range(0, len(texts), size):
+            part = slice(start, start + size)
+            if any(missing[part]):
+                restored = gmsa.restore(memories[part], batch_size=size)
+                for key, text, memory, found in zip(keys[part], texts[part], memories[part], restored, strict=True):
+                    if key in self.cache.answers:
+                        continue
+                    score = gmsa.score(memory, text)
+                    self.cache.add(
+                        key,
+                        {
+                            "restored": found,
+                            "score": [score.tokens, score.right, score.nll],
+                            "context": memory.origin_tokens,
+                            "soft": len(memory),
+                        },
+                    )
+            done(len(keys[part]))
+        return [self.cache.answers[key] for key in keys]
 
 
 def _example(gmsa: GMSA, text: str, restored: str, score: Score) -> dict[str, Any]:

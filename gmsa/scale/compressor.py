@@ -10,7 +10,7 @@ no backbone: `GMSA.from_pretrained` reads it like any model. export.py writes it
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import safetensors
 import torch
@@ -23,6 +23,10 @@ from gmsa.backbones import Backbone, load_tokenizer, quiet_transformers, sha256_
 from gmsa.config import GmsaConfig
 from gmsa.errors import CheckpointError
 from gmsa.modeling import LAYER_NAMES, NORM_NAMES, GmsaModel, body_of, cut_config
+from gmsa.packing import PackedLinears
+
+if TYPE_CHECKING:
+    from gmsa.engine import GMSA
 
 HOLDS = "compressor"
 EMBEDDINGS = "decoder.embeddings"  # name of the decoder's token embeddings in the file
@@ -34,17 +38,28 @@ class CompressorModel(GmsaModel):
 
     def __init__(self, config: GmsaConfig, decoder: PreTrainedModel, encoder: PreTrainedModel | None = None) -> None:
         super().__init__(config, decoder, encoder)
-        body = body_of(decoder)
-        for names, empty in ((LAYER_NAMES, nn.ModuleList()), (NORM_NAMES, nn.Identity())):
-            setattr(body, next(name for name in names if hasattr(body, name)), empty)
-        decoder.set_output_embeddings(nn.Identity())
-        decoder.forward = body.forward = _cannot_write  # whoever calls them
+        drop_decoder(decoder)
 
     def save_pretrained(self, save_directory: Any, **_: Any) -> NoReturn:  # type: ignore[override]
         """A compressor alone is exported from a whole model; copy its folder instead."""
         raise CheckpointError(
             "a compressor alone is not saved anew: copy its folder, or run `gmsa export compressor` on the whole model"
         )
+
+
+def keep_compressor(gmsa: "GMSA") -> None:
+    """Let go of a loaded model's decoder, all but its token embeddings: what remains compresses and embeds prompts."""
+    drop_decoder(gmsa.model.decoder)
+    gmsa._packed = PackedLinears(gmsa.model.decoder)  # the one before holds on to the layers
+
+
+def drop_decoder(decoder: PreTrainedModel) -> None:
+    """Leave nothing of a decoder but its token embeddings."""
+    body = body_of(decoder)
+    for names, empty in ((LAYER_NAMES, nn.ModuleList()), (NORM_NAMES, nn.Identity())):
+        setattr(body, next(name for name in names if hasattr(body, name)), empty)
+    decoder.set_output_embeddings(nn.Identity())
+    decoder.forward = body.forward = _cannot_write  # whoever calls them
 
 
 def _cannot_write(*_: Any, **__: Any) -> NoReturn:

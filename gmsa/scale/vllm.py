@@ -14,7 +14,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 NAMED = re.compile(r"gmsa-([0-9a-f]{16})")  # a served model named after the compressor it belongs to
 Finish = Literal["stop", "length"]
+STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class RemoteDecoder:
     Args:
         gmsa: the model whose compressor makes the memories; a compressor alone will do.
         url: of the server, with or without /v1.
-        model: its name there; None: the only one the server has.
+        model: its name there; None: gmsa-FINGERPRINT, or else the only one the server has.
         api_key: sent as a bearer token.
         timeout: seconds without any sign of life before an answer is given up.
 
@@ -98,9 +99,7 @@ class RemoteDecoder:
         self, gmsa: "GMSA", url: str, model: str | None = None, api_key: str | None = None, *, timeout: float = 600.0
     ) -> None:
         self.gmsa = gmsa
-        self.url = url.rstrip("/").removesuffix("/v1")
-        if not self.url.startswith(("http://", "https://")):
-            raise RemoteDecoderError(f"the decoder's address must begin with http:// or https://, got {url!r}")
+        self.url = base_url(url)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=10.0))
         self._wanted = model
@@ -130,22 +129,10 @@ class RemoteDecoder:
 
     def _model(self) -> tuple[str, int | None]:
         if self._served is None:
-            with self._talk():
+            with talking(self.url):
                 response = self._client.get(f"{self.url}/v1/models")
-                self._check(response)
-                served = {str(m["id"]): m.get("max_model_len") for m in response.json()["data"]}
-            name = self._wanted or (next(iter(served)) if len(served) == 1 else None)
-            if name is None:
-                raise RemoteDecoderError(f"{self.url} serves several models; name one of {', '.join(sorted(served))}")
-            if name not in served:
-                raise RemoteDecoderError(f"{self.url} serves no model {name!r}; it has {', '.join(sorted(served))}")
-            named = NAMED.fullmatch(name)
-            if named and named[1] != self.gmsa.fingerprint:
-                raise MemoryMismatchError(
-                    f"{self.url} serves the decoder of compressor {named[1]}, this model's is {self.gmsa.fingerprint}: "
-                    "export both from one model"
-                )
-            self._served = name, served[name]
+                check_response(response, self.url)
+                self._served = choose_model(response.json(), self._wanted, self.gmsa.fingerprint, self.url)
         return self._served
 
     # -- answers ---------------------------------------------------------------------------------------------------
@@ -197,9 +184,9 @@ class RemoteDecoder:
     def complete(self, embeds: Tensor, *, max_new_tokens: int, **sampling: Any) -> RemotePiece:
         """The whole answer to a prompt (T, d), with its token ids where the server tells them (vLLM does)."""
         body = self._body(embeds, max_new_tokens, sampling)
-        with self._talk():
+        with talking(self.url):
             response = self._client.post(f"{self.url}/v1/completions", json=body)
-            self._check(response)
+            check_response(response, self.url)
             return _piece(response.json())
 
     def stream(self, embeds: Tensor, *, max_new_tokens: int, **sampling: Any) -> Generator[RemotePiece]:
@@ -208,27 +195,23 @@ class RemoteDecoder:
         The request is sent with the first `next`; closing the iterator ends it.
         """
         body = self._body(embeds, max_new_tokens, sampling)
-        options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        return self._pieces(body | options)
+        return self._pieces(body | STREAM)
 
     def _pieces(self, body: dict[str, Any]) -> Generator[RemotePiece]:
         finished = False
-        with self._talk(), self._client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
+        with talking(self.url), self._client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
             if response.is_error:
                 response.read()
-            self._check(response)
-            for line in response.iter_lines():
-                if not line.startswith("data:") or (data := line[5:].strip()) == "[DONE]":
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise RemoteDecoderError(f"the decoder at {self.url} gave up: {_reason(event)}")
-                if event.get("choices"):
-                    piece = _piece(event)
-                    finished = finished or piece.finish is not None
-                    yield piece
+            check_response(response, self.url)
+            lines = Lines()
+            for content in response.iter_bytes():
+                for line in lines.add(content):
+                    piece = read_line(line, self.url)
+                    if piece is not None:
+                        finished = finished or piece.finish is not None
+                        yield piece
         if not finished:
-            raise RemoteDecoderError(f"the decoder at {self.url} broke off in the middle of an answer: ask again")
+            raise broke_off(self.url)
 
     def _body(self, embeds: Tensor, max_new_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
         name, limit = self._model()
@@ -237,46 +220,129 @@ class RemoteDecoder:
                 f"{len(embeds)} prompt positions + {max_new_tokens} new tokens exceed the {limit} that the decoder at "
                 f"{self.url} was started for: use a larger merge size, fewer documents, or fewer new tokens"
             )
-        return {
-            "model": name,
-            "prompt_embeds": encode_embeddings(embeds),
-            "max_tokens": max_new_tokens,
-            "temperature": 0,
-            "stop_token_ids": sorted(self.gmsa._ends()),
-            "return_token_ids": True,
-            **sampling,
-        }
+        return completion_body(name, embeds, max_new_tokens, self.gmsa._ends(), sampling)
 
-    @contextmanager
-    def _talk(self) -> Iterator[None]:
-        """Turn what goes wrong on the way into a RemoteDecoderError."""
-        try:
-            yield
-        except GmsaError:
-            raise
-        except httpx.TimeoutException as error:
-            raise RemoteDecoderError(f"the decoder at {self.url} did not answer in time") from error
-        except httpx.ConnectError as error:
-            raise RemoteDecoderError(
-                f"cannot reach the decoder at {self.url} ({error}): start `vllm serve DIR --enable-prompt-embeds`"
-            ) from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise RemoteDecoderError(f"the connection to the decoder at {self.url} failed: {error}") from error
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise RemoteDecoderError(f"{self.url} answers unlike an OpenAI-compatible server ({error})") from error
 
-    def _check(self, response: httpx.Response) -> None:
-        if response.is_success:
-            return
-        try:
-            reason = _reason(response.json())
-        except ValueError:
-            reason = " ".join(response.text.split())[:300]
-        if response.status_code in (401, 403):
-            reason = f"it refuses the API key ({reason})" if reason else "it refuses the API key"
-        elif "enable-prompt-embeds" in reason:
-            reason = "it was started without --enable-prompt-embeds"
-        raise RemoteDecoderError(f"the decoder at {self.url} answers {response.status_code}: {reason}")
+# -- what is said, for clients of any kind -----------------------------------------------------------------------------
+
+
+def base_url(url: str) -> str:
+    """A server's address without /v1.
+
+    Raises:
+        RemoteDecoderError: it is none.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise RemoteDecoderError(f"the decoder's address must begin with http:// or https://, got {url!r}")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def choose_model(listed: Any, wanted: str | None, fingerprint: str, url: str) -> tuple[str, int | None]:
+    """The name to ask for, and how many positions its server was started for, if it says so.
+
+    Args:
+        listed: what /v1/models answered.
+        wanted: a name; None: gmsa-FINGERPRINT where it is served, else the only one there is.
+        fingerprint: of the compressor.
+        url: of the server, for messages.
+
+    Raises:
+        RemoteDecoderError: there is no such model. MemoryMismatchError: it belongs to another compressor.
+    """
+    served = {str(m["id"]): m.get("max_model_len") for m in listed["data"]}
+    own = f"gmsa-{fingerprint}"
+    name = wanted or (own if own in served else next(iter(served)) if len(served) == 1 else None)
+    if name is None:
+        raise RemoteDecoderError(f"{url} serves several models; name one of {', '.join(sorted(served))}")
+    if name not in served:
+        raise RemoteDecoderError(f"{url} serves no model {name!r}; it has {', '.join(sorted(served))}")
+    named = NAMED.fullmatch(name)
+    if named and named[1] != fingerprint:
+        raise MemoryMismatchError(
+            f"{url} serves the decoder of compressor {named[1]}, this model's is {fingerprint}: export both from one "
+            "model"
+        )
+    return name, served[name]
+
+
+def completion_body(
+    name: str, embeds: Tensor, max_new_tokens: int, ends: Collection[int], sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """A request for the answer to a prompt (T, d); greedy but for what `sampling` says."""
+    return {
+        "model": name,
+        "prompt_embeds": encode_embeddings(embeds),
+        "max_tokens": max_new_tokens,
+        "temperature": 0,
+        "stop_token_ids": sorted(ends),
+        "return_token_ids": True,
+        **sampling,
+    }
+
+
+@contextmanager
+def talking(url: str) -> Iterator[None]:
+    """Turn what goes wrong on the way into a RemoteDecoderError."""
+    try:
+        yield
+    except GmsaError:
+        raise
+    except httpx.TimeoutException as error:
+        raise RemoteDecoderError(f"the decoder at {url} did not answer in time") from error
+    except httpx.ConnectError as error:
+        raise RemoteDecoderError(
+            f"cannot reach the decoder at {url} ({error}): start `vllm serve DIR --enable-prompt-embeds`"
+        ) from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise RemoteDecoderError(f"the connection to the decoder at {url} failed: {error}") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise RemoteDecoderError(f"{url} answers unlike an OpenAI-compatible server ({error})") from error
+
+
+def check_response(response: httpx.Response, url: str) -> None:
+    """Raise RemoteDecoderError if a response, which has been read, is an error."""
+    if response.is_success:
+        return
+    try:
+        reason = _reason(response.json())
+    except ValueError:
+        reason = " ".join(response.text.split())[:300]
+    if response.status_code in (401, 403):
+        reason = f"it refuses the API key ({reason})" if reason else "it refuses the API key"
+    elif "enable-prompt-embeds" in reason:
+        reason = "it was started without --enable-prompt-embeds"
+    raise RemoteDecoderError(f"the decoder at {url} answers {response.status_code}: {reason}")
+
+
+class Lines:
+    """Cuts a stream into lines at line feeds alone: text in an event may hold other marks that end lines for Python."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def add(self, content: bytes) -> list[bytes]:
+        """The lines that are whole now."""
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        return lines
+
+
+def read_line(line: bytes, url: str) -> RemotePiece | None:
+    """What a line of a stream says of the answer, if anything.
+
+    Raises:
+        RemoteDecoderError: the server gave up.
+    """
+    if not line.startswith(b"data:") or (data := line[5:].strip()) == b"[DONE]":
+        return None
+    event = json.loads(data)
+    if "error" in event:
+        raise RemoteDecoderError(f"the decoder at {url} gave up: {_reason(event)}")
+    return _piece(event) if event.get("choices") else None
+
+
+def broke_off(url: str) -> RemoteDecoderError:
+    """A stream ended before its answer did."""
+    return RemoteDecoderError(f"the decoder at {url} broke off in the middle of an answer: ask again")
 
 
 def _texts(pieces: Generator[RemotePiece]) -> Iterator[str]:
@@ -295,6 +361,8 @@ def _piece(event: dict[str, Any]) -> RemotePiece:
 
 
 def _finish(reason: str) -> Finish:
+    if reason in ("abort", "error"):
+        raise RemoteDecoderError(f"the decoder gave an answer up ({reason}): ask again")
     return "length" if reason == "length" else "stop"
 
 

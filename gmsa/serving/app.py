@@ -40,6 +40,7 @@ from gmsa.serving.schemas import (
     RestoredMemory,
     RestoreRequest,
     Usage,
+    WorkerCounts,
 )
 from gmsa.serving.service import Job, Prompt, Service
 from gmsa.store import MemoryStore, StoredMemory
@@ -118,10 +119,19 @@ def _add_system_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health", responses={503: {"model": Health}}, tags=["system"])
     async def health() -> Response:
         """Whether the server answers questions; needs no key."""
-        status: Literal["ok", "draining", "failed"] = (
-            "draining" if service.draining else "ok" if service.scheduler.alive else "failed"
-        )
-        return JSONResponse(Health(status=status).model_dump(), 200 if status == "ok" else 503)
+        scheduler = service.scheduler
+        status: Literal["ok", "draining", "failed", "no_decoder"]
+        if service.draining:
+            status = "draining"
+        elif not scheduler.alive:
+            status = "failed"
+        else:
+            status = "ok" if scheduler.ready else "no_decoder"
+        workers = None
+        if scheduler.workers is not None:
+            workers = WorkerCounts(known=scheduler.workers[0], answering=scheduler.workers[1])
+        found = Health(status=status, workers=workers)
+        return JSONResponse(found.model_dump(exclude_none=True), 200 if status == "ok" else 503)
 
     as_text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
@@ -383,7 +393,7 @@ def _add_memory_routes(app: FastAPI, service: Service) -> None:
     )
     async def make_memory(body: MemoryRequest, request: Request) -> Response:
         """Compress a text and keep its memory; the same text and merge size give the same memory."""
-        job = service.admit()
+        job = service.admit(answers=False)
         try:
             work = service.remember(body.text, body.merge_size, body.label, body.metadata)
             entry, _, there = await _while_connected(request, work)

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +61,67 @@ class Row:
     last: int = -1
     choose: Chooser = field(init=False)
     pieces: TextPieces = field(init=False)
+
+    def take(self, token: int, ends: set[int]) -> bool:
+        """Take the next token and say what it adds; False if the row has ended."""
+        self.last = token
+        if token in ends:
+            self.say(Piece(self.pieces.finish(), self.count, finish="stop"))
+            return False
+        self.count += 1
+        text = self.pieces.add(token)
+        finish: Finish | None = (
+            "stop" if self.pieces.stopped else "length" if self.count >= self.max_new_tokens else None
+        )
+        if finish == "length":
+            text += self.pieces.finish()
+            finish = "stop" if self.pieces.stopped else finish
+        self.say(Piece(text, self.count, token, finish))
+        return finish is None
+
+    def say(self, piece: Piece) -> None:
+        """Emit a piece if anybody listens."""
+        if self.listens:
+            self.listens = piece.finish is None
+            self.emit(piece)
+
+
+class Decoding(Protocol):
+    """What makes answers of rows: `Scheduler` here, `Workers` elsewhere.
+
+    Attributes:
+        on_step: called with the rows worked on and the rows waiting whenever these may have changed.
+    """
+
+    on_step: Callable[[int, int], None]
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions that a prompt and its answer may have together, where there is such a limit."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether rows are being worked on."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a row submitted now is likely to be answered."""
+
+    @property
+    def workers(self) -> tuple[int, int] | None:
+        """Decoders elsewhere that are known, and that answer; None where there are none elsewhere."""
+
+    def start(self) -> None:
+        """Begin to work."""
+
+    def stop(self) -> None:
+        """End; rows under way end with an error."""
+
+    def submit(self, row: Row) -> None:
+        """Queue a row."""
+
+    def cancel(self, row: Row) -> None:
+        """Give up a row, wherever it is."""
 
 
 class Scheduler:
@@ -116,6 +177,21 @@ class Scheduler:
         """Whether rows are being worked on."""
         return self._thread.is_alive()
 
+    @property
+    def ready(self) -> bool:
+        """The same here."""
+        return self.alive
+
+    @property
+    def workers(self) -> None:
+        """The decoder is here."""
+        return None
+
+    @property
+    def max_length(self) -> int | None:
+        """As many positions as the decoder has."""
+        return getattr(self.decoder.config, "max_position_embeddings", None)
+
     def submit(self, row: Row) -> None:
         """Queue a row. Its pieces begin to arrive when its turn has come."""
         row.choose = Chooser(row.sampling)
@@ -161,7 +237,7 @@ class Scheduler:
             budget -= prefill.read - before
             if logits is None:
                 break
-            ended = not self._goes_on(row, row.choose(logits))
+            ended = not row.take(row.choose(logits), self.ends)
             # At any moment the row is in one place or the other, so that it hears of a failure.
             self._rows += [] if ended else [row]
             self._reading = None
@@ -169,7 +245,7 @@ class Scheduler:
                 self._batch.join(prefill)
         if self._rows:
             chosen = self._choose(self._batch.step([row.last for row in self._rows]))
-            going = [self._goes_on(row, token) for row, token in zip(self._rows, chosen, strict=True)]
+            going = [row.take(token, self.ends) for row, token in zip(self._rows, chosen, strict=True)]
             self._keep([number for number, goes_on in enumerate(going) if goes_on])
 
     def _choose(self, logits: Tensor) -> list[int]:
@@ -186,27 +262,6 @@ class Scheduler:
             if row is not None:
                 self._reading = row, Prefill(self.decoder, row.embeds)
         return self._reading
-
-    def _goes_on(self, row: Row, token: int) -> bool:
-        """Take a row's next token and say what it adds; False if the row has ended."""
-        row.last = token
-        if token in self.ends:
-            self._emit(row, Piece(row.pieces.finish(), row.count, finish="stop"))
-            return False
-        row.count += 1
-        text = row.pieces.add(token)
-        finish: Finish | None = "stop" if row.pieces.stopped else "length" if row.count >= row.max_new_tokens else None
-        if finish == "length":
-            text += row.pieces.finish()
-            finish = "stop" if row.pieces.stopped else finish
-        self._emit(row, Piece(text, row.count, token, finish))
-        return finish is None
-
-    @staticmethod
-    def _emit(row: Row, piece: Piece) -> None:
-        if row.listens:
-            row.listens = piece.finish is None
-            row.emit(piece)
 
     def _keep_listened(self) -> None:
         if self._reading is not None and not self._reading[0].listens:
@@ -226,4 +281,4 @@ class Scheduler:
                 rows += self._waiting
                 self._waiting.clear()
         for row in rows:
-            self._emit(row, Piece("", row.count, finish="error"))
+            row.say(Piece("", row.count, finish="error"))

@@ -1,7 +1,8 @@
 """What stands behind the routes: from a request to the rows of an answer, and nothing about HTTP.
 
 Three threads do the work, so that the event loop never waits: one makes prompts (look-ups, templates, tokens), one
-compresses, one decodes (scheduler.py). Each has tokenizers of its own, as fast tokenizers are not made to be shared.
+compresses, one decodes (scheduler.py) or asks decoders elsewhere (workers.py). Each has tokenizers of its own, as fast
+tokenizers are not made to be shared.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ from gmsa.serving.chat import Turn, render, split_question
 from gmsa.serving.errors import ApiError
 from gmsa.serving.generation import Sampling
 from gmsa.serving.metrics import Metrics
-from gmsa.serving.scheduler import Piece, Row, Scheduler
+from gmsa.serving.scheduler import Decoding, Piece, Row, Scheduler
 from gmsa.serving.schemas import ChatRequest, CompletionRequest, Generation, MemoryPart
 from gmsa.serving.settings import Settings
 from gmsa.store import MemoryStore, StoredMemory
@@ -121,32 +122,34 @@ class Service:
     """A model, its memories, and the threads that use them.
 
     Args:
-        gmsa: the model; it belongs to this service from now on.
+        gmsa: the model; it belongs to this service from now on. A compressor alone will do where `decoding` is given.
         settings: limits and defaults.
+        decoding: what makes the answers; None: the model's own decoder, in this process.
+        metrics: those that `decoding` counts in.
     """
 
-    def __init__(self, gmsa: GMSA, settings: Settings) -> None:
+    def __init__(
+        self, gmsa: GMSA, settings: Settings, decoding: Decoding | None = None, metrics: Metrics | None = None
+    ) -> None:
         self.gmsa = gmsa
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
         self.created = int(time.time())
         self.draining = False
         self.open = 0
         self.store = MemoryStore(settings.store, max_bytes=settings.max_store)
-        limit = getattr(gmsa.model.decoder.config, "max_position_embeddings", None)
-        self.max_prompt_tokens = min(settings.max_prompt_tokens, limit or settings.max_prompt_tokens)
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(gmsa.tokenizer)
         self.counter: PreTrainedTokenizerBase = copy.deepcopy(gmsa.encoder_tokenizer)
         self.restorer: PreTrainedTokenizerBase = copy.deepcopy(gmsa.tokenizer)  # the event loop's
         self.prompting = ThreadPoolExecutor(1, "gmsa-prompts")
         self.compressing = ThreadPoolExecutor(1, "gmsa-compress")
-        self.scheduler = Scheduler(
-            gmsa.model.decoder,
-            copy.deepcopy(gmsa.tokenizer),
-            {gmsa.template.end_id, gmsa.tokenizer.eos_token_id} - {None},
-            max_batch=settings.max_batch,
-            on_step=self.metrics.on_step,
-        )
+        self.scheduler = decoding or _own_decoder(gmsa, settings, self.metrics)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """What prompt and answer may have together; it may shrink when a decoder elsewhere is first heard of."""
+        limits = (self.settings.max_prompt_tokens, self.scheduler.max_length)
+        return min(limit for limit in limits if limit is not None)
 
     def start(self) -> None:
         """Begin to work."""
@@ -159,14 +162,19 @@ class Service:
         self.scheduler.stop()
         self.store.close()
 
-    def admit(self) -> Job:
+    def admit(self, answers: bool = True) -> Job:
         """A place for one request.
 
+        Args:
+            answers: whether it needs the decoder.
+
         Raises:
-            ApiError: 429, there is none; 503, the server is stopping or its decoder has died.
+            ApiError: 429, there is none; 503, the server is stopping, or its decoder has died or cannot be reached.
         """
         if self.draining or not self.scheduler.alive:
             raise ApiError(503, "the server is stopping; try another or later", "unavailable")
+        if answers and not self.scheduler.ready:
+            raise ApiError(503, "no decoder can be reached; try again later", "unavailable")
         if self.open >= self.settings.max_batch + self.settings.max_queue:
             raise ApiError(429, "too many requests are waiting; try again later", "queue_full")
         self.open += 1
@@ -425,6 +433,16 @@ class Service:
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Decoding:
+    return Scheduler(
+        gmsa.model.decoder,
+        copy.deepcopy(gmsa.tokenizer),
+        {gmsa.template.end_id, gmsa.tokenizer.eos_token_id} - {None},
+        max_batch=settings.max_batch,
+        on_step=metrics.on_step,
+    )
 
 
 def sampling_of(request: Generation, number: int) -> Sampling:

@@ -19,7 +19,7 @@ from gmsa.data import Batch, Example, collate, documents_of
 from gmsa.errors import ConfigError
 from gmsa.prompts import Prompt, PromptTemplate
 from gmsa.training.recipe import Recipe
-from gmsa.training.rows import RowIndex
+from gmsa.training.rows import Rows
 from gmsa.training.schedule import RateSchedule
 
 # Characters per token of English text, to plan batches without tokenising the whole file first.
@@ -42,7 +42,7 @@ class RowBatches:
 
     def __init__(
         self,
-        rows: RowIndex,
+        rows: Rows,
         tokens_per_batch: int,
         lengths: Sequence[int] | None = None,
         rows_per_batch: int | None = None,
@@ -198,7 +198,10 @@ class TrainingBatches(Dataset[NumberedBatch]):
     def question_example(
         self, row: dict[str, Any], others: list[str], sizes: tuple[int, ...], rng: random.Random
     ) -> Example:
-        """A question on its documents, with other rows' documents strewn among them, each a memory of its own."""
+        """A question on its documents, with other rows' documents strewn among them, each a memory of its own.
+
+        Further questions about the same documents follow as turns of one conversation, in any order.
+        """
         room, truncated, contexts = self.recipe.max_context, False, []
         for document in documents_of(row):
             tokens = self._tokenise(document)
@@ -210,8 +213,15 @@ class TrainingBatches(Dataset[NumberedBatch]):
             contexts.insert(rng.randint(0, len(contexts)), tokens)
             room -= len(tokens)
         contexts = [tokens for tokens in contexts if tokens]
-        target = [*self.template.encode(row["answer"][0]), self.template.end_id]
-        return self._example(contexts, self.template(row["prompt"]), target, sizes, truncated)
+        turns = row.get("turns") or [(row["prompt"], row["answer"])]
+        (prompt, answer), *further = rng.sample(turns, len(turns)) if len(turns) > 1 else turns
+        target = [*self.template.encode(answer[0]), self.template.end_id]
+        learned = [True] * len(target)
+        for question, answer in further:
+            asked, told = self.template.following(question), [*self.template.encode(answer[0]), self.template.end_id]
+            target += [*asked, *told]
+            learned += [False] * len(asked) + [True] * len(told)
+        return self._example(contexts, self.template(prompt), target, sizes, truncated, learned if further else None)
 
     def _example(
         self,
@@ -220,11 +230,12 @@ class TrainingBatches(Dataset[NumberedBatch]):
         target: list[int],
         sizes: tuple[int, ...],
         truncated: bool = False,
+        learned: list[bool] | None = None,
     ) -> Example:
         text = None
         if self.needs_text:
             text = self.template.encode("\n\n".join(self.encoder_tokenizer.decode(tokens) for tokens in contexts))
-        return Example(contexts, prompt, target, sizes[0] if len(sizes) == 1 else sizes, text, truncated)
+        return Example(contexts, prompt, target, sizes[0] if len(sizes) == 1 else sizes, text, truncated, learned)
 
     def _tokenise(self, text: str) -> list[int]:
         return self.encoder_tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -38,6 +38,7 @@ class Recipe:
     rates_per_sample: int | str = 1  # so many merge sizes of each sample, from one pass of the encoder; "all"
     lengths: list[int] = field(default_factory=lambda: [128])  # tokens a text is cropped to, drawn per text
     max_context: int = 2048  # contexts of questions are cut to this many tokens
+    questions_per_context: int = 1  # up to so many that stand together in a file are asked in one conversation
     distractors: int = 0  # up to so many other rows' documents beside a question's own, each a memory of its own
     continuation: dict[str, Any] | None = None  # {"share", "instruction"}: so many of the texts are to be continued
     distil: dict[str, Any] | None = None  # {"weight", "temperature"}: learn from the decoder reading the full text
@@ -74,7 +75,9 @@ class Recipe:
         if not isinstance(self.trains, list) or not all(group in TRAINABLE_GROUPS for group in self.trains):
             raise ConfigError(f"trains must list some of {', '.join(TRAINABLE_GROUPS)}; got {self.trains}")
         RateSchedule.parse(self.merge_sizes)
-        for name in ("tokens_per_batch", "accumulate", "save_every", "log_every", "keep", "max_context"):
+        for name in ("tokens_per_batch", "accumulate", "save_every", "log_every", "keep"):
+            self._whole(name, getattr(self, name), 1)
+        for name in ("max_context", "questions_per_context"):
             self._whole(name, getattr(self, name), 1)
         for name in ("steps", "distractors", "workers", "seed"):
             self._whole(name, getattr(self, name), 0)

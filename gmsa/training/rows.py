@@ -1,6 +1,7 @@
 """Rows of training files, read when asked for: only where each stands and how long it is stays in memory."""
 
 import contextlib
+import json
 import os
 import tempfile
 from array import array
@@ -12,7 +13,13 @@ from gmsa.data import BadLine, find_files, parse_row, placed_rows
 from gmsa.errors import InputError
 
 
-class RowIndex(Sequence[dict[str, Any]]):
+class Rows(Sequence[dict[str, Any]]):
+    """Rows by number, and how much there is to read in each."""
+
+    characters: Sequence[int]  # of text, or of context and prompts: what batches are planned by
+
+
+class RowIndex(Rows):
     """Rows by number, about 20 bytes of memory each. Packed files and standard input are unpacked to disk once.
 
     Args:
@@ -25,7 +32,9 @@ class RowIndex(Sequence[dict[str, Any]]):
         self.file = array("H")
         self.offset = array("Q")
         self.size = array("I")
-        self.characters = array("I")  # of text, or of context and prompt: what batches are planned by
+        self.characters: array[int] = array("I")
+        self.again = array("B")  # 1 where the context is that of the row before
+        self._context: int | None = None  # a hash of the last row's
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -55,6 +64,45 @@ class RowIndex(Sequence[dict[str, Any]]):
         self.offset.append(offset)
         self.size.append(size)
         self.characters.append(characters_of(row))
+        context = hash(json.dumps(row.get("input")))
+        self.again.append("input" in row and context == self._context)
+        self._context = context
+
+
+class Conversations(Rows):
+    """Questions about one context that stand together in a file, as one row: its memory is made and read once for all.
+
+    A row has "turns", a list of (prompt, answers), in place of one "prompt" and "answer".
+
+    Args:
+        rows: questions.
+        turns: questions in one conversation at most.
+    """
+
+    def __init__(self, rows: RowIndex, turns: int) -> None:
+        self.rows = rows
+        self.first = array("Q")
+        for number, again in enumerate(rows.again):
+            if not again or number - self.first[-1] == turns:
+                self.first.append(number)
+        self.first.append(len(rows))
+        self.characters = array("I", map(self._characters, range(len(self))))
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[dict[str, Any]]: ...
+    def __getitem__(self, number: int | slice) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        members = self.rows[self.first[number] : self.first[number + 1]]
+        return {"input": members[0]["input"], "turns": [(row["prompt"], row["answer"]) for row in members]}
+
+    def _characters(self, number: int) -> int:
+        return max(self.rows.characters[self.first[number] : self.first[number + 1]])
 
 
 def characters_of(row: dict[str, Any]) -> int:

@@ -30,7 +30,7 @@ from gmsa.training.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.training.evaluation import RestorationProbe
 from gmsa.training.log import Progress, RunLog, draw_curve, tell
 from gmsa.training.recipe import Recipe
-from gmsa.training.rows import RowIndex, index_rows
+from gmsa.training.rows import Conversations, Rows, index_rows
 from gmsa.training.stages import STAGES
 
 # LoRA on the decoder where a recipe trains it so and says no more: the paper's second release.
@@ -95,7 +95,9 @@ class GmsaTrainer(Trainer):
         out = model(**inputs, texts=read, keep_logits=distil is not None)
         loss = out["loss"]
         if distil is not None:
-            loss = distilled(loss, out["logits"], teacher, inputs["targets"], rates_of(inputs["merge_size"]), **distil)
+            learned = inputs["learned"]
+            counts = [int(row.sum()) for row in learned] if learned else [len(row) for row in inputs["targets"]]
+            loss = distilled(loss, out["logits"], teacher, counts, rates_of(inputs["merge_size"]), **distil)
         if not bool(torch.isfinite(loss)):
             last = checkpoints.all_in(Path(self.args.output_dir))
             kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been saved yet"
@@ -267,7 +269,10 @@ def training_batches(recipe: Recipe, config: GmsaConfig, encoder: Backbone, temp
     sources: list[tuple[RowBatches, float]] = []
     for entry in recipe.data:
         texts, questions = index_rows(entry["path"], entry.get("where"), wanted == "texts", skip)
-        chosen: list[tuple[RowIndex, list[int] | None]] = [(questions, None)]
+        asked = (
+            Conversations(questions, recipe.questions_per_context) if recipe.questions_per_context > 1 else questions
+        )
+        chosen: list[tuple[Rows, list[int] | None]] = [(asked, None)]
         if wanted != "questions":
             chosen.append((texts, recipe.lengths))
         if not any(len(rows) for rows, _ in chosen):

@@ -1,0 +1,178 @@
+"""A small server that speaks vLLM's completions API and runs an exported decoder under transformers."""
+
+import base64
+import contextlib
+import io
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+LIMIT = 300  # positions of prompt and answer
+
+
+class FakeVllm(ThreadingHTTPServer):
+    """As vLLM answers /v1/models and /v1/completions, with faults to order."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, tokenizer: Any, name: str, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = tokenizer
+        self.names = [name]
+        self.fault = ""
+        self.seen: list[dict[str, Any]] = []
+        self.gone = threading.Event()  # a client left in the middle
+        self.go_on = threading.Event()  # what "holds" waits for
+        self._sampling = threading.Lock()
+        self._connections: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.append(request)
+        super().process_request(request, client_address)
+
+    def server_close(self) -> None:
+        """As a process that ends: connections end with it."""
+        super().server_close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @torch.no_grad()
+    def write(self, body: dict[str, Any]) -> list[int]:
+        embeds = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"], validate=True)), weights_only=True)
+        with self._sampling:
+            torch.manual_seed(body.get("seed", 0))
+            new = self.decoder.generate(
+                inputs_embeds=embeds[None],
+                attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
+                max_new_tokens=body["max_tokens"],
+                do_sample=body["temperature"] > 0,
+                eos_token_id=body["stop_token_ids"],
+            )
+        return new[0].tolist()
+
+    @property
+    def answered(self) -> list[dict[str, Any]]:
+        """Requests but for those that only try the server."""
+        return [body for body in self.seen if body["max_tokens"] > 1]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeVllm
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") != "Bearer secret":
+            self.reply(401, {"error": "Unauthorized"})
+        elif self.server.fault == "no-openai":
+            self.reply(200, {"hello": "there"})
+        elif self.server.fault == "no-json":
+            self.reply(200, None, b"<html>a proxy</html>")
+        else:
+            models = [{"id": name, "max_model_len": LIMIT} for name in self.server.names]
+            self.reply(200, {"object": "list", "data": models})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append(body)
+        if self.server.fault == "disabled":
+            message = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
+            self.reply(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}})
+        elif self.server.fault == "busy":
+            self.reply(503, None, b"upstream   connect error")
+        elif self.server.fault == "hangs-up":
+            self.close_connection = True
+        elif self.server.fault == "tells-no-ids":
+            self.reply(200, {"choices": [{"index": 0, "text": "x", "finish_reason": "length"}]})
+        elif self.server.fault == "refuses":
+            self.reply(400, {"error": {"message": "the prompt is not to its taste", "code": 400}})
+        elif body.get("stream"):
+            self.stream(self.server.write(body))
+        else:
+            tokens = self.server.write(body)
+            text = self.server.tokenizer.decode(tokens, skip_special_tokens=True)
+            usage = {"completion_tokens": len(tokens)}
+            choice = {"index": 0, "text": text, "token_ids": tokens, "finish_reason": self.reason(tokens, body)}
+            self.reply(200, {"choices": [choice], "usage": usage})
+
+    def reason(self, tokens: list[int], body: dict[str, Any]) -> str:
+        return "stop" if tokens[-1] in body["stop_token_ids"] else "length"
+
+    def stream(self, tokens: list[int]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        body = self.server.seen[-1]
+        try:
+            if self.server.fault == "dies-first":
+                self.event({"error": {"message": "the engine died", "code": 500}})
+                return
+            sent = ""
+            for number, token in enumerate(tokens, start=1):
+                last = number == len(tokens)
+                whole = self.server.tokenizer.decode(tokens[:number], skip_special_tokens=True)
+                # A character may take several tokens; it is sent once it is there.
+                text = whole[len(sent) :] if last or not whole.endswith("\ufffd") else ""
+                sent += text
+                if self.server.fault == "marks":
+                    text = "\u2028a\x85b"
+                choice = {
+                    "text": text,
+                    "token_ids": [token],
+                    "finish_reason": self.reason(tokens, body) if last else None,
+                }
+                self.event({"choices": [choice], "usage": {"completion_tokens": number}})
+                if self.server.fault == "holds" and number == 1:
+                    self.server.go_on.wait(20)
+                if number == 2 and self.server.fault == "breaks-off":
+                    return
+                if number == 2 and self.server.fault == "gives-up":
+                    self.event({"error": {"message": "the engine died", "code": 500}})
+                    return
+                while self.server.fault == "endless":
+                    self.event({"choices": [{"text": "x", "finish_reason": None}]})
+            self.event({"choices": [], "usage": {"completion_tokens": len(tokens)}})
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            self.server.gone.set()
+
+    def event(self, facts: dict[str, Any]) -> None:
+        self.wfile.write(b"data: " + json.dumps(facts, ensure_ascii=False).encode() + b"\n\n")
+        self.wfile.flush()
+
+    def reply(self, status: int, facts: Any, raw: bytes | None = None) -> None:
+        content = raw if raw is not None else json.dumps(facts).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextlib.contextmanager
+def serving(server: FakeVllm) -> Iterator[FakeVllm]:
+    """Serve until the block ends."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.go_on.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
