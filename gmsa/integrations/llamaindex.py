@@ -1,0 +1,192 @@
+"""LlamaIndex: an LLM that reads memories, and a postprocessor that lets retrieved nodes stand for theirs.
+
+    reader = LocalReader(store="memories")  # or ServerReader("http://127.0.0.1:8000")
+    engine = RetrieverQueryEngine.from_args(
+        retriever, llm=GmsaLLM(reader=reader), node_postprocessors=[MemoryPostprocessor(reader=reader)],
+        text_qa_template=QA_TEMPLATE,
+    )
+
+LlamaIndex makes one text of all that it asks. So the postprocessor gives a node a text for the LLM that is a mark,
+which the LLM of the same reader takes for the node's memory; what the node itself holds stays as it is.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+)
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import LLM
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
+from pydantic import ConfigDict
+
+from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source
+
+# As the model is trained: what is known, then the question. LlamaIndex's own template has instructions around them.
+QA_TEMPLATE = PromptTemplate("{context_str}\n{query_str}")
+ROLES = {MessageRole.DEVELOPER: "system", MessageRole.CHATBOT: "assistant", MessageRole.MODEL: "assistant"}
+
+
+class GmsaLLM(LLM):
+    """An LLM that reads the memories of marked nodes.
+
+    Attributes:
+        reader: who answers.
+        max_tokens: longest answer.
+        temperature, top_p: 0, the default, takes the likeliest token.
+        context_window: how much LlamaIndex puts into one prompt, as it counts: marks, not soft tokens.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    reader: Reader
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    context_window: int = 8192
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Its name in what LlamaIndex writes down."""
+        return "GmsaLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex asks of a model."""
+        return LLMMetadata(
+            context_window=self.context_window, num_output=self.max_tokens, is_chat_model=True, model_name="gmsa"
+        )
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a chat."""
+        answer = self.reader.answer(self._messages(messages), self._options(kwargs))
+        message = ChatMessage(role=MessageRole.ASSISTANT, content=answer.text)
+        return ChatResponse(message=message, raw=answer.usage, additional_kwargs=answer.usage)
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Answer a chat, piece by piece."""
+
+        def pieces() -> ChatResponseGen:
+            text = ""
+            for piece in self.reader.stream(self._messages(messages), self._options(kwargs)):
+                text += piece
+                yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
+
+        return pieces()
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer one message."""
+        answer = self.reader.answer(self._messages(_asked(prompt)), self._options(kwargs))
+        return CompletionResponse(text=answer.text, raw=answer.usage, additional_kwargs=answer.usage)
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """Answer one message, piece by piece."""
+
+        def pieces() -> CompletionResponseGen:
+            text = ""
+            for piece in self.reader.stream(self._messages(_asked(prompt)), self._options(kwargs)):
+                text += piece
+                yield CompletionResponse(text=text, delta=piece)
+
+        return pieces()
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """`chat` in a thread; chats that wait for the model at the same time are answered together."""
+        return await asyncio.to_thread(partial(self.chat, messages, **kwargs))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """`stream_chat`, every piece awaited in a thread."""
+        return _awaited(partial(self.stream_chat, messages, **kwargs))
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """`complete` in a thread."""
+        return await asyncio.to_thread(partial(self.complete, prompt, formatted, **kwargs))
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        """`stream_complete`, every piece awaited in a thread."""
+        return _awaited(partial(self.stream_complete, prompt, formatted, **kwargs))
+
+    def _messages(self, messages: Sequence[ChatMessage]) -> list[Message]:
+        return [Message(ROLES.get(m.role, m.role.value), self.reader.split(m.content or "")) for m in messages]
+
+    def _options(self, given: dict[str, Any]) -> Options:
+        stop = given.get("stop") or ()
+        return Options(
+            given.get("max_tokens", self.max_tokens),
+            given.get("temperature", self.temperature),
+            given.get("top_p", self.top_p),
+            (stop,) if isinstance(stop, str) else tuple(stop),
+        )
+
+
+class MemoryPostprocessor(BaseNodePostprocessor):
+    """Lets nodes be read as memories; put it last. Missing memories are made.
+
+    Attributes:
+        reader: that of the LLM.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    reader: Reader
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Its name in what LlamaIndex writes down."""
+        return "MemoryPostprocessor"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        made = []
+        for found, node in zip(nodes, attach_memories([node.node for node in nodes], self.reader), strict=True):
+            id = node.metadata.get(MEMORY_ID)
+            mark = self.reader.mark(Source(id=id) if id else Source(text="{content}"))
+            # Without any metadata the template would not be used.
+            changes = {"text_template": mark, "metadata": {MEMORY_ID: id, **node.metadata}}
+            made.append(NodeWithScore(node=node.model_copy(update=changes), score=found.score))
+        return made
+
+
+def attach_memories(nodes: Sequence[BaseNode], reader: Reader) -> list[BaseNode]:
+    """Copies of nodes with their memories' ids and sizes in the metadata; missing memories are made.
+
+    Also the way to compress a corpus ahead of questions.
+    """
+    new = [node for node in nodes if not node.metadata.get(MEMORY_ID)]
+    made = dict(zip(map(id, new), reader.remember([node.get_content() for node in new]), strict=True))
+    copies = []
+    for node in nodes:
+        memory = made.get(id(node))
+        added = memory.metadata if memory else {}
+        copies.append(node.model_copy(update={"metadata": {**node.metadata, **added}}))
+    return copies
+
+
+def _asked(prompt: str) -> list[ChatMessage]:
+    return [ChatMessage(role=MessageRole.USER, content=prompt)]
+
+
+async def _awaited(start: Callable[[], Any]) -> Any:
+    pieces = await asyncio.to_thread(start)
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        yield piece

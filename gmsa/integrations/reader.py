@@ -1,0 +1,417 @@
+"""What the integrations share: chats that hold memories, and who answers them.
+
+A framework's documents become `Source`s: a memory by its id, by its text, or both. A `Reader` answers chats of text and
+sources; `LocalReader` is a model and a store in this process, `ServerReader` (server.py) a `gmsa serve`.
+"""
+
+import contextlib
+import queue
+import re
+import secrets
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gmsa.errors import GmsaError, InputError, MemoryFileError, MemoryNotFoundError
+
+if TYPE_CHECKING:
+    from gmsa.engine import GMSA
+    from gmsa.memory import Memory
+    from gmsa.prompts import Prompt
+    from gmsa.store import MemoryStore
+
+MEMORY_ID = "gmsa_memory_id"  # of a document's metadata
+
+
+@dataclass(frozen=True)
+class Source:
+    """A document to answer from: its memory's id, its text, or both. The text serves where no such memory is stored."""
+
+    text: str | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat: "system", "user" or "assistant", and its parts in order."""
+
+    role: str
+    parts: Sequence[str | Source]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an answer is written; greedy unless a temperature is given."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+GREEDY = Options()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written, and how many tokens that took.
+
+    Attributes:
+        text: the answer.
+        prompt_tokens: positions the decoder read, soft tokens among them.
+        soft_tokens, origin_tokens: of the sources: as read, and as text.
+        completion_tokens: of the answer.
+    """
+
+    text: str
+    prompt_tokens: int
+    soft_tokens: int
+    origin_tokens: int
+    completion_tokens: int
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """All counts, as the frameworks' metadata have them."""
+        return {name: value for name, value in vars(self).items() if name != "text"}
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A text's memory in the store."""
+
+    id: str
+    soft_tokens: int
+    origin_tokens: int
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a framework's document is given, so that it is answered from this memory."""
+        return {
+            MEMORY_ID: self.id,
+            "gmsa_soft_tokens": self.soft_tokens,
+            "gmsa_origin_tokens": self.origin_tokens,
+        }
+
+
+class Reader(ABC):
+    """Answers chats that hold sources. May be used from several threads."""
+
+    def __init__(self) -> None:
+        self._nonce = secrets.token_hex(8)  # so that no document can hold a mark
+
+    @abstractmethod
+    def remember(self, texts: Sequence[str]) -> list[Remembered | None]:
+        """The memories of texts; those that are not stored are made, and stored unless the reader keeps nothing.
+
+        Returns:
+            One per text, in order; None where there is no stored memory and none is to be kept.
+        """
+
+    @abstractmethod
+    def answer(self, messages: Sequence[Message], options: Options = GREEDY) -> Answer:
+        """Answer a chat.
+
+        Raises:
+            MemoryMismatchError: a memory of another model. MemoryNotFoundError: no such memory, and no text of it.
+            ContextTooLongError: too much for the decoder.
+        """
+
+    @abstractmethod
+    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> Iterator[str]:
+        """The answer piece by piece; see `answer`. Errors are raised at the first piece."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` makes the same reader of, without secrets.
+
+        Raises:
+            InputError: it was made of objects that have no name.
+        """
+
+    # Frameworks that put documents into a prompt as text put a mark there instead, which `split` finds again.
+
+    def mark(self, source: Source) -> str:
+        """What stands for a source in a text."""
+        if source.id is not None:
+            return f"<memory {self._nonce} {source.id}>"
+        return f"<memory {self._nonce}>{source.text}</memory {self._nonce}>"
+
+    def split(self, text: str) -> list[str | Source]:
+        """A text's parts, marks as sources, without white space around them; sources in a row are read as one."""
+        nonce = self._nonce
+        found = re.split(rf"<memory {nonce} ([0-9a-f]+)>|<memory {nonce}>(.*?)</memory {nonce}>", text, flags=re.DOTALL)
+        if len(found) == 1:
+            return [text]
+        parts: list[str | Source] = []
+        for between, id, whole in zip(found[::3], [*found[1::3], None], [*found[2::3], None], strict=True):
+            parts += [between.strip()] if between.strip() else []
+            parts += [Source(text=whole, id=id)] if id or whole else []
+        return parts
+
+
+def reader_from_dict(data: dict[str, Any]) -> Reader:
+    """What `Reader.to_dict` was called of.
+
+    Raises:
+        InputError: it describes no reader.
+    """
+    from gmsa.integrations.server import ServerReader
+
+    kinds: dict[str, type[Reader]] = {kind.__name__: kind for kind in (LocalReader, ServerReader)}
+    if data.get("type") not in kinds:
+        raise InputError(f"a reader is one of {', '.join(kinds)}, got {data.get('type')!r}")
+    return kinds[data["type"]](**data["init_parameters"])
+
+
+@dataclass
+class _Job:
+    """A chat that waits for the model."""
+
+    messages: Sequence[Message]
+    options: Options
+    result: Answer | BaseException | None = None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What the engine takes: memories (and text between them, embedded) with the text before and after."""
+
+    prompt: "Prompt"
+    content: "list[Memory]"
+    soft_tokens: int
+    origin_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.prompt.before) + sum(map(len, self.content)) + len(self.prompt.after)
+
+
+@dataclass
+class _Waiting:
+    jobs: list[_Job] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, job: _Job) -> None:
+        with self.lock:
+            self.jobs.append(job)
+
+    def take(self, options: Options) -> list[_Job]:
+        """All that can be answered as one batch."""
+        with self.lock:
+            taken = [job for job in self.jobs if job.options == options]
+            self.jobs = [job for job in self.jobs if job.options != options]
+        return taken
+
+
+class LocalReader(Reader):
+    """A model and a store in this process. Chats that arrive while one is answered are answered together.
+
+    Args:
+        gmsa: the model, or what `GMSA.from_pretrained` takes; then it is loaded when first needed.
+        store: where memories are kept, or its folder; None: every text is compressed each time.
+        merge_size: of memories that are made or looked up by text.
+        form: of memories that are kept or looked up by text, where the store is given as a folder.
+        keep: store what had to be compressed. False: only look memories up.
+        batch_size: chats answered at once, at most.
+    """
+
+    def __init__(
+        self,
+        gmsa: "GMSA | str | Path" = "default",
+        store: "MemoryStore | str | Path | None" = None,
+        *,
+        merge_size: int = 4,
+        form: str = "bfloat16",
+        keep: bool = True,
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__()
+        self._given = gmsa, store
+        self.merge_size = merge_size
+        self.form = form
+        self.keep = keep
+        self.batch_size = batch_size
+        self._lock = threading.Lock()  # one object of GMSA serves one caller at a time
+        self._waiting = _Waiting()
+
+    @cached_property
+    def gmsa(self) -> "GMSA":
+        """The model."""
+        from gmsa.engine import GMSA
+
+        given = self._given[0]
+        return GMSA.from_pretrained(given) if isinstance(given, str | Path) else given
+
+    @cached_property
+    def store(self) -> "MemoryStore | None":
+        """Where memories are kept."""
+        from gmsa.store import MemoryStore
+
+        given = self._given[1]
+        return MemoryStore(given, form=self.form) if isinstance(given, str | Path) else given
+
+    def remember(self, texts: Sequence[str]) -> list[Remembered | None]:
+        """See `Reader.remember`; what is missing is compressed in batches."""
+        if self.store is None:
+            return [None for _ in texts]
+        with self._lock:
+            if self.keep:
+                self._by_text(texts)
+            entries = [self.store.find(text, self.gmsa.fingerprint, self.merge_size) for text in texts]
+        return [Remembered(e.id, e.soft_tokens, e.origin_tokens) if e else None for e in entries]
+
+    def answer(self, messages: Sequence[Message], options: Options = GREEDY) -> Answer:
+        """See `Reader.answer`."""
+        job = _Job(messages, options)
+        self._waiting.add(job)
+        with self._lock:
+            if job.result is None:  # else whoever had the model before has answered it
+                self._run(self._waiting.take(options))
+        if isinstance(job.result, BaseException):
+            raise job.result
+        assert job.result is not None
+        return job.result
+
+    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> Iterator[str]:
+        """See `Reader.stream`. A thread writes, so that a slow or abandoned stream does not keep the model."""
+        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        gone = threading.Event()
+
+        def write() -> None:
+            try:
+                with self._lock:
+                    ready = self._ready(messages, {})
+                    for piece in self.gmsa.answer(ready.prompt, ready.content, stream=True, **_arguments(options)):
+                        pieces.put(piece)
+                        if gone.is_set():
+                            break
+                pieces.put(None)
+            except BaseException as error:
+                pieces.put(error)
+
+        threading.Thread(target=write, daemon=True, name="gmsa-stream").start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            gone.set()
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Reader.to_dict`."""
+        gmsa, store = self._given
+        if not isinstance(gmsa, str | Path) or not isinstance(store, str | Path | None):
+            raise InputError("to write this reader down give it the names of model and store, not the objects")
+        settings = {name: getattr(self, name) for name in ("merge_size", "form", "keep", "batch_size")}
+        names = {"gmsa": str(gmsa), "store": None if store is None else str(store)}
+        return {"type": "LocalReader", "init_parameters": {**names, **settings}}
+
+    # -- with the model in hand ------------------------------------------------------------------------------------
+
+    def _run(self, jobs: Sequence[_Job]) -> None:
+        """Give every job its result."""
+        held: dict[Source, Memory] = {}
+        ready: list[tuple[_Job, _Ready]] = []
+        try:
+            for job in jobs:
+                try:
+                    ready.append((job, self._ready(job.messages, held)))
+                except GmsaError as error:
+                    job.result = error
+            try:
+                self._answer_all(ready)
+            except GmsaError:  # of one of them; which?
+                for one in ready:
+                    try:
+                        self._answer_all([one])
+                    except GmsaError as error:
+                        one[0].result = error
+        except BaseException as error:  # whoever waits must hear of it
+            for job in jobs:
+                job.result = job.result or error
+
+    def _answer_all(self, ready: Sequence[tuple[_Job, _Ready]]) -> None:
+        if not ready:
+            return
+        texts = self.gmsa.read(
+            [one.prompt for _, one in ready],
+            [one.content for _, one in ready],
+            batch_size=self.batch_size,
+            **_arguments(ready[0][0].options),
+        )
+        for (job, one), text in zip(ready, texts, strict=True):
+            written = len(self.gmsa.template.encode(text))
+            job.result = Answer(text, len(one), one.soft_tokens, one.origin_tokens, written)
+
+    def _ready(self, messages: Sequence[Message], held: "dict[Source, Memory]") -> _Ready:
+        """A chat through the decoder's template. `held`: memories at hand, which are added to."""
+        import torch
+
+        from gmsa.memory import Memory
+        from gmsa.prompts import Prompt
+        from gmsa.serving.chat import Turn, render
+
+        sources = [part for message in messages for part in message.parts if isinstance(part, Source)]
+        self._load([source for source in sources if source not in held], held)
+        turns = [Turn(m.role, [held[p] if isinstance(p, Source) else p for p in m.parts]) for m in messages]
+        if not any(isinstance(part, str) and part.strip() for turn in turns for part in turn.parts):
+            raise InputError("the question is empty")
+        pieces = render(turns, self.gmsa.tokenizer, self.gmsa.config)
+
+        def ids(text: str) -> torch.Tensor:
+            return torch.tensor(self.gmsa.template.encode(text), dtype=torch.long)
+
+        def embedded(text: str) -> Memory:
+            with torch.no_grad():
+                tokens = self.gmsa.model.get_input_embeddings()(ids(text).to(self.gmsa.model.device))
+            return Memory(tokens, 1, len(tokens), self.gmsa.fingerprint)
+
+        before = pieces.pop(0) if len(pieces) > 1 and isinstance(pieces[0], str) else ""
+        after = pieces.pop() if len(pieces) > 1 and isinstance(pieces[-1], str) else ""
+        content = [embedded(piece) if isinstance(piece, str) else piece for piece in pieces]
+        memories = [held[source] for source in sources]
+        soft, origin = sum(map(len, memories)), sum(memory.origin_tokens for memory in memories)
+        return _Ready(Prompt(ids(str(before)), ids(str(after))), content, soft, origin)
+
+    def _load(self, sources: Sequence[Source], held: "dict[Source, Memory]") -> None:
+        """Memories by id where they are stored, else by text."""
+        missing: list[Source] = []
+        for source in sources:
+            try:
+                if source.id is None or self.store is None:
+                    raise MemoryNotFoundError(f"there is no store to find memory {source.id} in: give the reader one")
+                held[source] = self.store.load(source.id, self.gmsa.fingerprint)
+            except (MemoryNotFoundError, MemoryFileError):
+                if source.text is None:
+                    raise
+                missing.append(source)
+        memories = self._by_text([source.text for source in missing if source.text is not None])
+        held.update(zip(missing, memories, strict=True))
+
+    def _by_text(self, texts: Sequence[str]) -> "list[Memory]":
+        """The memories of texts; those not stored are compressed together."""
+        found: dict[str, Memory] = {}
+        if self.store is not None:
+            for text in dict.fromkeys(texts):
+                with contextlib.suppress(MemoryNotFoundError, MemoryFileError):
+                    found[text] = self.store.load(self.store.key(text, self.gmsa.fingerprint, self.merge_size))
+        new = [text for text in dict.fromkeys(texts) if text not in found]
+        for text, memory in zip(new, self.gmsa.compress(new, self.merge_size) if new else [], strict=True):
+            found[text] = memory
+            if self.store is not None and self.keep:
+                entry = self.store.put(text, memory)
+                with contextlib.suppress(MemoryNotFoundError, MemoryFileError):  # gone already: a small cap
+                    # As it reads back, so that the first answer comes from the same numbers as all later ones.
+                    found[text] = self.store.load(entry.id)
+        return [found[text] for text in texts]
+
+
+def _arguments(options: Options) -> dict[str, Any]:
+    """Of `GMSA.answer` and `GMSA.read`."""
+    sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    common = {"max_new_tokens": options.max_new_tokens, "stop": options.stop}
+    return common | (sampling if options.temperature > 0 else {})

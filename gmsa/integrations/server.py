@@ -1,0 +1,168 @@
+"""The model behind `gmsa serve`: memories are made and kept there and named in requests."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from gmsa.errors import MemoryNotFoundError, RemoteDecoderError
+from gmsa.integrations.reader import GREEDY, Answer, Message, Options, Reader, Remembered, Source
+
+if TYPE_CHECKING:
+    import httpx
+
+
+class ServerReader(Reader):
+    """Asks a GMSA server. It batches what arrives together, so ask from several threads.
+
+    Args:
+        url: of the server, with or without /v1.
+        model: its name there; None: the one it has.
+        api_key: None: that of the environment variable GMSA_API_KEY, if there is one.
+        merge_size: of memories that are made or looked up by text; None: the server's.
+        timeout: seconds without any sign of life before a request is given up.
+
+    Raises (all methods):
+        RemoteDecoderError: the server cannot be reached, or refuses; the message is the server's.
+        MemoryNotFoundError: no such memory, and no text of it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        api_key: str | None = None,
+        merge_size: int | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        super().__init__()
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.model = model
+        self.merge_size = merge_size
+        self.timeout = timeout
+        self._key = api_key or os.environ.get("GMSA_API_KEY")
+
+    @cached_property
+    def _client(self) -> "httpx.Client":
+        try:
+            import httpx
+        except ImportError as error:
+            raise RemoteDecoderError("asking a server needs httpx: pip install 'gmsa[remote]'") from error
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(self.timeout, connect=10.0))
+
+    def remember(self, texts: Sequence[str]) -> list[Remembered | None]:
+        """See `Reader.remember`."""
+        return [self._remember(text) for text in texts]
+
+    def _remember(self, text: str) -> Remembered:
+        body = {"text": text} | ({} if self.merge_size is None else {"merge_size": self.merge_size})
+        made = self._send("/v1/memories", body)
+        return Remembered(made["id"], made["soft_tokens"], made["origin_tokens"])
+
+    def answer(self, messages: Sequence[Message], options: Options = GREEDY) -> Answer:
+        """See `Reader.answer`."""
+        try:
+            said = self._send("/v1/chat/completions", self._body(messages, options))
+        except MemoryNotFoundError:
+            said = self._send("/v1/chat/completions", self._body(_by_text(messages), options))
+        usage = said["usage"]
+        details = usage["prompt_tokens_details"]
+        return Answer(
+            said["choices"][0]["message"]["content"],
+            usage["prompt_tokens"],
+            details["soft_tokens"],
+            details["origin_tokens"],
+            usage["completion_tokens"],
+        )
+
+    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> Iterator[str]:
+        """See `Reader.stream`."""
+        try:
+            yield from self._stream(self._body(messages, options))
+        except MemoryNotFoundError:  # before the first piece
+            yield from self._stream(self._body(_by_text(messages), options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Reader.to_dict`; the key is left to the environment."""
+        names = {"url": self.url, "model": self.model, "merge_size": self.merge_size, "timeout": self.timeout}
+        return {"type": "ServerReader", "init_parameters": names}
+
+    def _body(self, messages: Sequence[Message], options: Options) -> dict[str, Any]:
+        def part(given: str | Source) -> dict[str, Any]:
+            if isinstance(given, str):
+                return {"type": "text", "text": given}
+            id = given.id or self._remember(given.text or "").id
+            return {"type": "memory", "memory_id": id}
+
+        body: dict[str, Any] = {
+            "messages": [{"role": m.role, "content": [part(p) for p in m.parts]} for m in messages],
+            "max_tokens": options.max_new_tokens,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+        }
+        if self.model is not None:
+            body["model"] = self.model
+        return body | ({"stop": list(options.stop)} if options.stop else {})
+
+    def _send(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        import httpx
+
+        try:
+            response = self._client.post(path, json=body)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise RemoteDecoderError(f"{self.url} cannot be asked: {error or type(error).__name__}") from error
+        self._check(response)
+        return response.json()
+
+    def _stream(self, body: dict[str, Any]) -> Iterator[str]:
+        import httpx
+
+        try:
+            with self._client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+                if response.is_error:
+                    response.read()
+                self._check(response)
+                for line in response.iter_lines():
+                    data = line.removeprefix("data:").strip()
+                    if not line.startswith("data:") or data == "[DONE]":
+                        continue
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise RemoteDecoderError(f"{self.url} gave up: {event['error'].get('message')}")
+                    for choice in event.get("choices", []):
+                        if piece := choice["delta"].get("content"):
+                            yield piece
+        except httpx.HTTPError as error:
+            raise RemoteDecoderError(f"{self.url} cannot be asked: {error or type(error).__name__}") from error
+
+    def _check(self, response: "httpx.Response") -> None:
+        if not response.is_error:
+            return
+        try:
+            error = response.json()["error"]
+            message, code = error["message"], error.get("code")
+        except (ValueError, KeyError, TypeError):
+            raise RemoteDecoderError(f"{self.url} answered {response.status_code}: is it a GMSA server?") from None
+        if response.status_code == 404 and code == "memory_not_found":
+            raise MemoryNotFoundError(message)
+        raise RemoteDecoderError(f"{self.url} refused ({response.status_code}): {message}")
+
+
+def _by_text(messages: Sequence[Message]) -> list[Message]:
+    """The same with sources by text alone, after an id was not found.
+
+    Raises:
+        MemoryNotFoundError: a source has none.
+    """
+    made = []
+    for message in messages:
+        parts: list[str | Source] = []
+        for part in message.parts:
+            if isinstance(part, Source) and part.text is None:
+                raise MemoryNotFoundError(f"the server has no memory {part.id}, and there is no text to make it of")
+            parts.append(Source(part.text) if isinstance(part, Source) else part)
+        made.append(Message(message.role, parts))
+    return made
