@@ -412,6 +412,7 @@ def test_questions_about_one_context_become_one_conversation() -> None:
     rows = Conversations(index, 8)
     assert [row["input"] for row in rows] == ["one", "two", "one"]
     assert [[prompt for prompt, _ in row["turns"]] for row in rows] == [["q0", "q1", "q2"], ["q3"], ["q4"]]
+    assert rows[-1]["turns"] == [("q4", ["a4", "x"])]
     assert rows.characters.tolist() == [5, 5, 5]  # the context is read once
     batches = batches_of(RowBatches(rows, 96))
     said = set()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from gmsa.cli import build_parser
 from gmsa.modeling import GmsaModel
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -32,7 +34,7 @@ def run(
         return json.loads(output.read_text())
 
     yield run
-    for name in ("measuring", "answering", "compression", "cost_model", "decoding"):
+    for name in ("measuring", "answering", "compression", "cost_model", "decoding", "start"):
         sys.modules.pop(name, None)
 
 
@@ -109,6 +111,47 @@ def test_bytes(run: Callable[..., dict[str, Any]]) -> None:
     llama = [row for row in results["reckoned"] if row["decoder"] == "Llama-2-7B" and row["merge_size"] == 4]
     assert llama[0]["cache_bytes_per_token"] == 32 * 2 * 4096 * 2
     assert llama[0]["times_smaller"]["bfloat16"] == 256
+
+
+def test_start(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("start")
+    commands: list[list[str]] = []
+
+    def note(command: list[str], environment: dict[str, str]) -> dict[str, float]:
+        assert environment["OMP_NUM_THREADS"] == "1"
+        commands.append(command)
+        return {"seconds": 2.0 ** (len(commands) - 1)}
+
+    # Seven processes, each loading PyTorch, would take a minute; that their commands hold is checked instead.
+    monkeypatch.setattr(module, "finished", note)
+    monkeypatch.setattr(module, "listening", note)
+    monkeypatch.setattr(module.measuring, "by_turns", lambda ways, rounds: {name: way() for name, way in ways.items()})
+    results = run("start")
+    assert [row["seconds"] for row in results["steps"]] == [2, 4, 8, 16, 32]
+    assert [row["more_seconds"] for row in results["steps"]] == [2, 2, 4, 8, 16]
+    assert (results["help"]["seconds"], results["serve"]["seconds"]) == (1, 64)
+    for command, name in ((commands[5], "ask"), (commands[6], "serve")):
+        parsed = build_parser().parse_args(command[3:])
+        assert command[3] == name
+        assert parsed.model.endswith("model")
+        assert parsed.dtype == "float32"
+
+
+def test_start_counts_processor_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("start")
+    busy = "import time, sys\nwhile time.process_time() < {0}: pass\n"
+    serve = "print('gmsa: serving on http://x', file=sys.stderr, flush=True)\nwhile True: time.sleep(0.01)"
+    environment = dict(os.environ)
+    assert 0.3 <= module.finished([sys.executable, "-c", busy.format(0.3)], environment)["seconds"] < 2
+    figures = module.listening([sys.executable, "-c", busy.format(0.3) + serve], environment)
+    assert 0.25 <= figures["seconds"] < 2  # the kernel's clock ticks every hundredth of a second
+    assert 1 <= figures["megabytes"] < 100
+    for way in (module.finished, module.listening):
+        with pytest.raises(SystemExit, match="no such thing"):
+            way([sys.executable, "-c", "import sys; sys.exit('no such thing')"], environment)
+    sys.modules.pop("start", None)
+    sys.modules.pop("measuring", None)
 
 
 def test_processor_time_is_taken_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

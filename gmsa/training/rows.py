@@ -18,6 +18,19 @@ class Rows(Sequence[dict[str, Any]]):
 
     characters: Sequence[int]  # of text, or of context and prompts: what batches are planned by
 
+    @overload
+    def __getitem__(self, number: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[dict[str, Any]]: ...
+    def __getitem__(self, number: int | slice) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        return self.read(range(len(self))[number])
+
+    def read(self, number: int) -> dict[str, Any]:
+        """One row."""
+        raise NotImplementedError
+
 
 class RowIndex(Rows):
     """Rows by number, about 20 bytes of memory each. Packed files and standard input are unpacked to disk once.
@@ -39,13 +52,12 @@ class RowIndex(Rows):
     def __len__(self) -> int:
         return len(self.offset)
 
-    @overload
-    def __getitem__(self, number: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[dict[str, Any]]: ...
-    def __getitem__(self, number: int | slice) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def read(self, number: int) -> dict[str, Any]:
+        """One row, parsed anew.
+
+        Raises:
+            InputError: its file changed.
+        """
         # pread leaves no position behind, so processes that share the file after a fork do not disturb each other.
         line = os.pread(self.files[self.file[number]].fileno(), self.size[number], self.offset[number])
         try:
@@ -91,13 +103,8 @@ class Conversations(Rows):
     def __len__(self) -> int:
         return len(self.first) - 1
 
-    @overload
-    def __getitem__(self, number: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[dict[str, Any]]: ...
-    def __getitem__(self, number: int | slice) -> Any:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def read(self, number: int) -> dict[str, Any]:
+        """All questions of one conversation."""
         members = self.rows[self.first[number] : self.first[number + 1]]
         return {"input": members[0]["input"], "turns": [(row["prompt"], row["answer"]) for row in members]}
 
