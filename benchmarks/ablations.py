@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import answer_loss
 from tqdm import tqdm
 
 from gmsa import GMSA
-from gmsa.data import Example, collate, read_rows
+from gmsa.data import read_rows
 from gmsa.evaluation.metrics import exact_match, f1
 from gmsa.evaluation.qa import spread
 from gmsa.evaluation.statistics import interval
@@ -64,26 +65,6 @@ def run(recipes: tuple[str, str], folder: Path, options: list[str]) -> None:
                 here += ["model.window_size=256", "model.prompt=plain"]
             command = [sys.executable, "-m", "gmsa", "train", recipe, *here, "--resume"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-@torch.no_grad()
-def answer_loss(
-    gmsa: GMSA, rows: list[dict[str, Any]], merge_size: int, batch_size: int = 8
-) -> list[tuple[float, int]]:
-    """(negative log-likelihood in nats, tokens) of each row's first answer, given its memory."""
-    found = []
-    for start in tqdm(range(0, len(rows), batch_size), desc=f"answers at {merge_size}x", leave=False):
-        examples = []
-        for row in rows[start : start + batch_size]:
-            context = gmsa.encoder_tokenizer(row["input"], add_special_tokens=False)["input_ids"]
-            answer = [*gmsa.template.encode(row["answer"][0]), gmsa.template.end_id]
-            examples.append(Example([context], gmsa.template(row["prompt"]), answer, merge_size))
-        batch = collate(examples, gmsa.config.window_size).to(gmsa.model.device)
-        out = gmsa.model(**vars(batch))
-        logged = torch.log_softmax(out["logits"].float(), dim=-1).gather(1, out["labels"][:, None])[:, 0]
-        parts = logged.split([len(example.target) for example in examples])
-        found += [(-float(part.sum()), len(part)) for part in parts]
-    return found
 
 
 def answer_all(gmsa: GMSA, rows: list[dict[str, Any]], merge_size: int, batch_size: int = 16) -> list[str]:

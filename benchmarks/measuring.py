@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: a clock, rounds by turns, what made a result, charts."""
+"""What benchmarks share: a clock, rounds by turns, the loss of answers, what made a result, charts."""
 
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gmsa import GMSA, __version__
 from gmsa.allocation import keep_freed_memory, return_freed_memory
@@ -74,6 +75,34 @@ def by_turns(ways: dict[str, Callable[[], dict[str, float]]], rounds: int) -> di
                 found[name].append(figures)
         print(f"round {number} of {rounds}", file=sys.stderr)
     return {name: {key: median(f[key] for f in runs) for key in runs[0]} for name, runs in found.items()}
+
+
+@torch.no_grad()
+def score_answers(gmsa: GMSA, soft: Sequence[Tensor], rows: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
+    """(negative log-likelihood in nats, tokens) of each row's first answer, teacher-forced, given its soft tokens."""
+    device = gmsa.model.device
+    prompts = [gmsa.template(row["prompt"]) for row in rows]
+    answers = [[*gmsa.template.encode(row["answer"][0]), gmsa.template.end_id] for row in rows]
+    out = gmsa.model.score(
+        soft,
+        [prompt.before.to(device) for prompt in prompts],
+        [prompt.after.to(device) for prompt in prompts],
+        [torch.tensor(answer, device=device) for answer in answers],
+    )
+    logged = torch.log_softmax(out["logits"].float(), dim=-1).gather(1, out["labels"][:, None])[:, 0]
+    return [(-float(part.sum()), len(part)) for part in logged.split([len(answer) for answer in answers])]
+
+
+def answer_loss(
+    gmsa: GMSA, rows: Sequence[dict[str, Any]], merge_size: int, batch_size: int = 8
+) -> list[tuple[float, int]]:
+    """`score_answers` of each row given the memory of its `input`."""
+    found = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        memories = gmsa.compress([row["input"] for row in batch], merge_size)
+        found += score_answers(gmsa, [memory.soft_tokens for memory in memories], batch)
+    return found
 
 
 def reset_peak() -> None:

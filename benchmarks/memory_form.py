@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ def restoration(gmsa: GMSA, texts: list[str], merge_size: int) -> dict[str, dict
         losses[form] = [score.nll / score.tokens for score in scores]
         difference = [a - b for a, b in zip(losses[form], losses["float32"], strict=True)]
         tokens = sum(score.tokens for score in scores)
+        mean = statistics.fmean(losses["float32"])
         rows[form] = {
             "loss": round(sum(score.nll for score in scores) / tokens, 5),
             "accuracy": round(sum(score.right for score in scores) / tokens, 5),
             "loss_difference": round(statistics.fmean(difference), 6),
             "loss_difference_ci": [round(end, 6) for end in interval(difference)] if form != "float32" else None,
+            "loss_increase_percent": round(100 * statistics.fmean(difference) / mean, 3),
         }
     return rows
 
@@ -89,7 +92,7 @@ def sizes(gmsa: GMSA, text: str) -> dict[str, Any]:
     return {"context": CONTEXT, "kv_bytes_per_token": kv, "rows": rows}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", help="JSONL of texts")
@@ -99,7 +102,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens per text")
     parser.add_argument("--merge-sizes", type=int, nargs="+", default=[4])
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/memory-form.json"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     gmsa = GMSA.from_pretrained(options.model, dtype="float32")
     texts = texts_of_length(gmsa, options.texts, options.length, options.n)
     questions = spread([row for row in read_rows(options.questions) if "prompt" in row], options.n)
@@ -112,7 +115,7 @@ def main() -> None:
             "questions": [Path(options.questions).name, len(questions)],
             "torch": torch.__version__,
             "command": "python benchmarks/memory_form.py "
-            + " ".join(Path(a).name if "/" in a else a for a in sys.argv[1:]),
+            + " ".join(Path(a).name if "/" in a else a for a in (sys.argv[1:] if arguments is None else arguments)),
         },
         "sizes": sizes(gmsa, "\n".join(row["text"] for row in read_rows(options.texts))[:20_000]),
         "restoration": {},
