@@ -48,9 +48,10 @@ def trained(arm: str, folder: Path) -> Path:
     return folder / home / stages[-1] / "model"
 
 
-def run(recipes: tuple[str, str], folder: Path, options: list[str]) -> None:
+def run(arms: list[str], recipes: tuple[str, str], folder: Path, options: list[str]) -> None:
     """Train what has not been trained yet, one after the other."""
-    for arm, (_, changes, stages) in ARMS.items():
+    for arm in arms:
+        _, changes, stages = ARMS[arm]
         for stage, recipe in zip(("restore", "answer"), recipes, strict=True):
             output = folder / arm / stage
             if stage not in stages or trained(arm, folder).exists() or (output / "model").exists():
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--texts", required=True, help="JSONL of texts to restore")
     parser.add_argument("--recipes", nargs=2, default=("recipes/convergence.yaml", "recipes/ablation-answers.yaml"))
     parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="where the arms are trained")
+    parser.add_argument("--arms", default=",".join(ARMS), help="some of these")
     parser.add_argument("--limit", type=int, default=100, help="questions")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
@@ -130,10 +132,10 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="KEY=VALUE for both recipes")
     arguments = parser.parse_args()
     if not arguments.report_only:
-        run(tuple(arguments.recipes), arguments.folder, arguments.options)
+        run(arguments.arms.split(","), tuple(arguments.recipes), arguments.folder, arguments.options)
     rows = spread([row for row in read_rows(arguments.data) if len(row["input"]) < 900], arguments.limit)
     results = []
-    for arm in ARMS:
+    for arm in arguments.arms.split(","):
         if trained(arm, arguments.folder).exists():
             results += measure(arm, arguments.folder, rows, arguments.texts, arguments.threads)
             meta = {"command": "python benchmarks/ablations.py", "questions": Path(arguments.data).name}
