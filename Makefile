@@ -33,6 +33,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/cost_model.py --output docs/results/cost-model.json --image docs/images/cost-model.png
 	$(BIN)/python benchmarks/decoding.py --output docs/results/decoding.json
 	$(BIN)/python benchmarks/bytes.py --output docs/results/bytes.json
+	$(BIN)/python benchmarks/start.py --output docs/results/start.json
 
 wheel: $(VENV)/.installed-dev
 	rm -rf dist

@@ -2,7 +2,7 @@
 
 The model computes in fp32, so that what is measured is the form alone. Restoration is teacher-forced, answers greedy.
 
-    python benchmarks/memory_form.py $DATA/text_dev.jsonl.gz $DATA/qa_dev_squad.jsonl.gz    # 3 minutes on one core
+    python benchmarks/memory_form.py $DATA/text_dev.jsonl.gz $DATA/qa_dev_squad.jsonl.gz    # 4 minutes on one core
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes every number of docs/results.md, the README and the model card anew: some five hours on two CPU cores.
+# Makes every number of docs/results.md, the README and the model card anew: some hours on two CPU cores.
 # Goes on where it stopped: answers are cached in the output folder.
 #   scripts/results.sh DATA OUT [TEXT_DECODER]      TEXT_DECODER: folder of the model trained by recipes/text-decoder.yaml
 set -eu
@@ -25,7 +25,7 @@ done
     --merge-size 4,8 --limit 60 --max-new-tokens 64 -o "$out/summ"
 "$gmsa" eval latency --lengths 512,2048,4096 --merge-size 4,8,16,32 --new-tokens 1,100 -o "$out/latency"
 "$python" benchmarks/ablations.py --data "$data/qa_dev_squad.jsonl.gz" --texts "$data/text_dev.jsonl.gz" --folder "$out/ablations" \
-    -o "$out/ablations.json" # trains its arms: two hours more on one core
+    -o "$out/ablations.json" # trains its arms: an hour more on one core
 "$gmsa" eval attention --data "$data/text_dev.jsonl.gz" --model "$out/ablations/full/restore/model" \
     --methods "gmsa,appended=$out/ablations/appended/restore/model" --limit 10 -o "$out/attention"
 "$gmsa" eval report "$out"/restoration-* "$out"/qa-* "$out/summ" "$out/latency" -o "$out/report"

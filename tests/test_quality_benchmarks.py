@@ -130,7 +130,9 @@ def test_windows(run: Callable[..., dict[str, Any]], data: dict[str, str], capsy
     arms = ["windows of 16", "windows of 8", "windows of 32", "whole context"]
     arms += ["windows of 16, 4 tokens before", "windows of 16, LSA over all"]
     answers, restoration = results["answers"], results["restoration"]
-    assert [(row["arm"], row["merge_size"]) for row in answers] == [(arm, size) for arm in arms for size in (4, 8)]
+    named = [(row["arm"], row["merge_size"]) for row in answers]
+    assert named == [(arm, size) for arm in (*arms, "no context") for size in (4, 8)]
+    assert answers[-1]["perplexity"] == answers[-2]["perplexity"]  # no context is the same at any rate
     arms.remove("windows of 32")  # as long as the texts to restore
     assert [(row["arm"], row["merge_size"]) for row in restoration] == [(arm, size) for arm in arms for size in (4, 8)]
     for row in answers + restoration:

@@ -140,7 +140,7 @@ def test_start(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPat
 def test_start_counts_processor_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module("start")
-    busy = "import time, sys\nwhile time.process_time() < {0}: pass\n"
+    busy = "import time, sys\nwhile time.process_time() < {0}: sum(range(10_000))\n"
     serve = "print('gmsa: serving on http://x', file=sys.stderr, flush=True)\nwhile True: time.sleep(0.01)"
     environment = dict(os.environ)
     assert 0.3 <= module.finished([sys.executable, "-c", busy.format(0.3)], environment)["seconds"] < 2
