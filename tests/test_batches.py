@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import tempfile
 from array import array
 from collections import Counter
@@ -23,7 +24,7 @@ from gmsa.data import Batch, Example
 from gmsa.errors import ConfigError
 from gmsa.prompts import PromptTemplate
 from gmsa.training import batches as batches_module
-from gmsa.training.batches import NumberedBatch, RowBatches, TrainingBatches
+from gmsa.training.batches import NumberedBatch, RowBatches, TrainingBatches, lookups
 from gmsa.training.recipe import Recipe
 from gmsa.training.rows import Conversations, RowIndex, index_rows
 from gmsa.training.schedule import RateSchedule
@@ -111,6 +112,7 @@ def as_lists(numbered: NumberedBatch) -> dict[str, Any]:
 EVERYTHING: dict[str, Any] = {
     "rates_per_sample": 2,
     "continuation": {"share": 0.5},
+    "lookup": {"share": 0.3},
     "distil": {},
     "distractors": 3,
     "max_context": 60,
@@ -391,6 +393,59 @@ def test_questions_are_never_continued() -> None:
     assert all(e.target[-1] == TURN_END for e in examples_of(batches_of(questions(), continuation=ON)))
 
 
+# -- lookups -----------------------------------------------------------------------------------------------------------
+
+WORDS = [f"w{number:02d}" for number in range(40)]
+LOOKUP = {"share": 1.0, "instruction": "After {words}?", "turns": 6}
+
+
+def test_a_lookup_asks_what_follows_words_of_the_text() -> None:
+    source = texts([60, 100], rows=[{"text": " ".join(WORDS)}] * 20)
+    followed = 0
+    for example in examples_of(batches_of(source, steps=30, lookup=LOOKUP)):
+        (context,) = example.contexts
+        crop = TOKENIZER.decode(context)
+        said = TOKENIZER.decode([*example.prompt.after, *example.target])
+        turns = re.findall(r"After (.+?)\?<\|im_end\|>\n<\|im_start\|>assistant\n(.+?)<\|im_end\|>", said)
+        assert 1 <= len(turns) <= 6
+        for quoted, following in turns:
+            assert f"{quoted} {following}" in crop
+        followed += len(turns)
+        assert "Restate" not in said
+    assert followed > 60
+
+
+def test_a_quote_that_occurs_twice_is_not_asked_about() -> None:
+    found = lookups("a b c a b d", "{words}", 500, random.Random(0))
+    quotes = {prompt for prompt, _ in found}
+    assert "a b" not in quotes
+    assert {"b c", "c a", "a b c"} <= quotes
+    assert len(found) == len(quotes)  # nor twice about the same
+
+
+@pytest.mark.parametrize("text", ["", "one", "one two", "same same same same"])
+def test_texts_with_nothing_to_look_up(text: str) -> None:
+    assert lookups(text, "{words}", 20, random.Random(0)) == []
+
+
+def test_such_texts_are_restored() -> None:
+    (example,) = batches_of(texts([50], rows=[{"text": "oneword"}]), lookup=LOOKUP).examples(0)
+    assert example.target == [*example.contexts[0], TURN_END]
+
+
+def test_texts_are_looked_up_in_continued_or_restored_by_their_shares() -> None:
+    source = texts([100], rows=[{"text": " ".join(WORDS)}] * 20)
+    made = examples_of(
+        batches_of(
+            source, steps=300, lookup={**LOOKUP, "share": 0.3}, continuation={"share": 0.5, "instruction": "On."}
+        )
+    )
+    kinds = Counter(next(k for k in ("After", "On.", "Restate") if k in TOKENIZER.decode(e.prompt.after)) for e in made)
+    assert len(made) >= 300
+    for kind, share in {"After": 0.3, "On.": 0.5, "Restate": 0.2}.items():
+        assert abs(kinds[kind] / len(made) - share) < 0.08
+
+
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
@@ -433,6 +488,13 @@ def test_questions_about_one_context_become_one_conversation() -> None:
             order = [text[place + 1] for place in range(len(text)) if text[place] == "q"]
             assert TOKENIZER.decode(learned) == "".join(f"a{n}<|im_end|>" for n in order)
     assert len(found) > 1  # in any order
+
+
+def test_further_questions_are_learned_where_the_recipe_says_so() -> None:
+    rows = Conversations(rows_of(asked_about("one", "one", "one")), 8)
+    (example,) = batches_of(RowBatches(rows, 96), learn_questions=True).examples(0)
+    assert example.learned == [True] * len(example.target)
+    assert TOKENIZER.decode(example.target).count("<|im_start|>user\nq") == 2  # the first one is the prompt's
 
 
 def test_conversations_have_so_many_questions_at_most() -> None:

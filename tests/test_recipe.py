@@ -30,7 +30,10 @@ FULL: dict[str, Any] = {
     "rates_per_sample": "all",
     "lengths": [16, 16, 32],
     "continuation": {"share": 0.2, "instruction": "Weiter: é"},
+    "lookup": {"share": 0.1, "instruction": "Nach {words}?", "turns": 2},
     "distil": {"weight": 0.3, "temperature": 2.0},
+    "questions_per_context": 3,
+    "learn_questions": True,
     "distractors": 3,
     "schedule": "cosine",
     "schedule_options": {"num_cycles": 0.5},
@@ -350,6 +353,12 @@ def test_switches(name: str) -> None:
         ({"continuation": {"share": True}}, "continuation: share must be a number, got True"),
         ({"continuation": {"instruction": " "}}, "continuation: instruction must be a text, got ' '"),
         ({"continuation": {"instruction": 3}}, "continuation: instruction must be a text, got 3"),
+        ({"lookup": {"share": 0}}, "share must be above 0 and at most 1, got 0"),
+        ({"lookup": {"instruction": "And then?"}}, "lookup: instruction must be a text with {words} in it"),
+        ({"lookup": {"instruction": 3}}, "lookup: instruction must be a text with {words} in it, got 3"),
+        ({"lookup": {"turns": 0}}, "lookup: turns must be a whole number >= 1, got 0"),
+        ({"lookup": {"turn": 3}}, "unknown key in lookup: 'turn'; did you mean 'turns'?"),
+        ({"lookup": {"share": 0.6}, "continuation": {"share": 0.5}}, "continuation and lookup: their shares"),
     ],
 )
 def test_values_that_cannot_work(load: Callable[..., Recipe], fields: dict[str, Any], message: str) -> None:

@@ -28,6 +28,9 @@ CHARACTERS_PER_TOKEN = 4
 CHUNK = 1024
 # Shorter pieces of text teach neither restoring nor continuing.
 LEAST_CONTINUATION = 8
+# Words that a lookup quotes, and words that are to follow: least and most.
+QUOTED_WORDS = (2, 5)
+FOLLOWING_WORDS = (1, 8)
 
 
 class RowBatches:
@@ -177,7 +180,7 @@ class TrainingBatches(Dataset[NumberedBatch]):
         return made
 
     def text_example(self, text: str, length: int | None, sizes: tuple[int, ...], rng: random.Random) -> Example:
-        """A text to restore, or to continue: a crop of at most `length` tokens; the target is never longer than that.
+        """A text to restore, continue or look up in: a crop of at most `length` tokens; targets lie within it.
 
         To restore: the target is what the encoder saw, and the end token.
         """
@@ -185,13 +188,18 @@ class TrainingBatches(Dataset[NumberedBatch]):
         length = length or len(tokens)
         continuation = self.recipe.continuation
         share, half = (continuation["share"] if continuation else 0), min(length, len(tokens) // 2)
-        if share and rng.random() < share and half >= LEAST_CONTINUATION:
+        kind = rng.random() if share or self.recipe.lookup else 1.0
+        if kind < share and half >= LEAST_CONTINUATION:
             start = self._start(len(tokens) - 2 * half, rng)
             tokens, target = tokens[start : start + half], tokens[start + half : start + 2 * half]
             assert continuation is not None
             return self._example([tokens], self.template(continuation["instruction"]), self._for_decoder(target), sizes)
         start = self._start(len(tokens) - length, rng)
         tokens = tokens[start : start + length]
+        if self.recipe.lookup and share <= kind < share + self.recipe.lookup["share"]:
+            text = self.encoder_tokenizer.decode(tokens)
+            if turns := lookups(text, self.recipe.lookup["instruction"], self.recipe.lookup["turns"], rng):
+                return self.question_example({"input": text, "turns": turns}, [], sizes, rng)
         target = [*self._for_decoder(tokens), self.template.end_id]
         return self._example([tokens], self.template.restore(), target, sizes)
 
@@ -220,7 +228,7 @@ class TrainingBatches(Dataset[NumberedBatch]):
         for question, answer in further:
             asked, told = self.template.following(question), [*self.template.encode(answer[0]), self.template.end_id]
             target += [*asked, *told]
-            learned += [False] * len(asked) + [True] * len(told)
+            learned += [self.recipe.learn_questions] * len(asked) + [True] * len(told)
         return self._example(contexts, self.template(prompt), target, sizes, truncated, learned if further else None)
 
     def _example(
@@ -249,3 +257,26 @@ class TrainingBatches(Dataset[NumberedBatch]):
     def _start(self, slack: int, rng: random.Random) -> int:
         """Where a crop begins; half of them where the text does, as a user's text would."""
         return 0 if slack <= 0 or rng.random() < 0.5 else rng.randrange(slack + 1)
+
+
+def lookups(text: str, instruction: str, turns: int, rng: random.Random) -> list[tuple[str, list[str]]]:
+    """Questions about what follows some words of a text, as (prompt, answers): reading soft tokens by content.
+
+    Args:
+        text: what is asked about.
+        instruction: the question; "{words}" in it becomes the quoted words.
+        turns: questions at most; quotes that do not occur exactly once are passed over.
+        rng: draws places and lengths.
+    """
+    words = text.split()
+    found: dict[str, list[str]] = {}
+    for _ in range(turns):
+        quoted, following = rng.randint(*QUOTED_WORDS), rng.randint(*FOLLOWING_WORDS)
+        if len(words) < quoted + following:
+            continue
+        start = rng.randrange(len(words) - quoted - following + 1)
+        quote = " ".join(words[start : start + quoted])
+        if " ".join(words).count(quote) == 1:
+            prompt = instruction.replace("{words}", quote)
+            found[prompt] = [" ".join(words[start + quoted : start + quoted + following])]
+    return list(found.items())

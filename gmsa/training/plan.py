@@ -49,6 +49,8 @@ def _stage(recipe: Recipe) -> str:
         parts.append(f"{recipe.rates_per_sample} of them per sample")
     if recipe.continuation:
         parts.append(f"{recipe.continuation['share']:.0%} of the texts continued")
+    if recipe.lookup:
+        parts.append(f"{recipe.lookup['share']:.0%} of the texts looked up in")
     if recipe.distil:
         parts.append(f"distilled from the full text (weight {recipe.distil['weight']})")
     if recipe.reads == "text":

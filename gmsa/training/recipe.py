@@ -20,7 +20,7 @@ from gmsa.training.stages import trained_groups
 DATA_KEYS = ("path", "weight", "tokens_per_batch", "rows_per_batch", "where")
 EVALUATE_KEYS = ("path", "every", "texts", "length", "merge_sizes")
 # Parts that an overlay changes key by key; anything else it replaces whole.
-MERGED_PARTS = ("model", "evaluate", "schedule_options", "distil", "continuation")
+MERGED_PARTS = ("model", "evaluate", "schedule_options", "distil", "continuation", "lookup")
 
 
 @dataclass
@@ -39,8 +39,10 @@ class Recipe:
     lengths: list[int] = field(default_factory=lambda: [128])  # tokens a text is cropped to, drawn per text
     max_context: int = 2048  # contexts of questions are cut to this many tokens
     questions_per_context: int = 1  # up to so many that stand together in a file are asked in one conversation
+    learn_questions: bool = False  # further questions of a conversation are targets, too, not only their answers
     distractors: int = 0  # up to so many other rows' documents beside a question's own, each a memory of its own
     continuation: dict[str, Any] | None = None  # {"share", "instruction"}: so many of the texts are to be continued
+    lookup: dict[str, Any] | None = None  # {"share", "instruction", "turns"}: so many of the texts are asked about
     distil: dict[str, Any] | None = None  # {"weight", "temperature"}: learn from the decoder reading the full text
     reads: str = "memory"  # text: the decoder reads the context itself; what a fair comparison is trained with
     tokens_per_batch: int = 1024  # context tokens in one micro-batch
@@ -117,10 +119,19 @@ class Recipe:
         self.continuation = self._part(
             "continuation", self.continuation, {"share": 0.5, "instruction": "Continue the text."}
         )
+        lookup = {"share": 0.5, "instruction": 'What comes after "{words}"?', "turns": 6}
+        self.lookup = self._part("lookup", self.lookup, lookup)
         self.distil = self._part("distil", self.distil, {"weight": 0.5, "temperature": 1.0})
-        for name, part in (("share", self.continuation), ("weight", self.distil)):
+        for name, part in (("share", self.continuation), ("share", self.lookup), ("weight", self.distil)):
             if part and not 0 < part[name] <= 1:
                 raise ConfigError(f"{name} must be above 0 and at most 1, got {part[name]!r}")
+        if self.continuation and self.lookup and self.continuation["share"] + self.lookup["share"] > 1:
+            raise ConfigError("continuation and lookup: their shares of the texts must not add up to more than 1")
+        if self.lookup:
+            instruction = self.lookup["instruction"]
+            if not isinstance(instruction, str) or "{words}" not in instruction:
+                raise ConfigError(f"lookup: instruction must be a text with {{words}} in it, got {instruction!r}")
+            self._whole("lookup: turns", self.lookup["turns"], 1)
         if self.continuation:
             instruction = self.continuation["instruction"]
             if not isinstance(instruction, str) or not instruction.strip():
