@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer
 
 from gmsa.errors import InputError
 from gmsa.memory import Memory
-from gmsa.modeling import GmsaModel, body_of, embed_rows, pad_left, positions
+from gmsa.modeling import GmsaModel, body_of, cached, embed_rows, pad_left, positions
 
 # transformers' generation options that the loop knows.
 OPTIONS = {
@@ -146,7 +146,8 @@ def read_prefix(model: GmsaModel, content: Sequence[Memory] | Tensor, before: Te
         return Prefix(content, before, decoder, [], [])
     embeds, _ = model.embed_prompts([soft], [before], [before[:0]])
     cache = new_cache(decoder, embeds.shape[1])
-    body_of(decoder)(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    body = body_of(decoder)
+    body(inputs_embeds=embeds, use_cache=True, **cached(body, cache))
     keys, values = ([getattr(layer, part)[0] for layer in cache.layers] for part in ("keys", "values"))
     return Prefix(content, before, decoder, keys, values)
 
@@ -163,9 +164,9 @@ def read_whole(
         inputs_embeds=embeds,
         attention_mask=mask if padded else None,
         position_ids=positions(mask),
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **cached(model.decoder, cache),
     ).logits[:, -1]
     return Start(logits, cache, mask if padded else None, mask.sum(dim=1))
 
@@ -189,9 +190,9 @@ def read_after(model: GmsaModel, prefixes: Sequence[Prefix], after: Sequence[Ten
         inputs_embeds=embeds,
         attention_mask=mask if padded else None,
         position_ids=positions(mask)[:, width:],
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **cached(model.decoder, cache),
     ).logits[:, -1]
     return Start(logits, cache, mask if padded else None, mask.sum(dim=1))
 
@@ -289,7 +290,7 @@ def write(
             input_ids=chosen[:, None],
             attention_mask=mask,
             position_ids=lengths[:, None],
-            past_key_values=start.cache,
             use_cache=True,
+            **cached(model.decoder, start.cache),
         ).logits[:, -1]
         lengths = lengths + 1

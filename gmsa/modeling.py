@@ -8,6 +8,8 @@ finding backbones (backbones.py), anything with text in it (engine.py).
 """
 
 import copy
+import functools
+import inspect
 import math
 import os
 from collections.abc import Sequence
@@ -47,6 +49,16 @@ def body_of(causal_lm: PreTrainedModel) -> PreTrainedModel:
                 f"{type(causal_lm).__name__} is not supported: its body has no {what} under {' or '.join(names)}"
             )
     return body
+
+
+def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The argument by which a model takes keys and values: "cache", or "past_key_values" before transformers 5.24."""
+    return {_cache_name(type(model)): cache}  # type: ignore[arg-type]
+
+
+@functools.cache
+def _cache_name(kind: Any) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def _first_name(module: nn.Module, names: Sequence[str]) -> str | None:

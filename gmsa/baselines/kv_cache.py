@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from gmsa.baselines.base import Method, MethodUnavailable, Models, Question, Reading
 from gmsa.engine import GMSA
 from gmsa.errors import ContextTooLongError
-from gmsa.modeling import body_of, positions
+from gmsa.modeling import body_of, cached, positions
 from gmsa.prompts import Prompt
 
 ROWS = 8  # prompts read in full at once
@@ -118,7 +118,7 @@ class KeptCacheMethod(Method):
         before = body.config._attn_implementation
         try:
             body.config._attn_implementation = OBSERVED
-            body(input_ids=padded, past_key_values=cache, use_cache=True, observe=observe)
+            body(input_ids=padded, use_cache=True, observe=observe, **cached(body, cache))
         finally:
             body.config._attn_implementation = before
         return [
@@ -206,11 +206,10 @@ def generate(reader: GMSA, kept: Sequence[KeptCache], prompts: Sequence[Tensor],
     places = torch.tensor([row.position for row in kept], device=device)[:, None] + positions(real)
     mask = torch.cat([mask, real], dim=1)
     ends = torch.tensor(sorted(reader._ends()), device=device)
+    body = body_of(model.decoder)
     made, going = [], torch.ones(len(kept), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
-        out = body_of(model.decoder)(
-            input_ids=tokens, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
-        )
+        out = body(input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=True, **cached(body, cache))
         tokens = model.lm_logits(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
         going = going & ~torch.isin(tokens[:, 0], ends)
         if not going.any():

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gmsa.baselines.base import MethodUnavailable, Models, TextMethod
 from gmsa.engine import GMSA
+from gmsa.modeling import cached
 
 
 class TupleCaches:
@@ -28,7 +29,9 @@ class TupleCaches:
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(past_key_values or ()):
             cache.update(keys, values, layer)
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=use_cache)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **cached(self.model, cache)
+        )
         caches = [(layer.keys, layer.values) for layer in cache.layers]
         return SimpleNamespace(logits=out.logits.float(), past_key_values=caches)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from gmsa.modeling import cached
+
 COLDEST = 1e-4  # a temperature below it is 0: dividing by it would overflow
 
 
@@ -86,9 +88,9 @@ class Prefill:
             inputs_embeds=self.embeds[None, self.read : end],
             attention_mask=torch.ones(1, end, dtype=torch.long, device=device),
             position_ids=torch.arange(self.read, end, device=device)[None],
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **cached(self.decoder, self.cache),
         )
         self.read = end
         return out.logits[0, -1] if end == len(self.embeds) else None
@@ -143,8 +145,8 @@ class Batch:
             input_ids=torch.tensor(last, device=device)[:, None],
             attention_mask=self._mask,
             position_ids=self._mask.sum(1, keepdim=True) - 1,
-            past_key_values=self._cache,
             use_cache=True,
+            **cached(self.decoder, self._cache),
         ).logits[:, -1]
 
 
