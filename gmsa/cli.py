@@ -78,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("restore", restore, "Write the text of a memory file as the model can restate it.")
     command.add_argument("memory", metavar="MEM", help="memory file, or id of a stored memory")
+    command.add_argument(
+        "--check", action="store_true", help="compress what is restored again to tell what is right: exact, but slower"
+    )
     store.add_place(command)
     add_common(command)
 
@@ -143,6 +146,9 @@ def build_parser() -> argparse.ArgumentParser:
                 choices=["auto", "roberta-large", "all-MiniLM-L6-v2", "none"],
                 default="auto",
                 help="model of BERTScore (auto: the first of these that is at hand)",
+            )
+            command.add_argument(
+                "--check", action="store_true", help="restore by `gmsa restore --check`: exact, but slower"
             )
             command.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap intervals (0)")
         else:
@@ -319,14 +325,22 @@ def restore(options: argparse.Namespace) -> None:
 
     memory = open_memory(options, options.memory)
     gmsa = load(options)
-    text = gmsa.restore(memory)
+    checked = gmsa.restore_checked(memory, show_progress_bar=sys.stderr.isatty()) if options.check else None
+    text = gmsa.restore(memory) if checked is None else checked.text
     facts = {"text": text, **describe([memory]), "seconds": seconds(dataclasses.asdict(gmsa.timings))}
     del facts["seconds"]["compress"]
+    if checked is not None:
+        facts["confirmed"] = checked.confirmed
+        facts["in_doubt"] = [span for span, confirmed in checked.spans if not confirmed]
     if options.json:
         emit(facts)
-    else:
-        print(text)
-        print(summary(facts), file=sys.stderr)
+        return
+    print(text)
+    print(summary(facts), file=sys.stderr)
+    if checked is not None:
+        print(f"{checked.confirmed} of {checked.soft_tokens} soft tokens confirmed", file=sys.stderr)
+        for span in facts["in_doubt"]:
+            print(f"in doubt: {' '.join(span.split())}", file=sys.stderr)
 
 
 def ask(options: argparse.Namespace) -> None:
@@ -471,6 +485,7 @@ def measure(
                 seed=options.seed,
                 method=method.name,
                 cache=cache,
+                check=options.check,
             )
             for path in options.data
             for method in methods

@@ -25,6 +25,7 @@ from gmsa.packing import PackedLinears
 from gmsa.prompts import Prompt, PromptTemplate
 from gmsa.text import TextPieces
 from gmsa.tokens import token_pieces
+from gmsa.verification import CANDIDATES, CheckedText, CheckedWindow, checked_text, restore_checked, why_not
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
@@ -246,13 +247,89 @@ class GMSA:
         memories = [memory] if isinstance(memory, Memory) else list(memory)
         prompt = self.template.restore()
         windows = [(i, window) for i, m in enumerate(memories) for window in self._windows(m)]
-        # In another tokenizer's words a text can be longer; half as much again and a little is ample.
-        limits = [window.origin_tokens * 3 // 2 + 16 for _, window in windows]
+        # A memory knows how many tokens its text had: no restoration runs on after them. In another tokenizer's words a
+        # text can be longer; half as much again and a little is ample.
+        same = self.encoder_tokenizer is self.tokenizer
+        limits = [w.origin_tokens if same else w.origin_tokens * 3 // 2 + 16 for _, w in windows]
         new = self._read([([window], prompt) for _, window in windows], max(limits, default=1), batch_size)
         ids: list[list[int]] = [[] for _ in memories]
         for (i, _), limit, tokens in zip(windows, limits, new, strict=True):
             ids[i] += tokens[:limit]
         texts = [self._text(tokens) for tokens in ids]
+        return texts[0] if isinstance(memory, Memory) else texts
+
+    @overload
+    def restore_checked(
+        self, memory: Memory, *, candidates: Sequence[int] = ..., batch_size: int = ..., show_progress_bar: bool = ...
+    ) -> CheckedText: ...
+    @overload
+    def restore_checked(
+        self,
+        memory: Sequence[Memory],
+        *,
+        candidates: Sequence[int] = ...,
+        batch_size: int = ...,
+        show_progress_bar: bool = ...,
+    ) -> list[CheckedText]: ...
+
+    def restore_checked(
+        self,
+        memory: Memory | Sequence[Memory],
+        *,
+        candidates: Sequence[int] = CANDIDATES,
+        batch_size: int = 8,
+        show_progress_bar: bool = False,
+    ) -> CheckedText | list[CheckedText]:
+        """The text of a memory, or of each of several, group by group checked against the memory's own soft tokens.
+
+        Slower than `restore` and far more faithful: the decoder proposes continuations, and the compressor tells which
+        of them the memory was made of (gmsa/verification.py).
+
+        Args:
+            memory: one or several.
+            candidates: continuations weighed for a group; where none fits, the next number of them, and so on.
+            batch_size: windows restored at once.
+            show_progress_bar: over windows, on stderr.
+
+        Raises:
+            InputError: this model's restorations cannot be checked; the message says why.
+            MemoryMismatchError: made by another model. ContextTooLongError: a window too long for the decoder.
+        """
+        if why := why_not(self.model, self.encoder_tokenizer is self.tokenizer):
+            raise InputError(f"this model's restorations cannot be checked: {why}")
+        if not candidates or not all(type(n) is int and n >= 1 for n in candidates):
+            raise InputError(f"candidates must be whole numbers >= 1, got {candidates!r}")
+        memories = [memory] if isinstance(memory, Memory) else list(memory)
+        prompt = self.template.restore()
+        windows = [(i, window) for i, m in enumerate(memories) for window in self._windows(m)]
+        # Batches hold windows of one merge size and of like length.
+        order = sorted(range(len(windows)), key=lambda n: (windows[n][1].merge_size, -windows[n][1].origin_tokens))
+        checked: dict[int, CheckedWindow] = {}
+        started = time.perf_counter()
+        with tqdm(total=len(windows), desc="restore", unit="window", disable=not show_progress_bar) as bar:
+            while order:
+                size = windows[order[0]][1].merge_size
+                chosen = [n for n in order[:batch_size] if windows[n][1].merge_size == size]
+                order = order[len(chosen) :]
+                parts = [windows[n][1] for n in chosen]
+                lengths = [part.origin_tokens for part in parts]
+                inputs = self._inputs([([part], prompt) for part in parts], max(lengths))
+                with self._packed.applied():
+                    found = restore_checked(
+                        self.model,
+                        **inputs,
+                        lengths=lengths,
+                        merge_size=size,
+                        candidates=candidates,
+                        banned=sorted(self._ends()),
+                    )
+                checked.update(zip(chosen, found, strict=True))
+                bar.update(len(chosen))
+        self.timings = Timings(self.timings.compress, decode=time.perf_counter() - started)
+        texts = []
+        for number, whole in enumerate(memories):
+            mine = [checked[n] for n, (i, _) in enumerate(windows) if i == number]
+            texts.append(checked_text(mine, whole.merge_size, self.tokenizer.decode))
         return texts[0] if isinstance(memory, Memory) else texts
 
     @torch.no_grad()

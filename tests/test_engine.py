@@ -87,6 +87,18 @@ def test_restoring_goes_window_by_window(gmsa: GMSA) -> None:
     assert gmsa.restore([memory, short]) == [gmsa.restore(memory), gmsa.restore(short)]
 
 
+def test_a_restoration_is_no_longer_than_its_text(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    memories = gmsa.compress(TEXTS, 2)
+    asked: list[int] = []
+    read = gmsa._read
+    monkeypatch.setattr(gmsa, "_read", lambda rows, limit, size: asked.append(limit) or read(rows, limit, size))
+    monkeypatch.setattr(gmsa, "_ends", set)  # one that never comes to an end
+    restored = gmsa.restore(memories)
+    assert asked == [16]  # a whole window
+    for text, memory in zip(restored, memories, strict=True):
+        assert len(gmsa.template.encode(text)) <= 3 * memory.origin_tokens  # a byte that is no character becomes three
+
+
 def test_scores_agree_with_the_decoder_read_token_by_token(gmsa: GMSA) -> None:
     text = TEXTS[0]
     memory = gmsa.compress(text, 2)

@@ -20,6 +20,7 @@ from gmsa.evaluation.cache import AnswerCache
 from gmsa.evaluation.metrics import ROUGE, bleu, prefix_exact_match, rouge
 from gmsa.evaluation.statistics import interval
 from gmsa.modeling import embed_rows
+from gmsa.verification import CANDIDATES, CheckedText
 
 PER_EXAMPLE = ("prefix_em", "token_accuracy", *ROUGE, "bertscore_f1")  # metrics that have an interval
 
@@ -84,6 +85,7 @@ def evaluate_restoration(
     seed: int = 0,
     method: str = "gmsa",
     cache: AnswerCache | None = None,
+    check: bool = False,
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Measure each length at each merge size.
 
@@ -99,11 +101,14 @@ def evaluate_restoration(
         seed: of the bootstrap behind the intervals.
         method: what the rows call the model.
         cache: texts found here are not restored again.
+        check: restore with `GMSA.restore_checked`; rows are named METHOD-checked and have "confirmed", the share of
+            soft tokens that are.
 
     Yields:
         One result row (docs/results.md) and its examples: text, restored text and the metrics of each.
     """
-    run = RestorationRun(gmsa, batch_size, cache or AnswerCache(None, warnings.warn))
+    run = RestorationRun(gmsa, batch_size, cache or AnswerCache(None, warnings.warn), check)
+    method += "-checked" if check else ""
     for length in lengths:
         texts = texts_of_length(gmsa, path, length, limit)
         given_text = perplexity(run.score_texts(texts))  # the same at every merge size
@@ -127,6 +132,8 @@ def evaluate_restoration(
                 "perplexity": perplexity(scores),
                 "perplexity_text": given_text,
             }
+            if check:
+                metrics["confirmed"] = sum(e["confirmed"] for e in entries) / sum(e["soft"] for e in entries)
             intervals = {name: interval([e[name] for e in examples], seed=seed) for name in means}
             yield (
                 {
@@ -147,10 +154,11 @@ def evaluate_restoration(
 class RestorationRun:
     """One model: texts in, what came of them out; what is in a cache already is reused."""
 
-    def __init__(self, gmsa: GMSA, batch_size: int, cache: AnswerCache) -> None:
+    def __init__(self, gmsa: GMSA, batch_size: int, cache: AnswerCache, check: bool = False) -> None:
         self.gmsa = gmsa
         self.batch_size = batch_size
         self.cache = cache
+        self.check = check
         prompt = gmsa.template.restore()
         # All that a restored text depends on, beside text and merge size.
         self._made_with = [
@@ -160,6 +168,7 @@ class RestorationRun:
             gmsa.config.window_size,
             prompt.before.tolist(),
             prompt.after.tolist(),
+            *([CANDIDATES] if check else []),
         ]
 
     def key(self, text: str, merge_size: int | None) -> str:
@@ -188,8 +197,14 @@ class RestorationRun:
         for start in range(0, len(texts), size):
             part = slice(start, start + size)
             if any(missing[part]):
-                restored = gmsa.restore(memories[part], batch_size=size)
-                for key, text, memory, found in zip(keys[part], texts[part], memories[part], restored, strict=True):
+                checked: Sequence[CheckedText | None] = [None] * len(keys[part])
+                if self.check:
+                    checked = gmsa.restore_checked(memories[part])
+                    restored = [found.text.strip() for found in checked if found]
+                else:
+                    restored = gmsa.restore(memories[part], batch_size=size)
+                parts = zip(keys[part], texts[part], memories[part], restored, checked, strict=True)
+                for key, text, memory, found, proof in parts:
                     if key in self.cache.answers:
                         continue
                     score = gmsa.score(memory, text)
@@ -200,6 +215,7 @@ class RestorationRun:
                             "score": [score.tokens, score.right, score.nll],
                             "context": memory.origin_tokens,
                             "soft": len(memory),
+                            **({"confirmed": proof.confirmed} if proof else {}),
                         },
                     )
             done(len(keys[part]))
