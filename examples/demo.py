@@ -48,6 +48,12 @@ def main() -> None:
         shown, share = marked(text, restored)
         print(f"restored in {gmsa.timings.prefill + gmsa.timings.decode:.1f} s, {share:.0%} of words in place:\n")
         print(shown, "\n")
+    started = time.perf_counter()
+    checked = gmsa.restore_checked(memory, show_progress_bar=sys.stderr.isatty())
+    shown, share = marked(text, checked.text)
+    print(paint(f"Checked: compressed again, {checked.confirmed} of {checked.soft_tokens} soft tokens agree", "1"))
+    print(f"restored in {time.perf_counter() - started:.1f} s, {share:.0%} of words in place:\n")
+    print(shown, "\n")
     print(paint(f"Questions, from {len(memories[2])} soft tokens in place of {memories[2].origin_tokens}", "1"))
     answers = gmsa.answer(QUESTIONS, memories[2], max_new_tokens=32)
     for question, answer in zip(QUESTIONS, answers, strict=True):

@@ -10,13 +10,16 @@ mkdir -p "$out"
 
 "$python" scripts/join_texts.py "$data/text_dev.jsonl.gz" 2800 >"$out/text_dev_long.jsonl"
 "$gmsa" eval restoration --data "$data/text_dev.jsonl.gz" --lengths 128 --merge-size 1,2,4,8,16,32 --limit 500 -o "$out/restoration-128"
+"$gmsa" eval restoration --data "$data/text_dev.jsonl.gz" --lengths 128 --merge-size 4 --limit 60 --check -o "$out/restoration-checked"
 "$gmsa" eval restoration --data "$out/text_dev_long.jsonl" --lengths 256,512 --merge-size 2,4,8 --limit 200 -o "$out/restoration-long"
 
 common="gmsa,original-prompt,original-prompt-trained,closed-book,closed-book-trained"
 cut="truncate-head,truncate-middle-trained,truncate-head-trained,bm25-sentences,bm25-sentences-trained"
 others="embedding-sentences-trained,llmlingua,llmlingua-trained,longllmlingua-trained,snapkv,streaming-llm"
-"$gmsa" eval qa --data "$data/qa_dev_squad.jsonl.gz" --methods gmsa,original-prompt,original-prompt-trained \
-    --text-decoder "$text_decoder" --merge-size 1,2,4,8,16 --limit 500 -o "$out/qa-squad-500"
+for set in squad nq hotpotqa 2wiki; do
+    "$gmsa" eval qa --data "$data/qa_dev_$set.jsonl.gz" --methods gmsa,original-prompt,original-prompt-trained \
+        --text-decoder "$text_decoder" --merge-size 4,8 --limit 500 -o "$out/qa-$set-500"
+done
 for set in squad nq hotpotqa 2wiki narrativeqa; do
     "$gmsa" eval qa --data "$data/qa_dev_$set.jsonl.gz" --methods "$common,$cut,$others" --text-decoder "$text_decoder" \
         --merge-size 4,8 --limit 100 -o "$out/qa-$set"
