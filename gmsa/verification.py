@@ -33,6 +33,9 @@ CANDIDATES = (8, 64, 512)
 LIKELIEST = 64
 # Tokens of one row that are encoded at once; masks grow with their square.
 TOGETHER = 2048
+# Tokens encoded in one round of exchanges: of those in the continuations, and at last of the likeliest in each place.
+EXCHANGED = 2048
+EXCHANGED_AT_LAST = 16_384
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,9 @@ def restore_checked(
                 break
             paths = writer.propose(rows, group.sizes[rows], width)
             group.weigh(rows, paths)
-            group.repair(rows, paths)
+            group.repair(rows, _commonest(paths))
+        if len(rows := group.open_rows()):
+            group.repair(rows, writer.likeliest(rows, group.tokens[rows]))
         writer.accept(group.tokens)
         judge.accept(group.tokens, group.sizes)
         chosen = zip(group.real.tolist(), group.tokens.tolist(), group.distances.tolist(), strict=True)
@@ -186,32 +191,39 @@ class _Group:
             improved |= nearer
         return improved
 
-    def repair(self, rows: Tensor, paths: Tensor) -> None:
-        """Exchange one token after the other of what is kept for one that occurs in (b, K, r) continuations.
+    def repair(self, rows: Tensor, pools: Tensor) -> None:
+        """Exchange one token after the other of what is kept, as long as that brings its soft token nearer.
 
         The distance falls with every token that is put right, long before all of them are.
+
+        Args:
+            rows: (b,) numbers of rows.
+            pools: (b, r, P) tokens to try in each place.
         """
-        most = max(1, TOGETHER // paths.shape[2] ** 2)  # so that all exchanges are encoded at once
-        listed = [_commonest(path, most) for path in paths]
-        most = max(map(len, listed))
-        pools = torch.stack([tokens.repeat(-(-most // len(tokens)))[:most] for tokens in listed])  # (b, P)
-        steps = paths.shape[2]
+        steps = pools.shape[1]
         for _ in range(steps):
             going = self.distances[rows] >= TOLERANCE
             rows, pools = rows[going], pools[going]
             if not len(rows):
                 return
-            variants = self.tokens[rows, :steps][:, None, None].repeat(1, steps, pools.shape[1], 1)
+            variants = self.tokens[rows, :steps][:, None, None].repeat(1, steps, pools.shape[2], 1)
             for place in range(steps):
-                variants[:, place, :, place] = pools
+                variants[:, place, :, place] = pools[:, place]
             improved = self.weigh(rows, variants.flatten(1, 2))
             rows, pools = rows[improved], pools[improved]
 
 
-def _commonest(paths: Tensor, most: int) -> Tensor:
-    """At most so many of the tokens in (K, r) continuations, the commonest first."""
-    tokens, counts = paths.unique(return_counts=True)
-    return tokens[counts.argsort(descending=True, stable=True)][:most]
+def _commonest(paths: Tensor) -> Tensor:
+    """Tokens of (b, K, r) continuations, the commonest first, the same for every place: (b, r, P)."""
+    steps = paths.shape[2]
+    most = max(1, EXCHANGED // steps**2)
+    found = []
+    for path in paths:
+        tokens, counts = path.unique(return_counts=True)
+        found.append(tokens[counts.argsort(descending=True, stable=True)][:most])
+    most = max(map(len, found))
+    pools = torch.stack([tokens.repeat(-(-most // len(tokens)))[:most] for tokens in found])
+    return pools[:, None].expand(-1, steps, -1)
 
 
 class _Writer:
@@ -277,6 +289,22 @@ class _Writer:
                 ).logits
                 scores = self._scores(logits)
         return paths
+
+    def likeliest(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """The likeliest tokens in each place of some rows' (b, r) continuations, after those before it: (b, r, P)."""
+        steps = tokens.shape[1]
+        scores = self.scores[rows][:, None]
+        if steps > 1:
+            cache, count = _rows_of(self.cache, rows), steps - 1
+            logits = self.decoder(
+                input_ids=tokens[:, :-1],
+                attention_mask=F.pad(self.real[rows], (0, count), value=1),
+                position_ids=self.lengths[rows][:, None] + torch.arange(count, device=rows.device),
+                use_cache=True,
+                **cached(self.decoder, cache),
+            ).logits
+            scores = torch.cat([scores, self._scores(logits)], dim=1)
+        return scores.topk(min(scores.shape[-1], max(1, EXCHANGED_AT_LAST // steps**2)), dim=-1).indices
 
     def accept(self, tokens: Tensor) -> None:
         """Go on after these (B, r) tokens."""

@@ -156,6 +156,38 @@ def test_the_right_continuation_is_found_among_others(gmsa: GMSA, monkeypatch: p
     assert asked[-1][0] == last  # rows that are done are left out
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_single_tokens_are_exchanged_at_last(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A decoder that is wrong in one token of every group, and never proposes the right one."""
+    text = TEXTS[1][:15]
+    ids = gmsa.template.encode(text)
+    written = 0
+
+    def propose(self: _Writer, rows: Tensor, sizes: Tensor, width: int) -> Tensor:
+        part = torch.zeros(1, 1, int(sizes.max()), dtype=torch.long)
+        part[0, 0, : int(sizes[0])] = torch.tensor(ids[written : written + size])
+        place = (written // size) % int(sizes[0])
+        part[0, 0, place] = (part[0, 0, place] + 1) % 256
+        return part
+
+    accept = _Writer.accept
+
+    def accepted(self: _Writer, tokens: Tensor) -> None:
+        nonlocal written
+        written += size
+        accept(self, tokens)
+
+    monkeypatch.setattr(_Writer, "propose", propose)
+    monkeypatch.setattr(_Writer, "accept", accepted)
+    monkeypatch.setattr(verification, "_commonest", lambda paths: paths[:, :1].transpose(1, 2))  # changes nothing
+    found = gmsa.restore_checked(gmsa.compress(text, size), candidates=(1,))
+    assert found.text == text
+    assert found.exact
+    monkeypatch.setattr(verification, "EXCHANGED_AT_LAST", 0)  # one token a place: the decoder's own choice
+    written = 0
+    assert not gmsa.restore_checked(gmsa.compress(text, size), candidates=(1,)).exact
+
+
 def test_what_is_not_found_is_in_doubt(gmsa: GMSA) -> None:
     memory = gmsa.compress(TEXTS[1], 4)
     found = gmsa.restore_checked(memory, candidates=(1,))
