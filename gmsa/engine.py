@@ -247,16 +247,20 @@ class GMSA:
         memories = [memory] if isinstance(memory, Memory) else list(memory)
         prompt = self.template.restore()
         windows = [(i, window) for i, m in enumerate(memories) for window in self._windows(m)]
-        # A memory knows how many tokens its text had: no restoration runs on after them. In another tokenizer's words a
-        # text can be longer; half as much again and a little is ample.
-        same = self.encoder_tokenizer is self.tokenizer
-        limits = [w.origin_tokens if same else w.origin_tokens * 3 // 2 + 16 for _, w in windows]
+        limits = [self.longest_restoration(window.origin_tokens) for _, window in windows]
         new = self._read([([window], prompt) for _, window in windows], max(limits, default=1), batch_size)
         ids: list[list[int]] = [[] for _ in memories]
         for (i, _), limit, tokens in zip(windows, limits, new, strict=True):
             ids[i] += tokens[:limit]
         texts = [self._text(tokens) for tokens in ids]
         return texts[0] if isinstance(memory, Memory) else texts
+
+    def longest_restoration(self, origin_tokens: int) -> int:
+        """Tokens a window of so many can be restored to: a memory knows how many its text had, so none runs on.
+
+        In another tokenizer's words a text can be longer; half as much again and a little is ample.
+        """
+        return origin_tokens if self.encoder_tokenizer is self.tokenizer else origin_tokens * 3 // 2 + 16
 
     @overload
     def restore_checked(

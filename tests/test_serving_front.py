@@ -348,6 +348,7 @@ def test_as_many_requests_as_here_are_let_in(fakes: list[FakeVllm], front: Calla
         refused = chat(url, asking())
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert http.get(f"{url}/health").status_code == 200  # the event loop waits for nobody
+        eventually(lambda: fakes[0].answered)
         assert len(fakes[0].answered) == 1  # the other waits its turn here
         fakes[0].go_on.set()
         assert [answer.result().status_code for answer in waiting] == [200, 200]

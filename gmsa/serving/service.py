@@ -257,8 +257,8 @@ class Service:
         for number, soft in enumerate(memory.soft_tokens.split(-(-window // memory.merge_size))):
             tokens = min(window, memory.origin_tokens - number * window)
             part = Memory(soft, memory.merge_size, tokens, memory.fingerprint)
-            # In another tokenizer's words a text can be longer; half as much again and a little is ample.
-            made.append((self._joined([around.before, part, around.after]), tokens * 3 // 2 + 16))
+            limit = self.gmsa.longest_restoration(tokens)
+            made.append((self._joined([around.before, part, around.after]), limit))
         return made
 
     def _plan(self, request: ChatRequest) -> list[tuple[str, list[Part]]]:
