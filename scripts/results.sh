@@ -10,7 +10,7 @@ mkdir -p "$out"
 
 "$python" scripts/join_texts.py "$data/text_dev.jsonl.gz" 2800 >"$out/text_dev_long.jsonl"
 "$gmsa" eval restoration --data "$data/text_dev.jsonl.gz" --lengths 128 --merge-size 1,2,4,8,16,32 --limit 500 -o "$out/restoration-128"
-"$gmsa" eval restoration --data "$data/text_dev.jsonl.gz" --lengths 128 --merge-size 4 --limit 60 --check -o "$out/restoration-checked"
+"$gmsa" eval restoration --data "$data/text_dev.jsonl.gz" --lengths 128 --merge-size 4 --limit 64 --check -o "$out/restoration-checked"
 "$gmsa" eval restoration --data "$out/text_dev_long.jsonl" --lengths 256,512 --merge-size 2,4,8 --limit 200 -o "$out/restoration-long"
 
 common="gmsa,original-prompt,original-prompt-trained,closed-book,closed-book-trained"

@@ -13,6 +13,7 @@ from torch import Tensor
 from gmsa import GMSA, cli, verification
 from gmsa.backbones import Backbone
 from gmsa.errors import InputError, MemoryMismatchError
+from gmsa.evaluation.cache import AnswerCache
 from gmsa.evaluation.restoration import evaluate_restoration
 from gmsa.modeling import GmsaModel
 from gmsa.verification import CheckedText, CheckedWindow, _Judge, _Writer, checked_text, why_not
@@ -271,6 +272,20 @@ def test_evaluation_of_checked_restorations(gmsa: GMSA, tmp_path: Path) -> None:
     ((plain, _),) = evaluate_restoration(gmsa, str(path), [12], [1])
     assert plain["method"] == "gmsa"
     assert "confirmed" not in plain["metrics"]
+
+
+def test_an_evaluation_of_checked_restorations_goes_on_where_it_stopped(
+    gmsa: GMSA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, kept = tmp_path / "texts.jsonl", tmp_path / "cache.jsonl"
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+
+    def run() -> Any:
+        return list(evaluate_restoration(gmsa, str(path), [12], [1], check=True, cache=AnswerCache(kept, pytest.fail)))
+
+    first = run()
+    monkeypatch.setattr(gmsa, "restore_checked", pytest.fail)
+    assert run() == first
 
 
 def test_restoring_nothing(gmsa: GMSA) -> None:

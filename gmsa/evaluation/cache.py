@@ -13,6 +13,7 @@ from gmsa.errors import InputError
 SHAPES = (
     {"predicted", "answer_tokens", "context", "read", "cut", "prompt", "seconds"},
     {"restored", "score", "context", "soft"},
+    {"restored", "score", "context", "soft", "confirmed"},
     {"score"},
     {"tokens", "taken"},
 )
