@@ -29,7 +29,7 @@ from gmsa.modeling import Compressor, GmsaModel, cached
 TOLERANCE = 0.05
 # Continuations to weigh for a group: so many, then so many more where none of them fits.
 CANDIDATES = (8, 64, 512)
-# Tokens a beam goes on with at most: what lies further down is never the right one, and sorting it takes long.
+# Tokens a beam goes on with at most, but for the first step: sorting the whole vocabulary for every beam takes long.
 LIKELIEST = 64
 # Tokens of one row that are encoded at once; masks grow with their square.
 TOGETHER = 2048
