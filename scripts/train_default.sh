@@ -1,19 +1,21 @@
 #!/bin/sh
 # Trains the bundled default model from nothing, on CPU or GPU alike, and puts it into the package.
 # Killed at any time, it goes on from the newest checkpoint when started again.
-#   scripts/train_default.sh [key=value ...]     overrides for all four recipes, e.g. tokens_per_batch=16384
+#   scripts/train_default.sh [key=value ...]     overrides for all recipes, e.g. tokens_per_batch=16384
 set -eu
 cd "$(dirname "$0")/.."
-[ -n "${GMSA:-}" ] || make -s .venv/.installed-dev # GMSA: the gmsa command of an environment that is there already
-gmsa=${GMSA:-.venv/bin/gmsa}
-stages="1-restore 2-answer 3-continue 4-read"
+[ -n "${GMSA:-}" ] || make -s .venv/.installed-dev # GMSA, PYTHON: commands of an environment that is there
+gmsa=${GMSA:-.venv/bin/gmsa} python=${PYTHON:-.venv/bin/python}
+stages="1-restore 2-answer 3-continue 4-read 5-find"
 for stage in $stages; do
     if [ ! -e "runs/default-$stage/model/config.json" ]; then
         "$gmsa" train "recipes/default-$stage.yaml" --resume "$@"
     fi
 done
-mkdir -p gmsa/models/default docs/training
-cp runs/default-4-read/model/* gmsa/models/default/
+# The mean of the last three is better than each of them: docs/training-log.md
+"$python" scripts/average_models.py gmsa/models/default \
+    runs/default-3-continue/model=0.2 runs/default-4-read/model=0.3 runs/default-5-find/model=0.5 --form int8
+mkdir -p docs/training
 for stage in $stages; do
     cp "runs/default-$stage/log.jsonl" "docs/training/default-$stage.jsonl"
     cp "runs/default-$stage/curve.png" "docs/training/default-$stage.png"

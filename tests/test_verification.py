@@ -37,9 +37,12 @@ def soft_of(model: GmsaModel, rows: Sequence[Tensor], size: int) -> list[Tensor]
 # -- the judge ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", CHECKABLE)
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [(family, {"encoder_sink": True}) for family in CHECKABLE]
+    + [("llama", {"lsa": "none"}), ("llama", {"lsa": "mlp"}), ("llama", {"lsa_layers": 2})],
+)
 @pytest.mark.parametrize("size", [1, 3, 8])
-@pytest.mark.parametrize("fields", [{"encoder_sink": True}, {"lsa": "none"}, {"lsa": "mlp"}, {"lsa_layers": 2}])
 @torch.no_grad()
 def test_the_right_tokens_give_the_soft_tokens_of_the_memory(
     trained_model: Callable[..., GmsaModel], family: str, size: int, fields: dict[str, Any]

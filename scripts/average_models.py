@@ -1,0 +1,78 @@
+"""Average the weights of models of one training history, each with a weight of its own.
+
+python scripts/average_models.py OUT FOLDER=WEIGHT FOLDER=WEIGHT ... [--form exact|int8]
+
+Stages of one training end in neighbouring places; their mean is often better than each of them (docs/training-log.md).
+"""
+
+import argparse
+import sys
+from inspect import signature
+from typing import Any
+
+import torch
+
+from gmsa import GMSA
+from gmsa.checkpoint import FORMS, stored_parameters
+from gmsa.config import GmsaConfig
+from gmsa.errors import ConfigError, GmsaError
+
+
+def average(shares: dict[str, float], out: str, form: str = "exact") -> None:
+    """Write the weighted mean of models.
+
+    Args:
+        shares: folder -> its weight, above 0; they are scaled to add up to 1.
+        out: folder to write.
+        form: how it is stored, exact or int8.
+
+    Raises:
+        GmsaError: a folder cannot be read, or the models are not of one configuration.
+    """
+    total = sum(shares.values())
+    mean: GMSA | None = None
+    for folder, share in shares.items():
+        gmsa = GMSA.from_pretrained(folder, dtype=torch.float32)
+        if mean is None:
+            mean, first = gmsa, folder
+        elif _configuration(gmsa) != _configuration(mean):
+            raise ConfigError(f"{folder} and {first} have different configurations: only models of one can be averaged")
+        weights = stored_parameters(gmsa.model)
+        for name, parameter in stored_parameters(mean.model).items():
+            part = weights[name].detach() * (share / total)
+            parameter.data = part if gmsa is mean else parameter.data + part
+    assert mean is not None
+    mean.save_pretrained(out, form=form)
+
+
+def _configuration(gmsa: GMSA) -> dict[str, Any]:
+    """A model's own settings: not those that say when and by what it was written."""
+    return {name: getattr(gmsa.model.config, name) for name in signature(GmsaConfig).parameters if name != "kwargs"}
+
+
+def main() -> int:
+    """The command; 2 with one line on stderr for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("models", metavar="FOLDER=WEIGHT", nargs="+")
+    parser.add_argument("--form", choices=FORMS, default="exact")
+    options = parser.parse_args()
+    shares: dict[str, float] = {}
+    for given in options.models:
+        folder, _, share = given.rpartition("=")
+        try:
+            shares[folder] = float(share)
+        except ValueError:
+            parser.error(f"{given}: expected FOLDER=WEIGHT, a number")
+        if not folder or not 0 < shares[folder] < float("inf"):
+            parser.error(f"{given}: expected FOLDER=WEIGHT, a number above 0")
+    try:
+        average(shares, options.out, options.form)
+    except GmsaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
