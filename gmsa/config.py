@@ -1,5 +1,6 @@
 """The configuration of a model: what the encoder, the merging, the alignment and the decoder are."""
 
+import inspect
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -111,3 +112,7 @@ class GmsaConfig(PreTrainedConfig):
         unknown = set(self.trained) - set(TRAINABLE_GROUPS)
         if unknown:
             raise ConfigError(f"trained must name groups of {', '.join(TRAINABLE_GROUPS)}; unknown: {sorted(unknown)}")
+
+
+# What a configuration says of the model itself, not of when and by what it was written.
+SETTINGS = [name for name in inspect.signature(GmsaConfig).parameters if name != "kwargs"]

@@ -7,14 +7,13 @@ Stages of one training end in neighbouring places; their mean is often better th
 
 import argparse
 import sys
-from inspect import signature
 from typing import Any
 
 import torch
 
 from gmsa import GMSA
 from gmsa.checkpoint import FORMS, stored_parameters
-from gmsa.config import GmsaConfig
+from gmsa.config import SETTINGS
 from gmsa.errors import ConfigError, GmsaError
 
 
@@ -46,8 +45,7 @@ def average(shares: dict[str, float], out: str, form: str = "exact") -> None:
 
 
 def _configuration(gmsa: GMSA) -> dict[str, Any]:
-    """A model's own settings: not those that say when and by what it was written."""
-    return {name: getattr(gmsa.model.config, name) for name in signature(GmsaConfig).parameters if name != "kwargs"}
+    return {name: getattr(gmsa.model.config, name) for name in SETTINGS}
 
 
 def main() -> int:

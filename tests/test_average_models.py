@@ -1,10 +1,9 @@
 """scripts/average_models.py: the weighted mean of models, and what cannot be averaged."""
 
-import importlib.util
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,16 +15,6 @@ from gmsa.checkpoint import stored_parameters
 from gmsa.modeling import GmsaModel
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "average_models.py"
-
-
-@pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("average_models", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -46,20 +35,20 @@ def saved(
     return save
 
 
-def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["average_models.py", *map(str, arguments)])
-    return int(script.main())
+    return int(runpy.run_path(str(SCRIPT))["main"]())
 
 
 @pytest.mark.parametrize("form", ["exact", "int8"])
 def test_the_mean_counts_each_model_by_its_weight(
-    script: ModuleType, saved: Callable[..., GMSA], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    saved: Callable[..., GMSA], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     first = saved("first", 0.0)
     saved("second", 0.08, form)
     saved("third", 0.04)
     folders = [f"{tmp_path / name}={share}" for name, share in (("first", 1), ("second", 2), ("third", 1))]
-    assert run(script, monkeypatch, tmp_path / "mean", *folders) == 0
+    assert run(monkeypatch, tmp_path / "mean", *folders) == 0
     mean = stored_parameters(GMSA.from_pretrained(tmp_path / "mean", dtype=torch.float32).model)
     for name, parameter in stored_parameters(first.model).items():
         atol = 1e-6 if form == "exact" else 2e-3
@@ -67,7 +56,6 @@ def test_the_mean_counts_each_model_by_its_weight(
 
 
 def test_what_cannot_be_averaged_is_one_line(
-    script: ModuleType,
     saved: Callable[..., GMSA],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -76,11 +64,11 @@ def test_what_cannot_be_averaged_is_one_line(
     saved("first", 0.0)
     saved("other", 0.0, encoder_sink=False)
     first, other = tmp_path / "first", tmp_path / "other"
-    assert run(script, monkeypatch, tmp_path / "mean", f"{first}=1", f"{other}=1") == 2
+    assert run(monkeypatch, tmp_path / "mean", f"{first}=1", f"{other}=1") == 2
     assert "different configurations" in capsys.readouterr().err
     assert not (tmp_path / "mean").exists()
     for wrong in (f"{first}", f"{first}=much", f"{first}=0", "=1"):
         with pytest.raises(SystemExit) as raised:
-            run(script, monkeypatch, tmp_path / "mean", wrong)
+            run(monkeypatch, tmp_path / "mean", wrong)
         assert raised.value.code == 2
         assert "expected FOLDER=WEIGHT" in capsys.readouterr().err

@@ -1,22 +1,16 @@
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / "demo.py"
-    spec = importlib.util.spec_from_file_location("demo", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def demo() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "examples" / "demo.py")))
 
 
-def test_differences_are_marked_and_counted(demo: ModuleType) -> None:
+def test_differences_are_marked_and_counted(demo: SimpleNamespace) -> None:
     shown, share = demo.marked("The mill was built in 1731.", "The mill was built in 1713.")
     assert shown.strip() == "The mill was built in [-1731.-] {+1713.+}"
     assert share == pytest.approx(5 / 6)
@@ -24,7 +18,7 @@ def test_differences_are_marked_and_counted(demo: ModuleType) -> None:
     assert demo.marked("All.\n\nOf it.", "All.\nOf it.") == ("All.\n\nOf it.", 1.0)
 
 
-def test_its_questions_can_be_answered_from_its_document(demo: ModuleType) -> None:
+def test_its_questions_can_be_answered_from_its_document(demo: SimpleNamespace) -> None:
     text = demo.DOCUMENT.read_text()
     assert all(answer in text for answer in ("Bazalgette", "318 million", "sixteen years", "curtains"))
     assert len(demo.QUESTIONS) == 4

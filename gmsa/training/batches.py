@@ -269,6 +269,7 @@ def lookups(text: str, instruction: str, turns: int, rng: random.Random) -> list
         rng: draws places and lengths.
     """
     words = text.split()
+    whole = " ".join(words)
     found: dict[str, list[str]] = {}
     for _ in range(turns):
         quoted, following = rng.randint(*QUOTED_WORDS), rng.randint(*FOLLOWING_WORDS)
@@ -276,7 +277,7 @@ def lookups(text: str, instruction: str, turns: int, rng: random.Random) -> list
             continue
         start = rng.randrange(len(words) - quoted - following + 1)
         quote = " ".join(words[start : start + quoted])
-        if " ".join(words).count(quote) == 1:
+        if whole.count(quote) == 1:
             prompt = instruction.replace("{words}", quote)
             found[prompt] = [" ".join(words[start + quoted : start + quoted + following])]
     return list(found.items())

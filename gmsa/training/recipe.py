@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 
 from gmsa.checkpoint import FORMS
-from gmsa.config import TRAINABLE_GROUPS, GmsaConfig
+from gmsa.config import SETTINGS, TRAINABLE_GROUPS
 from gmsa.errors import ConfigError
 from gmsa.training.schedule import RateSchedule
 from gmsa.training.stages import trained_groups
@@ -106,7 +105,7 @@ class Recipe:
         if not sum(float(entry.get("weight", 1)) for entry in self.data) > 0:
             raise ConfigError("data: no entry has a weight above 0")
         _whole_list("lengths", self.lengths)
-        _check_keys("model", self.model, [n for n in inspect.signature(GmsaConfig).parameters if n != "kwargs"])
+        _check_keys("model", self.model, SETTINGS)
         if self.evaluate is not None:
             _check_keys("evaluate", self.evaluate, EVALUATE_KEYS)
             if "path" not in self.evaluate:
