@@ -246,7 +246,7 @@ class GMSA:
         """
         memories = [memory] if isinstance(memory, Memory) else list(memory)
         prompt = self.template.restore()
-        windows = [(i, window) for i, m in enumerate(memories) for window in self._windows(m)]
+        windows = self._windows(memories)
         limits = [self.longest_restoration(window.origin_tokens) for _, window in windows]
         new = self._read([([window], prompt) for _, window in windows], max(limits, default=1), batch_size)
         ids: list[list[int]] = [[] for _ in memories]
@@ -305,7 +305,7 @@ class GMSA:
             raise InputError(f"candidates must be whole numbers >= 1, got {candidates!r}")
         memories = [memory] if isinstance(memory, Memory) else list(memory)
         prompt = self.template.restore()
-        windows = [(i, window) for i, m in enumerate(memories) for window in self._windows(m)]
+        windows = self._windows(memories)
         # Batches hold windows of one merge size and of like length.
         order = sorted(range(len(windows)), key=lambda n: (windows[n][1].merge_size, -windows[n][1].origin_tokens))
         checked: dict[int, CheckedWindow] = {}
@@ -349,7 +349,7 @@ class GMSA:
         prompt = self.template.restore()
         tokens = self._context_tokens(text)
         windows = split_windows(tokens, self.config.window_size)
-        parts = self._windows(memory)
+        parts = [part for _, part in self._windows([memory])]
         targets = [torch.tensor(w, device=self.model.device) for w in windows]
         inputs = self._inputs([([part], prompt) for part in parts], max(map(len, windows)))
         out = self.model.score(**inputs, targets=targets)
@@ -357,17 +357,19 @@ class GMSA:
         chosen = log_probabilities.gather(1, out["labels"][:, None])[:, 0]
         return Score(len(tokens), int(out["correct"]), float(-chosen.sum()))
 
-    def _windows(self, memory: Memory) -> list[Memory]:
-        """A memory cut where the windows of its text met."""
+    def _windows(self, memories: Sequence[Memory]) -> list[tuple[int, Memory]]:
+        """Memories cut where the windows of their texts met, each part with the number of its memory."""
         size = self.config.window_size
-        if size is None or memory.origin_tokens <= size:
-            return [memory]
-        per_window = -(-size // memory.merge_size)
-        parts = memory.soft_tokens.split(per_window)
-        return [
-            Memory(part, memory.merge_size, min(size, memory.origin_tokens - i * size), memory.fingerprint)
-            for i, part in enumerate(parts)
-        ]
+        found = []
+        for number, memory in enumerate(memories):
+            if size is None or memory.origin_tokens <= size:
+                found.append((number, memory))
+                continue
+            per_window = -(-size // memory.merge_size)
+            for i, part in enumerate(memory.soft_tokens.split(per_window)):
+                tokens = min(size, memory.origin_tokens - i * size)
+                found.append((number, Memory(part, memory.merge_size, tokens, memory.fingerprint)))
+        return found
 
     @overload
     def answer(

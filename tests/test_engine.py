@@ -80,7 +80,7 @@ def test_a_dropped_stream_writes_no_more(gmsa: GMSA, monkeypatch: pytest.MonkeyP
 
 def test_restoring_goes_window_by_window(gmsa: GMSA) -> None:
     memory = gmsa.compress(TEXTS[1], 2)
-    parts = gmsa._windows(memory)
+    parts = [part for _, part in gmsa._windows([memory])]
     assert [p.origin_tokens for p in parts] == [16, 16, 16, 16, len(TEXTS[1]) - 64]
     assert torch.equal(torch.cat([p.soft_tokens for p in parts]), memory.soft_tokens)
     short = gmsa.compress(TEXTS[0], 2)
