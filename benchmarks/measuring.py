@@ -136,6 +136,7 @@ def meta(options: argparse.Namespace, gmsa: GMSA, script: str) -> dict[str, Any]
         "versions": {"gmsa": __version__, "python": platform.python_version(), **versions},
         "machine": machine,
         "decoder": (gmsa.config.decoder or {}).get("name"),
+        "compressor": gmsa.fingerprint,
         "dtype": str(gmsa.model.dtype).removeprefix("torch."),
         "clock": "processor" if gmsa.model.device.type == "cpu" and options.threads == 1 else "wall",
         "rounds": options.rounds,

@@ -39,13 +39,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmsa import __version__
+from gmsa.allocation import keep_freed_memory
 from gmsa.backbones import DEFAULT_BACKBONE, load_backbone
 from gmsa.config import GmsaConfig
 from gmsa.data import Example, collate, read_rows
 from gmsa.errors import GmsaError, InputError
 from gmsa.modeling import GmsaModel, body_of, lowest_layers
 from gmsa.prompts import Prompt, PromptTemplate
-from gmsa.training.trainer import checkpoint_activations, keep_freed_memory
+from gmsa.training.trainer import checkpoint_activations
 
 # `recomputing` is ours with gradient checkpointing: less memory, for one more forward pass of every block.
 SIDES = ("naive", "ours", "recomputing")
@@ -135,7 +136,7 @@ class Side:
 
 def build_ours(options: argparse.Namespace, device: torch.device) -> Side:
     """`GmsaModel` as `gmsa train` runs it: frozen weights bf16, batches of like length, LM head on targets alone."""
-    keep_freed_memory()
+    keep_freed_memory(-1)
     backbone = load_backbone(options.backbone, attn_implementation=options.attention)
     config = GmsaConfig(
         decoder=backbone.pointer, encoder_layers=options.encoder_layers, encoder_sink=False, prompt="plain"

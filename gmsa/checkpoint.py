@@ -1,6 +1,6 @@
 """Reading and writing models: only what training changed, plus a pointer to the untouched backbones.
 
-Three forms of the same tensors:
+Two forms of the same tensors:
 - "exact": as they are, in fp32 or bf16; what training resumes from.
 - "int8": the difference from the backbone's own weight, in 8 bits with one scale per output channel. Differences are
   small, so the error is about 1/250 of the *change*, far below bf16's error on the weight itself.

@@ -302,7 +302,7 @@ def emit(facts: dict[str, Any]) -> None:
 
 
 def compress(options: argparse.Namespace) -> None:
-    """Gmsa compress"""
+    """Run `gmsa compress`."""
     text = read_text(options.file)
     folder = Path(options.output).absolute().parent
     if not folder.is_dir():  # say so before the work, not after it
@@ -320,7 +320,7 @@ def compress(options: argparse.Namespace) -> None:
 
 
 def restore(options: argparse.Namespace) -> None:
-    """Gmsa restore"""
+    """Run `gmsa restore`."""
     from gmsa.commands.store import open_memory
 
     memory = open_memory(options, options.memory)
@@ -344,7 +344,7 @@ def restore(options: argparse.Namespace) -> None:
 
 
 def ask(options: argparse.Namespace) -> None:
-    """Gmsa ask"""
+    """Run `gmsa ask`."""
     from gmsa.commands.store import open_memory
 
     if not options.context and not options.memory:
@@ -380,7 +380,7 @@ def ask(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Gmsa train"""
+    """Run `gmsa train`."""
     try:
         from gmsa.training.plan import plan
         from gmsa.training.trainer import train as run
@@ -538,7 +538,7 @@ def result_line(row: dict[str, Any]) -> str:
 
 
 def info(options: argparse.Namespace) -> None:
-    """Gmsa info"""
+    """Run `gmsa info`."""
     from gmsa import checkpoint
     from gmsa.engine import BUNDLED, DEFAULT_MODEL
 
@@ -553,7 +553,7 @@ def info(options: argparse.Namespace) -> None:
 
 
 def pull(options: argparse.Namespace) -> None:
-    """Gmsa pull"""
+    """Run `gmsa pull`."""
     from gmsa import backbones
 
     folder = backbones.pull()
@@ -564,7 +564,7 @@ def pull(options: argparse.Namespace) -> None:
 
 
 def data_check(options: argparse.Namespace) -> None:
-    """Gmsa data check"""
+    """Run `gmsa data check`."""
     from gmsa.datacheck import check_files, check_plot, draw_lengths, format_report
 
     if options.plot:

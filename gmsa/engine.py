@@ -141,6 +141,11 @@ class GMSA:
         """Write what training changed; see `GmsaModel.save_pretrained`."""
         self.model.save_pretrained(folder, form=form, **kwargs)
 
+    @property
+    def shares_tokenizer(self) -> bool:
+        """Whether encoder and decoder have one tokenizer, so that a window's tokens are those it is restored to."""
+        return self.encoder_tokenizer is self.tokenizer
+
     # -- compress --------------------------------------------------------------------------------------------------
 
     @overload
@@ -171,10 +176,11 @@ class GMSA:
 
         Raises:
             ConfigError: a bad merge size.
-            InputError: an empty text.
+            InputError: an empty text, a bad batch size.
         """
         started = time.perf_counter()
         check_merge_size(merge_size)
+        _check_count("batch_size", batch_size)
         texts = [text] if isinstance(text, str) else list(text)
         for number, one in enumerate(texts):
             self._check_context(one, number)
@@ -260,7 +266,7 @@ class GMSA:
 
         In another tokenizer's words a text can be longer; half as much again and a little is ample.
         """
-        return origin_tokens if self.encoder_tokenizer is self.tokenizer else origin_tokens * 3 // 2 + 16
+        return origin_tokens if self.shares_tokenizer else origin_tokens * 3 // 2 + 16
 
     @overload
     def restore_checked(
@@ -299,10 +305,11 @@ class GMSA:
             InputError: this model's restorations cannot be checked; the message says why.
             MemoryMismatchError: made by another model. ContextTooLongError: a window too long for the decoder.
         """
-        if why := why_not(self.model, self.encoder_tokenizer is self.tokenizer):
+        if why := why_not(self.model, self.shares_tokenizer):
             raise InputError(f"this model's restorations cannot be checked: {why}")
         if not candidates or not all(type(n) is int and n >= 1 for n in candidates):
             raise InputError(f"candidates must be whole numbers >= 1, got {candidates!r}")
+        _check_count("batch_size", batch_size)
         memories = [memory] if isinstance(memory, Memory) else list(memory)
         prompt = self.template.restore()
         windows = self._windows(memories)
@@ -340,14 +347,20 @@ class GMSA:
     def score(self, memory: Memory, text: str) -> "Score":
         """How well the decoder predicts a memory's own text, token by token, given the true tokens before each.
 
-        Windows are scored one by one, as they are restored. Encoder and decoder must share a tokenizer.
+        Windows are scored one by one, as they are restored.
+
+        Raises:
+            InputError: encoder and decoder have tokenizers of their own, or the memory is of a text of another length.
+            MemoryMismatchError: made by another model. ContextTooLongError: a window too long for the decoder.
         """
-        if self.encoder_tokenizer is not self.tokenizer:
+        if not self.shares_tokenizer:
             raise InputError(
                 "scoring needs one tokenizer for encoder and decoder: windows cut a text between its tokens"
             )
         prompt = self.template.restore()
         tokens = self._context_tokens(text)
+        if len(tokens) != memory.origin_tokens:
+            raise InputError(f"the memory is of a text of {memory.origin_tokens} tokens, this one has {len(tokens)}")
         windows = split_windows(tokens, self.config.window_size)
         parts = [part for _, part in self._windows([memory])]
         targets = [torch.tensor(w, device=self.model.device) for w in windows]
@@ -518,6 +531,7 @@ class GMSA:
         **sampling: Any,
     ) -> list[list[int]]:
         """New tokens of each row, without what ends them."""
+        _check_count("batch_size", batch_size)
         rows = [self._checked(row, max_new_tokens) for row in rows]
         choose = self._chooser(sampling)
         share = choose is not None and generation.shares_prefixes(self.model.decoder)
@@ -605,8 +619,7 @@ class GMSA:
     def _checked(self, row: Row, max_new_tokens: int) -> Row:
         """The row, once it is known that this model can read it; its prefix's content where the prefix does not fit."""
         content, prompt = row
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be a whole number >= 1, got {max_new_tokens!r}")
+        _check_count("max_new_tokens", max_new_tokens)
         if isinstance(content, Prefix):
             if content.decoder is not self.model.decoder:
                 raise MemoryMismatchError("the prefix was read by another model: call prefill of the one that answers")
@@ -680,6 +693,11 @@ class GMSA:
         }
         # A fresh configuration: a backbone's own may hold sampling defaults or a repetition penalty.
         return {"generation_config": GenerationConfig(**options)}
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
 
 
 def _stops(stop: str | Sequence[str]) -> list[str]:

@@ -58,6 +58,8 @@ def main() -> int:
     shares: dict[str, float] = {}
     for given in options.models:
         folder, _, share = given.rpartition("=")
+        if folder in shares:
+            parser.error(f"{folder} is named twice")
         try:
             shares[folder] = float(share)
         except ValueError:

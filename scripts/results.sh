@@ -1,34 +1,58 @@
 #!/bin/sh
-# Makes every number of docs/results.md, the README and the model card anew: some hours on two CPU cores.
+# Makes the numbers of the shipped model in docs/results.md, the README and the model card anew: half a day on two CPU cores.
 # Goes on where it stopped: answers are cached in the output folder.
-#   scripts/results.sh DATA OUT [TEXT_DECODER]      TEXT_DECODER: folder of the model trained by recipes/text-decoder.yaml
+#   scripts/results.sh DATA OUT [TEXT_DECODER]      DATA: docs/data-sources.md; TEXT_DECODER: trained by recipes/text-decoder.yaml
 set -eu
 cd "$(dirname "$0")/.."
 data=$1 out=$2 text_decoder=${3:-runs/text-decoder/model}
 gmsa=${GMSA:-gmsa} python=${PYTHON:-python}
 mkdir -p "$out"
 
-"$python" scripts/join_texts.py "$data/text_dev.jsonl.gz" 2800 >"$out/text_dev_long.jsonl"
-"$gmsa" eval restoration --data "$data/text_dev.jsonl.gz" --lengths 128 --merge-size 1,2,4,8,16,32 --limit 500 -o "$out/restoration-128"
-"$gmsa" eval restoration --data "$data/text_dev.jsonl.gz" --lengths 128 --merge-size 4 --limit 64 --check -o "$out/restoration-checked"
-"$gmsa" eval restoration --data "$out/text_dev_long.jsonl" --lengths 256,512 --merge-size 2,4,8 --limit 200 -o "$out/restoration-long"
+# Restoration
+texts=$data/text_dev.jsonl.gz
+"$gmsa" eval restoration --data "$texts" --lengths 128 --merge-size 4,8,2 --limit 500 -o "$out/restoration-128"
+"$gmsa" eval restoration --data "$texts" --lengths 128 --merge-size 1,16,32 --limit 100 -o "$out/restoration-rates"
+"$gmsa" eval restoration --data "$texts" --lengths 16,32,64 --merge-size 2,4,8 --limit 200 -o "$out/restoration-short"
+"$gmsa" eval restoration --data "$texts" --lengths 128 --merge-size 4 --limit 64 --check -o "$out/restoration-checked"
+"$python" scripts/join_texts.py "$texts" 2800 >"$out/text_dev_long.jsonl"
+"$gmsa" eval restoration --data "$out/text_dev_long.jsonl" --lengths 512 --merge-size 4 --limit 100 -o "$out/restoration-512"
 
-common="gmsa,original-prompt,original-prompt-trained,closed-book,closed-book-trained"
-cut="truncate-head,truncate-middle-trained,truncate-head-trained,bm25-sentences,bm25-sentences-trained"
-others="embedding-sentences-trained,llmlingua,llmlingua-trained,longllmlingua-trained,snapkv,streaming-llm"
+# Answers: 500 questions of each file
 for set in squad nq hotpotqa 2wiki; do
     "$gmsa" eval qa --data "$data/qa_dev_$set.jsonl.gz" --methods gmsa,original-prompt,original-prompt-trained \
-        --text-decoder "$text_decoder" --merge-size 4,8 --limit 500 -o "$out/qa-$set-500"
+        --text-decoder "$text_decoder" --merge-size 4,8,2 --limit 500 -o "$out/qa-$set-500"
 done
-for set in squad nq hotpotqa 2wiki narrativeqa; do
-    "$gmsa" eval qa --data "$data/qa_dev_$set.jsonl.gz" --methods "$common,$cut,$others" --text-decoder "$text_decoder" \
-        --merge-size 4,8 --limit 100 -o "$out/qa-$set"
+
+# Beside other methods: 100 questions of each file
+bounds="gmsa,original-prompt,original-prompt-trained,closed-book-trained"
+cut="truncate-head-trained,bm25-sentences-trained,embedding-sentences-trained,llmlingua-trained"
+for set in squad nq; do
+    "$gmsa" eval qa --data "$data/qa_dev_$set.jsonl.gz" --text-decoder "$text_decoder" --merge-size 4,8 --limit 100 \
+        --methods "$bounds,$cut,closed-book,bm25-sentences,llmlingua,snapkv,streaming-llm" -o "$out/qa-$set"
 done
-"$gmsa" eval summ --data "$data/summ_dev.jsonl.gz" --methods "gmsa,original-prompt,truncate-head,bm25-sentences" \
+for set in hotpotqa 2wiki; do
+    "$gmsa" eval qa --data "$data/qa_dev_$set.jsonl.gz" --text-decoder "$text_decoder" --merge-size 4,8 --limit 100 \
+        --methods "$bounds,bm25-sentences-trained" -o "$out/qa-$set"
+done
+"$gmsa" eval qa --data "$data/qa_dev_narrativeqa.jsonl.gz" --text-decoder "$text_decoder" --merge-size 4,8 --limit 100 \
+    --methods "$bounds,$cut" -o "$out/qa-narrativeqa"
+
+# Long contexts, and summaries
+for set in nq_multidoc squad_article; do
+    "$gmsa" eval qa --data "$data/long_dev_$set.jsonl.gz" --methods gmsa,original-prompt --merge-size 8 --limit 100 -o "$out/long-$set"
+done
+"$gmsa" eval qa --data "$data/long_dev_fairytaleqa.jsonl.gz" --methods gmsa --merge-size 8 --limit 50 -o "$out/long-fairytaleqa"
+"$gmsa" eval summ --data "$data/summ_dev.jsonl.gz" --methods gmsa,original-prompt,truncate-head,bm25-sentences \
     --merge-size 4,8 --limit 60 --max-new-tokens 64 -o "$out/summ"
-"$gmsa" eval latency --lengths 512,2048,4096 --merge-size 4,8,16,32 --new-tokens 1,100 -o "$out/latency"
-"$python" benchmarks/ablations.py --data "$data/qa_dev_squad.jsonl.gz" --texts "$data/text_dev.jsonl.gz" --folder "$out/ablations" \
-    -o "$out/ablations.json" # trains its arms: an hour more on one core
-"$gmsa" eval attention --data "$data/text_dev.jsonl.gz" --model "$out/ablations/full/restore/model" \
+
+# Speed, and what storing differences in 8 bits costs (the second stage's last checkpoint is kept by a run of its recipe)
+"$python" benchmarks/answering.py --output "$out/answering.json" --image "$out/answering.png"
+if [ -d runs/default-2-answer/checkpoint-620 ]; then
+    "$python" benchmarks/storage_form.py runs/default-2-answer/checkpoint-620 "$texts"
+fi
+
+# The ablations train their arms: an hour more on one core
+"$python" benchmarks/ablations.py --data "$data/qa_dev_squad.jsonl.gz" --texts "$texts" --folder "$out/ablations" -o "$out/ablations.json"
+"$gmsa" eval attention --data "$texts" --model "$out/ablations/full/restore/model" \
     --methods "gmsa,appended=$out/ablations/appended/restore/model" --limit 10 -o "$out/attention"
-"$gmsa" eval report "$out"/restoration-* "$out"/qa-* "$out/summ" "$out/latency" -o "$out/report"
+"$gmsa" eval report "$out"/restoration-* "$out"/qa-* "$out"/long-* "$out/summ" -o "$out/report"

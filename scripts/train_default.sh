@@ -6,6 +6,13 @@ set -eu
 cd "$(dirname "$0")/.."
 [ -n "${GMSA:-}" ] || make -s .venv/.installed-dev # GMSA, PYTHON: commands of an environment that is there
 gmsa=${GMSA:-.venv/bin/gmsa} python=${PYTHON:-.venv/bin/python}
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' &&
+    ! { command -v g++ || command -v c++ || command -v clang++; } >/dev/null; then
+    case " $* " in
+    *" compile=false "*) ;;
+    *) echo "error: stages 3 to 5 are compiled: install a C++ compiler (g++ or clang++), or add compile=false" >&2 && exit 2 ;;
+    esac
+fi
 stages="1-restore 2-answer 3-continue 4-read 5-find"
 for stage in $stages; do
     if [ ! -e "runs/default-$stage/model/config.json" ]; then

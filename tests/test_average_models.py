@@ -72,3 +72,6 @@ def test_what_cannot_be_averaged_is_one_line(
             run(monkeypatch, tmp_path / "mean", wrong)
         assert raised.value.code == 2
         assert "expected FOLDER=WEIGHT" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path / "mean", f"{first}=1", f"{first}=2")
+    assert "named twice" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +144,21 @@ def test_bad_input(gmsa: GMSA) -> None:
         gmsa.answer("a", [])
     with pytest.raises(InputError, match="one question"):
         gmsa.answer(["a", "b"], memory, stream=True)  # type: ignore[call-overload]
+    with pytest.raises(InputError, match=f"of {len(TEXTS[0])} tokens, this one has {len(TEXTS[1])}"):
+        gmsa.score(memory, TEXTS[1])
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "8"])
+def test_bad_batch_sizes(gmsa: GMSA, size: Any) -> None:
+    memory = gmsa.compress(TEXTS[0])
+    for act in (
+        lambda: gmsa.compress(TEXTS, batch_size=size),
+        lambda: gmsa.answer("Who?", memory, batch_size=size),
+        lambda: gmsa.restore(memory, batch_size=size),
+        lambda: gmsa.restore_checked(memory, batch_size=size),
+    ):
+        with pytest.raises(InputError, match="batch_size must be a whole number >= 1, got"):
+            act()
 
 
 def test_memories_of_other_models_are_refused(gmsa: GMSA) -> None:

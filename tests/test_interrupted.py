@@ -229,6 +229,17 @@ def test_what_changed_since_the_run_began_is_said(
     assert "changed since the run began: steps 2 -> 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("left", ["", "steps: [2", "- 2"])
+def test_a_broken_copy_of_the_recipe_stops_nothing(
+    recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], left: str
+) -> None:
+    train(recipe(steps=2))
+    (tmp_path / "run/recipe.yaml").write_text(left)
+    train(recipe(steps=4), resume=True)
+    assert "recipe.yaml cannot be read" in capsys.readouterr().err
+    assert Recipe.load(tmp_path / "run/recipe.yaml").steps == 4
+
+
 def test_weights_that_are_not_finite_are_not_saved(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,10 +127,6 @@ def test_rouge_by_hand() -> None:
     assert metrics.rouge("水車 川", ["水車 川"])["rouge1"] == 1
 
 
-def test_the_length_of_an_answer_is_in_words() -> None:
-    assert [metrics.answer_length(text) for text in ("", " 82  million\nbricks ", "Paris")] == [0, 3, 1]
-
-
 # -- BERTScore ---------------------------------------------------------------------------------------------------------
 
 

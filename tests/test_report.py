@@ -243,6 +243,7 @@ def test_the_worst_texts_come_first() -> None:
     examples = [{"token_accuracy": a, "prefix_em": p} for a, p in ((0.9, 0), (0.5, 0.2), (0.5, 0.1), (1.0, 1.0))]
     assert worst(examples, 2) == [examples[2], examples[1]]
     assert worst(examples, 9)[-1] == examples[3]
+    assert worst([{"prefix_em": 0.5}, {"prefix_em": 0.1}], 1) == [{"prefix_em": 0.1}]
 
 
 def test_numbers_of_a_column_have_equal_decimals() -> None:

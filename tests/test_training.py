@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import make_tokenizer
 
 from gmsa import GMSA
+from gmsa.backbones import Backbone
 from gmsa.cli import main
 from gmsa.errors import ConfigError, InputError
+from gmsa.training.evaluation import RestorationProbe
 from gmsa.training.recipe import Recipe
-from gmsa.training.trainer import train
+from gmsa.training.trainer import prepare, train
 
 TEXTS = [f"Line {i}: the {w} went over the hill and came back {i * 7} times." for i, w in enumerate("abcdefghijklmnop")]
 QUESTIONS = [{"input": t, "prompt": "Who went?", "answer": [t.split()[3]]} for t in TEXTS]
@@ -69,6 +72,23 @@ def test_training_learns_and_leaves_log_curve_and_model(recipe: Callable[..., Re
     assert len(gmsa.compress(TEXTS[0], 4)) == -(-32 // 4) + -(-(len(TEXTS[0]) - 32) // 4)
 
 
+def test_the_probe_with_two_tokenizers(
+    recipe: Callable[..., Recipe], tmp_path: Path, tiny_backbone: Callable[..., Backbone]
+) -> None:
+    encoder = tiny_backbone("gpt2")
+    make_tokenizer(reverse=True).save_pretrained(tmp_path / "encoder")
+    encoder.model.save_pretrained(tmp_path / "encoder")
+    made = recipe(evaluate={"path": str(tmp_path / "texts.jsonl"), "texts": 2, "length": 16, "merge_sizes": [2]})
+    made.model["encoder"] = str(tmp_path / "encoder")
+    model, backbone, template = prepare(made)
+    probe = RestorationProbe.from_file(backbone.tokenizer, template, 32, made.data[0]["path"], 2, 16, [2])
+    assert [template.tokenizer.decode(tokens) for tokens in probe.targets] == [text[:16] for text in TEXTS[:2]]
+    found = probe.accuracy(model)
+    assert 0 <= found["token_accuracy"]["2"] <= 1
+    assert len(found["first_tokens"]["2"]) == 3
+    train(made)
+
+
 def test_stopping_and_resuming_changes_nothing(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     whole = train(recipe("whole", schedule="constant"))
     train(recipe("parts", schedule="constant", steps=3))
@@ -77,6 +97,8 @@ def test_stopping_and_resuming_changes_nothing(recipe: Callable[..., Recipe], tm
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    entries = [json.loads(line) for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
+    assert (seconds := [entry["seconds"] for entry in entries]) == sorted(seconds)  # time goes on, too
 
 
 def test_frozen_weights_stay_as_they_were(recipe: Callable[..., Recipe], save_backbone: Callable[..., Path]) -> None:
@@ -130,6 +152,10 @@ def test_the_command_line_trains(
         ("model.encoder_layers=0", "encoder_layers must be a whole number >= 1"),
         ("model.lsa=deep", "lsa must be one of"),
         ("nonsense", "is an overlay.yaml or looks like key=value"),
+        ("schedule=sideways", "schedule: sideways is not a valid"),
+        ("schedule_options={cycles: 2}", "schedule_options: "),
+        ("schedule=warmup_stable_decay", "schedule_options: "),
+        ("report_to=[paper]", "report_to: paper is not supported"),
     ],
 )
 def test_a_bad_recipe_names_the_field(recipe: Callable[..., Recipe], tmp_path: Path, change: str, message: str) -> None:

@@ -93,7 +93,7 @@ def decoder(text: str) -> tuple[str, ...]:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Gmsa serve"""
+    """Run `gmsa serve`."""
     try:
         import uvicorn  # noqa: F401
         from fastapi import FastAPI  # noqa: F401

@@ -132,7 +132,7 @@ def open_memory(options: argparse.Namespace, name: str) -> "Memory":
 
 
 def add_texts(options: argparse.Namespace) -> None:
-    """Gmsa store add"""
+    """Run `gmsa store add`."""
     from tqdm import tqdm
 
     if options.files.count("-") > 1:
@@ -164,7 +164,7 @@ def file_name(path: str) -> str | None:
 
 
 def ls(options: argparse.Namespace) -> None:
-    """Gmsa store ls"""
+    """Run `gmsa store ls`."""
     with open_store(options, create=False) as store:
         entries = store.list(label=options.label, metadata=dict(options.meta) or None, limit=options.limit)
         stats = store.stats()
@@ -182,7 +182,7 @@ def ls(options: argparse.Namespace) -> None:
 
 
 def show(options: argparse.Namespace) -> None:
-    """Gmsa store show"""
+    """Run `gmsa store show`."""
     with open_store(options, create=False) as store:
         entry = store.entry(store.resolve(options.id))
     facts = dataclasses.asdict(entry)
@@ -197,7 +197,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def rm(options: argparse.Namespace) -> None:
-    """Gmsa store rm"""
+    """Run `gmsa store rm`."""
     with open_store(options, create=False) as store:
         # Whole ids as they are: of a quarantined memory there is a file, but no entry.
         ids = [name if len(name) == 64 else store.resolve(name) for name in options.ids]
@@ -211,7 +211,7 @@ def rm(options: argparse.Namespace) -> None:
 
 
 def gc(options: argparse.Namespace) -> None:
-    """Gmsa store gc"""
+    """Run `gmsa store gc`."""
     with open_store(options, create=False) as store:
         report = store.gc(quarantined=options.quarantined)
     if options.json:
@@ -224,7 +224,7 @@ def gc(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Gmsa store verify"""
+    """Run `gmsa store verify`."""
     with open_store(options, create=False) as store:
         report = store.verify(show_progress_bar=sys.stderr.isatty())
     if options.json:
@@ -241,7 +241,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Gmsa store export"""
+    """Run `gmsa store export`."""
     with open_store(options, create=False) as store:
         report = store.export([store.resolve(id) for id in options.ids] or None, options.output)
     facts = {"output": options.output, **dataclasses.asdict(report)}
@@ -252,7 +252,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def import_(options: argparse.Namespace) -> None:
-    """Gmsa store import"""
+    """Run `gmsa store import`."""
     with open_store(options) as store:
         reports = [store.import_(path) for path in options.files]
     added, present = ([id for r in reports for id in getattr(r, name)] for name in ("added", "present"))

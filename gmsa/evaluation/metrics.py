@@ -48,11 +48,6 @@ def rouge(prediction: str, references: Sequence[str]) -> dict[str, float]:
     return {name: found[name].fmeasure for name in ROUGE}
 
 
-def answer_length(prediction: str) -> int:
-    """Length of an answer in words, cut at white space."""
-    return len(prediction.split())
-
-
 def normalise(answer: str) -> str:
     """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
     answer = "".join(c for c in answer.lower() if c not in set(string.punctuation))

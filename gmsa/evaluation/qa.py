@@ -6,7 +6,6 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -35,8 +34,8 @@ MEASURES = {
 
 def spread(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """`limit` rows evenly spaced over a file, so that they do not all ask about its first few contexts."""
-    step = max(1, len(rows) // limit)
-    return list(islice(rows[::step], limit))
+    count = min(limit, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def choose(rows: Sequence[dict[str, Any]], limit: int, seed: int | None = None) -> list[dict[str, Any]]:

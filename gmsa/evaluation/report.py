@@ -353,11 +353,12 @@ def _worst_cases(pairs: Sequence[Pair]) -> Iterator[Block]:
     blocks: list[Block] = []
     for row, examples in pairs:
         label = label_of(row["method"], row["merge_size"])
-        if restored := [e for e in examples if "restored" in e and "token_accuracy" in e]:
+        if restored := [e for e in examples if "restored" in e]:
             cases = []
             for e in worst(restored, WORST):
                 pieces, share = word_differences(e["text"], e["restored"])
-                scores = f"token accuracy {e['token_accuracy']:.3f}, Prefix EM {e['prefix_em']:.3f}"
+                found = (("token accuracy", e.get("token_accuracy")), ("Prefix EM", e["prefix_em"]))
+                scores = ", ".join(f"{name} {value:.3f}" for name, value in found if value is not None)
                 cases.append((f"{scores}, {share:.0%} of words in place", pieces))
             blocks.append(Cases(f"{label}, {row['length']} tokens", cases))
         elif answered := [e for e in examples if "predicted" in e and "f1" in e]:
@@ -374,8 +375,8 @@ def _worst_cases(pairs: Sequence[Pair]) -> Iterator[Block]:
 
 
 def worst(examples: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The `count` restored texts with the lowest token accuracy and, where that is equal, the lowest Prefix EM."""
-    return sorted(examples, key=lambda e: (e["token_accuracy"], e["prefix_em"]))[:count]
+    """The `count` restored texts with the lowest token accuracy, where there is one, and then the lowest Prefix EM."""
+    return sorted(examples, key=lambda e: (e.get("token_accuracy", 0), e["prefix_em"]))[:count]
 
 
 # -- form --------------------------------------------------------------------------------------------------------------

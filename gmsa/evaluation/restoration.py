@@ -73,6 +73,14 @@ def perplexity(scores: Sequence[Score | None]) -> float | None:
     return math.exp(sum(score.nll for score in found) / sum(score.tokens for score in found))
 
 
+def token_accuracy(scores: Sequence[Score | None]) -> float | None:
+    """Over all tokens of all texts; None where one has no score."""
+    found = [score for score in scores if score is not None]
+    if len(found) < len(scores):
+        return None
+    return sum(score.right for score in found) / sum(score.tokens for score in found)
+
+
 def evaluate_restoration(
     gmsa: GMSA,
     path: str,
@@ -95,7 +103,7 @@ def evaluate_restoration(
         lengths: of the texts, in tokens.
         merge_sizes: to compress at.
         limit: texts per length.
-        batch_size: texts restored at once.
+        batch_size: texts compressed and windows restored at once; with `check` it is `GMSA.restore_checked`'s own.
         show_progress_bar: on stderr.
         scorer: of BERTScore; None leaves that out.
         seed: of the bootstrap behind the intervals.
@@ -105,7 +113,8 @@ def evaluate_restoration(
             soft tokens that are.
 
     Yields:
-        One result row (docs/results.md) and its examples: text, restored text and the metrics of each.
+        One result row (docs/results.md) and its examples: text, restored text and the metrics of each. Where encoder
+        and decoder have tokenizers of their own nothing is scored: token accuracy and perplexity are None.
     """
     run = RestorationRun(gmsa, batch_size, cache or AnswerCache(None, warnings.warn), check)
     method += "-checked" if check else ""
@@ -118,7 +127,7 @@ def evaluate_restoration(
             ) as bar:
                 entries = run.restore(texts, size, bar.update)
             restored = [entry["restored"] for entry in entries]
-            scores = [Score(*entry["score"]) for entry in entries]
+            scores = [Score(*entry["score"]) if entry["score"] else None for entry in entries]
             examples = [_example(gmsa, *found) for found in zip(texts, restored, scores, strict=True)]
             if scorer is not None:
                 found_f1 = scorer.f1([text.strip() for text in texts], restored)
@@ -128,7 +137,7 @@ def evaluate_restoration(
             metrics = {
                 "bleu": bleu([t.strip() for t in texts], restored),
                 **{name: means.get(name) for name in (*ROUGE, "bertscore_f1", "prefix_em")},
-                "token_accuracy": sum(score.right for score in scores) / sum(score.tokens for score in scores),
+                "token_accuracy": token_accuracy(scores),
                 "perplexity": perplexity(scores),
                 "perplexity_text": given_text,
             }
@@ -176,7 +185,9 @@ class RestorationRun:
         return hashlib.sha256(json.dumps(["restoration", *self._made_with, merge_size, text]).encode()).hexdigest()
 
     def score_texts(self, texts: Sequence[str]) -> list[Score | None]:
-        """`score_given_text` of each text."""
+        """`score_given_text` of each text; None where the texts' memories have no score either."""
+        if not self.gmsa.shares_tokenizer:
+            return [None] * len(texts)
         found = []
         for text in texts:
             key = self.key(text, None)
@@ -207,12 +218,12 @@ class RestorationRun:
                 for key, text, memory, found, proof in parts:
                     if key in self.cache.answers:
                         continue
-                    score = gmsa.score(memory, text)
+                    score = gmsa.score(memory, text) if gmsa.shares_tokenizer else None
                     self.cache.add(
                         key,
                         {
                             "restored": found,
-                            "score": [score.tokens, score.right, score.nll],
+                            "score": score and [score.tokens, score.right, score.nll],
                             "context": memory.origin_tokens,
                             "soft": len(memory),
                             **({"confirmed": proof.confirmed} if proof else {}),
@@ -222,12 +233,12 @@ class RestorationRun:
         return [self.cache.answers[key] for key in keys]
 
 
-def _example(gmsa: GMSA, text: str, restored: str, score: Score) -> dict[str, Any]:
+def _example(gmsa: GMSA, text: str, restored: str, score: Score | None) -> dict[str, Any]:
     reference, found = (gmsa.tokenizer(t.strip(), add_special_tokens=False)["input_ids"] for t in (text, restored))
     return {
         "text": text,
         "restored": restored,
         "prefix_em": prefix_exact_match(reference, found),
-        "token_accuracy": score.right / score.tokens,
+        **({"token_accuracy": score.right / score.tokens} if score else {}),
         **rouge(restored, [text]),
     }

@@ -180,9 +180,9 @@ class TrainingBatches(Dataset[NumberedBatch]):
         return made
 
     def text_example(self, text: str, length: int | None, sizes: tuple[int, ...], rng: random.Random) -> Example:
-        """A text to restore, continue or look up in: a crop of at most `length` tokens; targets lie within it.
+        """A text to restore, continue or look up in: the encoder reads a crop of at most `length` tokens.
 
-        To restore: the target is what the encoder saw, and the end token.
+        To restore, the target is that crop and the end token; to continue, as many tokens as follow it.
         """
         tokens = self._tokenise(text)
         length = length or len(tokens)

@@ -17,7 +17,8 @@ class RestorationProbe:
     """Token accuracy under teacher forcing on held-out texts, at several merge sizes, and one text restored.
 
     Args:
-        texts: tokens of each text, all of one length.
+        texts: encoder tokens of each text, all of one length.
+        targets: the same texts in decoder tokens.
         template: of the decoder.
         window_size: of the encoder.
         merge_sizes: to look at.
@@ -27,12 +28,14 @@ class RestorationProbe:
     def __init__(
         self,
         texts: Sequence[list[int]],
+        targets: Sequence[list[int]],
         template: PromptTemplate,
         window_size: int | None,
         merge_sizes: Sequence[int],
         batch_size: int = 8,
     ) -> None:
         self.texts = texts
+        self.targets = targets
         self.template = template
         self.window_size = window_size
         self.merge_sizes = merge_sizes
@@ -49,7 +52,7 @@ class RestorationProbe:
         length: int = 128,
         merge_sizes: Sequence[int] = (2, 4, 8),
     ) -> "RestorationProbe":
-        """The first `texts` rows of a file that have at least `length` tokens, cut to it.
+        """The first `texts` rows of a file that have at least `length` tokens of the encoder's `tokenizer`, cut to it.
 
         Raises:
             InputError: no row is that long.
@@ -58,7 +61,9 @@ class RestorationProbe:
         chosen = list(islice((t[:length] for t in tokens if len(t) >= length), texts))
         if not chosen:
             raise InputError(f"{path} has no text of {length} tokens to evaluate on")
-        return cls(chosen, template, window_size, merge_sizes)
+        same = tokenizer is template.tokenizer
+        targets = chosen if same else [template.encode(tokenizer.decode(tokens)) for tokens in chosen]
+        return cls(chosen, targets, template, window_size, merge_sizes)
 
     @torch.no_grad()
     def accuracy(self, model: GmsaModel) -> dict[str, Any]:
@@ -66,16 +71,18 @@ class RestorationProbe:
         accuracy, first = {}, {}
         device = next(model.parameters()).device
         for size in self.merge_sizes:
-            hits = []
+            hits: list[torch.Tensor] = []
             for start in range(0, len(self.texts), self.batch_size):
-                part = self.texts[start : start + self.batch_size]
-                examples = [Example([t], self.template.restore(), [*t, self.template.end_id], size) for t in part]
+                part = slice(start, start + self.batch_size)
+                examples = [
+                    Example([text], self.template.restore(), [*target, self.template.end_id], size)
+                    for text, target in zip(self.texts[part], self.targets[part], strict=True)
+                ]
                 out = model(**vars(collate(examples, self.window_size).to(device)))
                 right = out["logits"].argmax(-1) == out["labels"]
-                hits += [row[:-1] for row in right.split([len(t) + 1 for t in part])]
-            stacked = torch.stack(hits).float()  # (texts, length)
-            accuracy[str(size)] = round(stacked.mean().item(), 4)
-            first[str(size)] = [round(v, 3) for v in stacked[:, :3].mean(0).tolist()]
+                hits += [row[:-1].float() for row in right.split([len(target) + 1 for target in self.targets[part]])]
+            accuracy[str(size)] = round(torch.cat(hits).mean().item(), 4)
+            first[str(size)] = [round(v, 3) for v in torch.stack([row[:3] for row in hits]).mean(0).tolist()]
         return {"token_accuracy": accuracy, "first_tokens": first}
 
     @torch.no_grad()
@@ -85,6 +92,6 @@ class RestorationProbe:
         example = Example([text], self.template.restore(), [], self.merge_sizes[0])
         batch = collate([example], self.window_size).to(device)
         soft = model.compress(batch.window_ids, batch.window_mask, batch.window_rows, batch.merge_size)
-        options = {"max_new_tokens": len(text) + 8, "do_sample": False, "eos_token_id": self.template.end_id}
+        options = {"max_new_tokens": len(self.targets[0]) + 8, "do_sample": False, "eos_token_id": self.template.end_id}
         new = model.generate(soft, batch.before, batch.after, **options)
         return self.template.tokenizer.decode(new[0], skip_special_tokens=True)

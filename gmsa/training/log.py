@@ -52,12 +52,17 @@ class RunLog(TrainerCallback):
         self.started = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop what an interrupted run logged after its last checkpoint: those steps are done again."""
+        """Drop what an interrupted run logged after its last checkpoint: those steps are done again.
+
+        Time goes on from the last entry that is left.
+        """
         self.started = time.monotonic()
         path = self.folder / "log.jsonl"
         if state.is_world_process_zero and path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if _step_of(line) <= state.global_step))
+            kept = [line for line in lines if _step_of(line) <= state.global_step]
+            path.write_text("".join(kept))
+            self.started -= max((json.loads(line).get("seconds", 0) for line in kept), default=0)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any

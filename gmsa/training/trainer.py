@@ -3,8 +3,6 @@
 Trained weights and optimiser state are fp32, compute is bf16 (autocast), frozen weights are bf16 throughout.
 """
 
-import contextlib
-import ctypes
 import os
 import shutil
 from pathlib import Path
@@ -15,9 +13,11 @@ import yaml
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from gmsa import checkpoint
+from gmsa.allocation import keep_freed_memory, return_freed_memory
 from gmsa.backbones import Backbone, load_backbone
 from gmsa.config import GmsaConfig
 from gmsa.data import BadLine
@@ -35,25 +35,6 @@ from gmsa.training.stages import STAGES
 
 # LoRA on the decoder where a recipe trains it so and says no more: the paper's second release.
 DEFAULT_LORA = {"r": 128, "alpha": 32, "dropout": 0.05}
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of returning it: training frees and re-takes the same gigabytes.
-
-    Measured on 2 cores: a stage-1 step takes two thirds of the time, the rest having gone into page faults.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: serve large blocks from the heap (2**30 is the most it takes)
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never hand the heap's end back
-    except (OSError, AttributeError):
-        pass  # not glibc: only slower
-
-
-def return_freed_memory() -> None:
-    """Hand free pages back once: kept for good, a heap of ever-changing batch shapes fragments and grows."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class GmsaTrainer(Trainer):
@@ -343,7 +324,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
         GmsaError: a file, backbone or setting cannot be used, the loss is not finite any more, the disk is full, or the
             folder holds another run's checkpoints.
     """
-    keep_freed_memory()
+    keep_freed_memory(-1)
     output = Path(recipe.output)
     main = int(os.environ.get("RANK", "0")) == 0
     last = _start_in(output, recipe, resume, overwrite, main)
@@ -408,7 +389,9 @@ def _start_in(output: Path, recipe: Recipe, resume: bool, overwrite: bool, main:
             for folder in checkpoints.all_in(output):
                 shutil.rmtree(folder)
     if main:
-        (output / "recipe.yaml").write_text(recipe.dump())
+        scratch = output / ".recipe.yaml"
+        scratch.write_text(recipe.dump())
+        scratch.replace(output / "recipe.yaml")
     return last
 
 
@@ -416,7 +399,14 @@ def _tell_changes(path: Path, recipe: Recipe) -> None:
     """Say which settings differ from those the run was begun with."""
     if not path.exists():
         return
-    before, now = yaml.safe_load(path.read_text()), yaml.safe_load(recipe.dump())
+    try:
+        before = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        before = None
+    if not isinstance(before, dict):
+        tell(f"note: {path} cannot be read, so nobody knows what changed since the run began")
+        return
+    now = yaml.safe_load(recipe.dump())
     changed = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value]
     if changed:
         tell(f"changed since the run began: {'; '.join(changed)}")
@@ -453,7 +443,22 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
             **evaluation,
         )
     except ValueError as error:
-        raise ConfigError(f"schedule: {str(error).splitlines()[0]}") from error
+        line = str(error).splitlines()[0]
+        raise ConfigError(f"schedule: {line}" if "scheduler" in line.lower() else line) from error
+    try:
+        get_reporting_integration_callbacks(arguments.report_to)
+    except ValueError as error:
+        raise ConfigError(f"report_to: {str(error).splitlines()[0]}") from error
+    try:  # the Trainer makes its own, after everything else is loaded
+        get_scheduler(
+            recipe.schedule,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
+            num_training_steps=arguments.max_steps,
+            scheduler_specific_kwargs=dict(recipe.schedule_options),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"schedule_options: {str(error).splitlines()[0]}") from error
     if arguments.n_gpu > 1:  # DataParallel would take batches apart that belong together
         arguments._n_gpu = 1
         tell(f"training on one of {torch.cuda.device_count()} GPUs: for all of them start it with torchrun (docs)")
