@@ -37,11 +37,8 @@ done
 "$gmsa" eval qa --data "$data/qa_dev_narrativeqa.jsonl.gz" --text-decoder "$text_decoder" --merge-size 4,8 --limit 100 \
     --methods "$bounds,$cut" -o "$out/qa-narrativeqa"
 
-# Long contexts, and summaries
-for set in nq_multidoc squad_article; do
-    "$gmsa" eval qa --data "$data/long_dev_$set.jsonl.gz" --methods gmsa,original-prompt --merge-size 8 --limit 100 -o "$out/long-$set"
-done
-"$gmsa" eval qa --data "$data/long_dev_fairytaleqa.jsonl.gz" --methods gmsa --merge-size 8 --limit 50 -o "$out/long-fairytaleqa"
+# Many passages, and summaries
+"$gmsa" eval qa --data "$data/long_dev_nq_multidoc.jsonl.gz" --merge-size 8 --limit 50 -o "$out/long-nq_multidoc"
 "$gmsa" eval summ --data "$data/summ_dev.jsonl.gz" --methods gmsa,original-prompt,truncate-head,bm25-sentences \
     --merge-size 4,8 --limit 60 --max-new-tokens 64 -o "$out/summ"
 
