@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from gmsa.errors import ConfigError
+from gmsa.errors import ConfigError, check_whole
 
 LSA_KINDS = ("decoder", "random", "mlp", "linear", "none")
 MERGINGS = ("mean", "appended")
@@ -89,9 +89,7 @@ class GmsaConfig(PreTrainedConfig):
                 raise ConfigError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
 
         def whole(field: str, least: int) -> None:
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{field} must be a whole number >= {least}, got {value!r}")
+            check_whole(field, getattr(self, field), least)
 
         one_of("merging", MERGINGS)
         one_of("lsa", LSA_KINDS)

@@ -16,7 +16,7 @@ from gmsa import checkpoint, generation
 from gmsa.backbones import Backbone
 from gmsa.config import GmsaConfig
 from gmsa.data import Window, batch_windows, cut_windows, make_windows, split_windows
-from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError
+from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, check_whole
 from gmsa.generation import Prefix
 from gmsa.memory import Memory
 from gmsa.merging import check_merge_size
@@ -180,7 +180,7 @@ class GMSA:
         """
         started = time.perf_counter()
         check_merge_size(merge_size)
-        _check_count("batch_size", batch_size)
+        check_whole("batch_size", batch_size, error=InputError)
         texts = [text] if isinstance(text, str) else list(text)
         for number, one in enumerate(texts):
             self._check_context(one, number)
@@ -309,7 +309,7 @@ class GMSA:
             raise InputError(f"this model's restorations cannot be checked: {why}")
         if not candidates or not all(type(n) is int and n >= 1 for n in candidates):
             raise InputError(f"candidates must be whole numbers >= 1, got {candidates!r}")
-        _check_count("batch_size", batch_size)
+        check_whole("batch_size", batch_size, error=InputError)
         memories = [memory] if isinstance(memory, Memory) else list(memory)
         prompt = self.template.restore()
         windows = self._windows(memories)
@@ -531,7 +531,7 @@ class GMSA:
         **sampling: Any,
     ) -> list[list[int]]:
         """New tokens of each row, without what ends them."""
-        _check_count("batch_size", batch_size)
+        check_whole("batch_size", batch_size, error=InputError)
         rows = [self._checked(row, max_new_tokens) for row in rows]
         choose = self._chooser(sampling)
         share = choose is not None and generation.shares_prefixes(self.model.decoder)
@@ -619,7 +619,7 @@ class GMSA:
     def _checked(self, row: Row, max_new_tokens: int) -> Row:
         """The row, once it is known that this model can read it; its prefix's content where the prefix does not fit."""
         content, prompt = row
-        _check_count("max_new_tokens", max_new_tokens)
+        check_whole("max_new_tokens", max_new_tokens, error=InputError)
         if isinstance(content, Prefix):
             if content.decoder is not self.model.decoder:
                 raise MemoryMismatchError("the prefix was read by another model: call prefill of the one that answers")
@@ -693,11 +693,6 @@ class GMSA:
         }
         # A fresh configuration: a backbone's own may hold sampling defaults or a repetition penalty.
         return {"generation_config": GenerationConfig(**options)}
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
 
 
 def _stops(stop: str | Sequence[str]) -> list[str]:

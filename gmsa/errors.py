@@ -47,3 +47,9 @@ class RemoteDecoderError(GmsaError):
 
 class CorpusError(GmsaError):
     """A corpus cannot be read, or its output folder not be written or gone on with."""
+
+
+def check_whole(name: str, value: object, least: int = 1, error: type[GmsaError] = ConfigError) -> None:
+    """Raise an error that names the field unless the value is a whole number, no truth value, of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise error(f"{name} must be a whole number >= {least}, got {value!r}")

@@ -6,7 +6,7 @@ A pure function without parameters. Sizes may differ from row to row, so one bat
 import torch
 from torch import Tensor
 
-from gmsa.errors import ConfigError
+from gmsa.errors import ConfigError, check_whole
 
 
 def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -58,8 +58,7 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
     return merged.to(hidden.dtype), merged_mask
 
 
-def check_merge_size(value: object) -> int:
+def check_merge_size(value: int) -> int:
     """Return `value` as a merge size, or raise ConfigError saying what one is."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"merge_size must be a whole number >= 1, got {value!r}")
+    check_whole("merge_size", value)
     return value

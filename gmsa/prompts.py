@@ -77,6 +77,10 @@ class PromptTemplate:
         """Token ids of a piece of text, without special tokens around it."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def recode(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids of another tokenizer (the encoder's) as the decoder's; the same ones where the tokenizer is."""
+        return tokens if tokenizer is self.tokenizer else self.encode(tokenizer.decode(tokens))
+
     def _render_uncached(self, text: str) -> Prompt:
         before, after = self._around(text)
         return Prompt(torch.tensor(self.encode(before), dtype=torch.long), torch.tensor(self.encode(after)))

@@ -6,7 +6,6 @@ Stages of one training end in neighbouring places; their mean is often better th
 """
 
 import argparse
-import sys
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def _configuration(gmsa: GMSA) -> dict[str, Any]:
     return {name: getattr(gmsa.model.config, name) for name in SETTINGS}
 
 
-def main() -> int:
+def main() -> None:
     """The command; 2 with one line on stderr for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT")
@@ -69,10 +68,8 @@ def main() -> int:
     try:
         average(shares, options.out, options.form)
     except GmsaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

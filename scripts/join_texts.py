@@ -6,7 +6,6 @@ python scripts/join_texts.py text_dev.jsonl.gz 2800 > text_dev_long.jsonl     # 
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 
 from gmsa.data import read_rows
@@ -34,7 +33,7 @@ def _doc(row: dict[str, str]) -> str:
     return row.get("doc", "")
 
 
-def main() -> int:
+def main() -> None:
     """The command; 2 with one line on stderr for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE")
@@ -44,10 +43,8 @@ def main() -> int:
         for text in joined(options.file, options.characters):
             print(json.dumps(text, ensure_ascii=False))
     except GmsaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -65,20 +65,24 @@ def score_given_text(gmsa: GMSA, text: str) -> Score | None:
     return Score(len(ids), int(out["correct"]), float(out["loss"]) * len(ids))
 
 
-def perplexity(scores: Sequence[Score | None]) -> float | None:
-    """Over all tokens of all texts; None where one has no score."""
+def total(scores: Sequence[Score | None]) -> Score | None:
+    """All texts as one; None where one has no score."""
     found = [score for score in scores if score is not None]
     if len(found) < len(scores):
         return None
-    return math.exp(sum(score.nll for score in found) / sum(score.tokens for score in found))
+    return Score(sum(s.tokens for s in found), sum(s.right for s in found), sum(s.nll for s in found))
+
+
+def perplexity(scores: Sequence[Score | None]) -> float | None:
+    """Over all tokens of all texts; None where one has no score."""
+    whole = total(scores)
+    return math.exp(whole.nll / whole.tokens) if whole else None
 
 
 def token_accuracy(scores: Sequence[Score | None]) -> float | None:
     """Over all tokens of all texts; None where one has no score."""
-    found = [score for score in scores if score is not None]
-    if len(found) < len(scores):
-        return None
-    return sum(score.right for score in found) / sum(score.tokens for score in found)
+    whole = total(scores)
+    return whole.right / whole.tokens if whole else None
 
 
 def evaluate_restoration(

@@ -193,14 +193,19 @@ class TrainingBatches(Dataset[NumberedBatch]):
             start = self._start(len(tokens) - 2 * half, rng)
             tokens, target = tokens[start : start + half], tokens[start + half : start + 2 * half]
             assert continuation is not None
-            return self._example([tokens], self.template(continuation["instruction"]), self._for_decoder(target), sizes)
+            return self._example(
+                [tokens],
+                self.template(continuation["instruction"]),
+                self.template.recode(target, self.encoder_tokenizer),
+                sizes,
+            )
         start = self._start(len(tokens) - length, rng)
         tokens = tokens[start : start + length]
         if self.recipe.lookup and share <= kind < share + self.recipe.lookup["share"]:
             text = self.encoder_tokenizer.decode(tokens)
             if turns := lookups(text, self.recipe.lookup["instruction"], self.recipe.lookup["turns"], rng):
                 return self.question_example({"input": text, "turns": turns}, [], sizes, rng)
-        target = [*self._for_decoder(tokens), self.template.end_id]
+        target = [*self.template.recode(tokens, self.encoder_tokenizer), self.template.end_id]
         return self._example([tokens], self.template.restore(), target, sizes)
 
     def question_example(
@@ -247,12 +252,6 @@ class TrainingBatches(Dataset[NumberedBatch]):
 
     def _tokenise(self, text: str) -> list[int]:
         return self.encoder_tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _for_decoder(self, tokens: list[int]) -> list[int]:
-        """Encoder tokens as decoder tokens."""
-        if self.encoder_tokenizer is self.template.tokenizer:
-            return tokens
-        return self.template.encode(self.encoder_tokenizer.decode(tokens))
 
     def _start(self, slack: int, rng: random.Random) -> int:
         """Where a crop begins; half of them where the text does, as a user's text would."""

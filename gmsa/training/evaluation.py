@@ -61,8 +61,7 @@ class RestorationProbe:
         chosen = list(islice((t[:length] for t in tokens if len(t) >= length), texts))
         if not chosen:
             raise InputError(f"{path} has no text of {length} tokens to evaluate on")
-        same = tokenizer is template.tokenizer
-        targets = chosen if same else [template.encode(tokenizer.decode(tokens)) for tokens in chosen]
+        targets = [template.recode(tokens, tokenizer) for tokens in chosen]
         return cls(chosen, targets, template, window_size, merge_sizes)
 
     @torch.no_grad()

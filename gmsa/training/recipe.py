@@ -199,11 +199,11 @@ class Recipe:
         Raises:
             ConfigError: a file cannot be read, or a key is unknown (the nearest known one is named).
         """
-        raw = _read_yaml(path)
+        raw = read_yaml(path)
         names = {"output": "", "init": ""}
         for change in changes:
             if change.endswith((".yaml", ".yml")) and "=" not in change:
-                overlay = _read_yaml(change)
+                overlay = read_yaml(change)
                 _check_keys("recipe", overlay, [f.name for f in dataclasses.fields(cls)])
                 for key, value in overlay.items():
                     merged = key in MERGED_PARTS and isinstance(value, dict) and isinstance(raw.get(key), dict)
@@ -255,7 +255,12 @@ def _check_keys(where: str, given: Iterable[object], known: Sequence[str]) -> No
             raise ConfigError(f"unknown {place} {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """What a recipe file holds, as it stands there.
+
+    Raises:
+        ConfigError: it cannot be read, or is no YAML of key: value pairs.
+    """
     try:
         raw = yaml.safe_load(Path(path).read_text())
     except OSError as error:

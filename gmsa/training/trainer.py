@@ -29,7 +29,7 @@ from gmsa.training import checkpoints
 from gmsa.training.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.training.evaluation import RestorationProbe
 from gmsa.training.log import Progress, RunLog, draw_curve, tell
-from gmsa.training.recipe import Recipe
+from gmsa.training.recipe import Recipe, read_yaml
 from gmsa.training.rows import Conversations, Rows, index_rows
 from gmsa.training.stages import STAGES
 
@@ -400,10 +400,8 @@ def _tell_changes(path: Path, recipe: Recipe) -> None:
     if not path.exists():
         return
     try:
-        before = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        before = None
-    if not isinstance(before, dict):
+        before = read_yaml(path)
+    except ConfigError:
         tell(f"note: {path} cannot be read, so nobody knows what changed since the run began")
         return
     now = yaml.safe_load(recipe.dump())
