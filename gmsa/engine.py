@@ -1,5 +1,6 @@
 """The public object: text in, memories out; memories and questions in, text out."""
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,15 @@ from gmsa.packing import PackedLinears
 from gmsa.prompts import Prompt, PromptTemplate
 from gmsa.text import TextPieces
 from gmsa.tokens import token_pieces
-from gmsa.verification import CANDIDATES, CheckedText, CheckedWindow, checked_text, restore_checked, why_not
+from gmsa.verification import (
+    CANDIDATES,
+    CheckedGroup,
+    CheckedPiece,
+    CheckedText,
+    checked_text,
+    restored_groups,
+    why_not,
+)
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
@@ -226,6 +235,16 @@ class GMSA:
         if not text.strip():
             raise InputError("the context is empty" if number == 0 else f"the context at place {number} is empty")
 
+    def twin(self) -> "GMSA":
+        """Another object over the same weights, for another thread: one object serves one caller at a time."""
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
+        twin.tokenizer, twin.encoder_tokenizer = copy.deepcopy((self.tokenizer, self.encoder_tokenizer))
+        twin.template = PromptTemplate(twin.tokenizer, self.config)
+        twin.timings = Timings()
+        twin._packed = PackedLinears(twin.model.decoder)
+        return twin
+
     def compile(self) -> None:
         """Compile encoder and LSA, block by block: compressing is faster after the first batches, which are far slower.
 
@@ -305,43 +324,77 @@ class GMSA:
             InputError: this model's restorations cannot be checked; the message says why.
             MemoryMismatchError: made by another model. ContextTooLongError: a window too long for the decoder.
         """
-        if why := why_not(self.model, self.shares_tokenizer):
-            raise InputError(f"this model's restorations cannot be checked: {why}")
-        if not candidates or not all(type(n) is int and n >= 1 for n in candidates):
-            raise InputError(f"candidates must be whole numbers >= 1, got {candidates!r}")
+        self._check_candidates(candidates)
         check_whole("batch_size", batch_size, error=InputError)
         memories = [memory] if isinstance(memory, Memory) else list(memory)
-        prompt = self.template.restore()
         windows = self._windows(memories)
         # Batches hold windows of one merge size and of like length.
         order = sorted(range(len(windows)), key=lambda n: (windows[n][1].merge_size, -windows[n][1].origin_tokens))
-        checked: dict[int, CheckedWindow] = {}
+        found: list[list[CheckedGroup]] = [[] for _ in windows]
         started = time.perf_counter()
         with tqdm(total=len(windows), desc="restore", unit="window", disable=not show_progress_bar) as bar:
             while order:
                 size = windows[order[0]][1].merge_size
                 chosen = [n for n in order[:batch_size] if windows[n][1].merge_size == size]
                 order = order[len(chosen) :]
-                parts = [windows[n][1] for n in chosen]
-                lengths = [part.origin_tokens for part in parts]
-                inputs = self._inputs([([part], prompt) for part in parts], max(lengths))
-                with self._packed.applied():
-                    found = restore_checked(
-                        self.model,
-                        **inputs,
-                        lengths=lengths,
-                        merge_size=size,
-                        candidates=candidates,
-                        banned=sorted(self._ends()),
-                    )
-                checked.update(zip(chosen, found, strict=True))
+                for groups in self._restored_groups([windows[n][1] for n in chosen], candidates):
+                    for n, group in zip(chosen, groups, strict=True):
+                        found[n] += [group] if group is not None else []
                 bar.update(len(chosen))
         self.timings = Timings(self.timings.compress, decode=time.perf_counter() - started)
         texts = []
-        for number, whole in enumerate(memories):
-            mine = [checked[n] for n, (i, _) in enumerate(windows) if i == number]
-            texts.append(checked_text(mine, whole.merge_size, self.tokenizer.decode))
+        for number in range(len(memories)):
+            mine = [group for (i, _), groups in zip(windows, found, strict=True) if i == number for group in groups]
+            texts.append(checked_text(mine, self.tokenizer.decode))
         return texts[0] if isinstance(memory, Memory) else texts
+
+    def stream_checked(self, memory: Memory, *, candidates: Sequence[int] = CANDIDATES) -> Iterator[CheckedPiece]:
+        """`restore_checked` of one memory, soft token by soft token as they are restored.
+
+        Yields:
+            The text each soft token adds, whole characters only, so it may be empty, and whether it is confirmed.
+
+        Raises:
+            InputError, MemoryMismatchError, ContextTooLongError: as `restore_checked`, at once.
+        """
+        self._check_candidates(candidates)
+        windows = [window for _, window in self._windows([memory])]
+        for window in windows:
+            self._checked(([window], self.template.restore()), window.origin_tokens)
+        return self._checked_pieces(windows, candidates)
+
+    def _checked_pieces(self, windows: Sequence[Memory], candidates: Sequence[int]) -> Iterator[CheckedPiece]:
+        text = TextPieces(self.tokenizer, skip_special_tokens=False)
+        left = sum(map(len, windows))
+        for window in windows:
+            for group, *_ in self._restored_groups([window], candidates):
+                assert group is not None  # one window ends where its batch does
+                left -= 1
+                fresh = "".join(map(text.add, group.tokens))
+                yield CheckedPiece(fresh if left else fresh + text.finish(), group.confirmed)
+
+    def _check_candidates(self, candidates: Sequence[int]) -> None:
+        if why := why_not(self.model, self.shares_tokenizer):
+            raise InputError(f"this model's restorations cannot be checked: {why}")
+        if not candidates or not all(type(n) is int and n >= 1 for n in candidates):
+            raise InputError(f"candidates must be whole numbers >= 1, got {candidates!r}")
+
+    def _restored_groups(
+        self, windows: Sequence[Memory], candidates: Sequence[int]
+    ) -> Iterator[list[CheckedGroup | None]]:
+        """Windows of one merge size, restored and checked group by group."""
+        lengths = [window.origin_tokens for window in windows]
+        prompt = self.template.restore()
+        inputs = self._inputs([([window], prompt) for window in windows], max(lengths))
+        with self._packed.applied():
+            yield from restored_groups(
+                self.model,
+                **inputs,
+                lengths=lengths,
+                merge_size=windows[0].merge_size,
+                candidates=candidates,
+                banned=sorted(self._ends()),
+            )
 
     @torch.no_grad()
     def score(self, memory: Memory, text: str) -> "Score":

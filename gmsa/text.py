@@ -13,10 +13,14 @@ class TextPieces:
     Args:
         tokenizer: the decoder's.
         stops: strings that end the answer; the text stops before the first of them.
+        skip_special_tokens: whether these are left out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), skip_special_tokens: bool = True
+    ) -> None:
         self.tokenizer = tokenizer
+        self.skip_special_tokens = skip_special_tokens
         self.stops = [stop for stop in stops if stop]
         self.stopped = False
         self._tokens: list[int] = []
@@ -43,7 +47,7 @@ class TextPieces:
         return text[len(known) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special_tokens)
 
     def _release(self, fresh: str, final: bool) -> str:
         if self.stopped:

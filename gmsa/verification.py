@@ -13,8 +13,9 @@ Needs one tokenizer for encoder and decoder, and group merging: with appended to
 token stands for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,35 +61,42 @@ class CheckedText:
         return self.confirmed == self.soft_tokens
 
 
-@dataclass(frozen=True)
-class CheckedWindow:
-    """Tokens of one window and, for each soft token, how far off theirs is, as a share of its norm."""
+class CheckedPiece(NamedTuple):
+    """What the tokens of one soft token add to a text, and whether they are confirmed."""
+
+    text: str
+    confirmed: bool
+
+
+class CheckedGroup(NamedTuple):
+    """Tokens of one group, and how far off their soft token is, as a share of its norm."""
 
     tokens: list[int]
-    distances: list[float]
+    distance: float
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether it lies as near as rounding allows."""
+        return self.distance < TOLERANCE
 
 
-def checked_text(windows: Sequence[CheckedWindow], merge_size: int, decode: Callable[[list[int]], str]) -> CheckedText:
-    """Windows of one text, joined.
+def checked_text(groups: Sequence[CheckedGroup], decode: Callable[[list[int]], str]) -> CheckedText:
+    """The groups of one text, joined.
 
     Args:
-        windows: in order.
-        merge_size: of all of them.
+        groups: in order, those of all windows.
         decode: token ids -> text.
     """
     spans: list[tuple[list[int], bool]] = []
-    for window in windows:
-        for group, distance in enumerate(window.distances):
-            tokens, confirmed = window.tokens[group * merge_size :][:merge_size], distance < TOLERANCE
-            if not spans or spans[-1][1] != confirmed:
-                spans.append(([], confirmed))
-            spans[-1][0].extend(tokens)
-    distances = [distance for window in windows for distance in window.distances]
+    for group in groups:
+        if not spans or spans[-1][1] != group.confirmed:
+            spans.append(([], group.confirmed))
+        spans[-1][0].extend(group.tokens)
     return CheckedText(
-        decode([token for window in windows for token in window.tokens]),
+        decode([token for group in groups for token in group.tokens]),
         [(decode(tokens), confirmed) for tokens, confirmed in spans],
-        sum(distance < TOLERANCE for distance in distances),
-        len(distances),
+        sum(group.confirmed for group in groups),
+        len(groups),
     )
 
 
@@ -108,7 +116,7 @@ def why_not(model: GmsaModel, one_tokenizer: bool) -> str | None:
 
 
 @torch.no_grad()
-def restore_checked(
+def restored_groups(
     model: GmsaModel,
     soft: Sequence[Tensor],
     before: Sequence[Tensor],
@@ -117,8 +125,8 @@ def restore_checked(
     merge_size: int,
     candidates: Sequence[int],
     banned: Sequence[int],
-) -> list[CheckedWindow]:
-    """Restore B windows.
+) -> Iterator[list[CheckedGroup | None]]:
+    """Restore B windows, group by group.
 
     Args:
         soft: B tensors (M_i, d), the soft tokens of each.
@@ -127,14 +135,15 @@ def restore_checked(
         merge_size: of all of them.
         candidates: how many continuations to weigh for a group; the next number where none of those fits, and so on.
         banned: tokens that no text holds, such as those that end an answer.
+
+    Yields:
+        For the first, second, ... group of all windows: that of each, None where it has no more.
     """
     groups = max(map(len, soft))
     writer = _Writer(model, soft, before, after, merge_size * groups, banned)
     judge = _Judge(model.compressor, len(soft))
     wanted = torch.nn.utils.rnn.pad_sequence(list(soft), batch_first=True).float()  # (B, M, d)
     counts = torch.tensor(list(lengths), device=model.device)
-    found: list[list[int]] = [[] for _ in soft]
-    distances: list[list[float]] = [[] for _ in soft]
     for number in range(groups):
         group = _Group(judge, wanted[:, number], counts - number * merge_size, merge_size)
         for width in candidates:
@@ -149,11 +158,7 @@ def restore_checked(
         writer.accept(group.tokens)
         judge.accept(group.tokens, group.sizes)
         chosen = zip(group.real.tolist(), group.tokens.tolist(), group.distances.tolist(), strict=True)
-        for row, (count, tokens, distance) in enumerate(chosen):
-            if count > 0:
-                found[row] += tokens[:count]
-                distances[row].append(distance)
-    return [CheckedWindow(*pair) for pair in zip(found, distances, strict=True)]
+        yield [CheckedGroup(tokens[:count], off) if count > 0 else None for count, tokens, off in chosen]
 
 
 class _Group:

@@ -1,4 +1,4 @@
-"""Pictures of the server's page as it is, with the model and the sample it has: for docs/images.
+"""Pictures of the server's page as it is, with the model and the sample it has: for docs/images. The dark one is of a check.
 
     gmsa serve --store "$(mktemp -d)" &
     python scripts/page_screenshots.py http://127.0.0.1:8000 docs/images
@@ -29,13 +29,13 @@ VIEWS = {
 }
 
 
-def use(page: Page, merge_size: int, question: str) -> None:
-    """Take the sample, compress, restore and ask, and wait until all is there."""
+def use(page: Page, merge_size: int, question: str, restore: str) -> None:
+    """Take the sample, compress, restore ("Restore" or "Check") and ask, and wait until all is there."""
     page.get_by_role("button", name="Sample text").click()
     page.get_by_role("radio", name=f"{merge_size}×", exact=True).check()
     page.get_by_role("button", name="Compress").click()
-    page.get_by_role("button", name="Restore", exact=True).click()
-    page.get_by_text("of words restored").wait_for(timeout=300_000)
+    page.get_by_role("button", name=restore, exact=True).click()
+    page.get_by_text("of words restored").wait_for(timeout=600_000)
     page.get_by_role("button", name=question).click()
     page.locator("#original-times:not(:empty)").wait_for(timeout=300_000)
     page.get_by_role("heading", name="GMSA", exact=True).first.click()  # away from the form, so that no ring is drawn
@@ -56,7 +56,7 @@ def main() -> None:
         for name, view in VIEWS.items():
             page = browser.new_page(**view)
             page.goto(options.url)
-            use(page, options.merge_size, options.question)
+            use(page, options.merge_size, options.question, "Check" if name == "dark" else "Restore")
             page.screenshot(path=options.folder / f"page-{name}.png", full_page=True)
             page.close()
         browser.close()

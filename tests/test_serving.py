@@ -25,6 +25,7 @@ from gmsa.backbones import Backbone
 from gmsa.modeling import GmsaModel
 from gmsa.serving.service import Service
 from gmsa.serving.settings import Settings
+from gmsa.text import REPLACEMENT
 
 TEXT = "The secret word is heron. It stood by the river, and nobody asked it why."
 QUESTIONS = ["Who?", "And what about a longer question?", "Why"]
@@ -321,6 +322,57 @@ def test_restoring_is_the_engines_own(url: str, gmsa: GMSA) -> None:
         data = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
     assert data[-1] == "[DONE]"
     assert "".join(json.loads(event)["text"] for event in data[:-1]) == whole
+
+
+def test_checked_restoring_is_the_engines_own(url: str, gmsa: GMSA, service: Service) -> None:
+    text = TEXT[:40]  # three windows of 16
+    memory = remembered(url, text, merge_size=2)
+    found = gmsa.restore_checked(Memory(gmsa.compress(text, 2).soft_tokens.bfloat16().float(), 2, 40, gmsa.fingerprint))
+    route = f"{url}/v1/memories/{memory['id']}/restore"
+    said = http.post(route, json={"check": True}).json()
+    assert (said["soft_tokens"], said["confirmed"]) == (found.soft_tokens, found.confirmed) == (20, found.confirmed)
+    assert 0 < found.confirmed < 20  # rounding to bf16 hides some of an untrained model's soft tokens
+    marks = str.maketrans("", "", REPLACEMENT)
+    assert said["text"].translate(marks) == found.text.translate(marks)
+    assert len(said["in_doubt"]) == sum(not confirmed for _, confirmed in found.spans)
+    assert all(piece in said["text"] for piece in said["in_doubt"])
+    with http.stream("POST", route, json={"check": True, "stream": True}) as stream:
+        data = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    assert data[-1] == "[DONE]"
+    pieces = [json.loads(event) for event in data[:-1]]
+    assert [piece["confirmed"] for piece in pieces].count(True) == found.confirmed
+    assert "".join(piece["text"] for piece in pieces) == said["text"]
+    assert "confirmed" not in http.post(route, json={}).json()
+    assert service._checker.model.decoder.lm_head.weight is service.gmsa.model.decoder.lm_head.weight  # no second copy
+
+
+def test_a_check_ends_with_its_client_and_with_the_server(make_service: Callable[..., Service]) -> None:
+    service = make_service()
+    with running(service) as url:
+        route = f"{url}/v1/memories/{remembered(url, TEXT * 20, merge_size=2)['id']}/restore"
+        for stop in ("client", "server"):
+            with http.stream("POST", route, json={"check": True, "stream": True}) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                if stop == "server":
+                    service._stopping = True
+                    rest = [line.removeprefix("data: ") for line in lines if line]
+                    assert json.loads(rest[-1])["error"]["code"] == "generation_failed"
+            eventually(lambda: service.open == 0)
+            eventually(lambda: service.checking._work_queue.empty())
+            service.checking.submit(lambda: None).result(timeout=30)  # the thread is free again
+
+
+def test_models_whose_restorations_cannot_be_checked(make_gmsa: Callable[..., GMSA], tmp_path: Path) -> None:
+    service = Service(make_gmsa(merging="appended", lsa="mlp"), Settings(store=tmp_path))
+    with running(service) as url:
+        route = f"{url}/v1/memories/{remembered(url)['id']}/restore"
+        for stream in (False, True):
+            answer = http.post(route, json={"check": True, "stream": stream})
+            assert answer.status_code == 400
+            assert "cannot be checked: appended tokens" in error_of(answer)["message"]
+        assert http.post(route, json={"check": "perhaps"}).status_code == 422
+        assert service.open == 0
 
 
 def test_memories_of_another_model_are_refused(make_gmsa: Callable[..., GMSA], make_service: Callable[..., Service]):

@@ -162,6 +162,9 @@ def test_answers_are_those_of_a_decoder_here(
                     streams = ["".join(event["text"] for event in found[:-1]) for found in streams]
                 assert streams[0] == streams[1]
             said.add(json.dumps(mine))
+        refused = http.post(f"{there}/v1/memories/{ids[0]}/restore", json={"check": True})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "not_enabled"
     assert len(said) == len(bodies)
     stopped = chat(there, bodies[2][1]).json()["choices"][0]
     assert stopped["finish_reason"] == "stop"

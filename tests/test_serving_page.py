@@ -110,6 +110,24 @@ def test_from_a_text_to_answers(page: "sync_api.Page", make_gmsa: Callable[[], G
     assert "read 15 soft tokens" in text_of(page, "#gmsa-reads")
 
 
+def test_a_check_says_what_is_proven(page: "sync_api.Page", make_gmsa: Callable[[], GMSA], service: Service) -> None:
+    compress(page)
+    page.get_by_role("button", name="Check").click()
+    status = page.locator("#restore-status")
+    sync_api.expect(status).to_have_text(
+        re.compile(r"^\d+ % of words restored in \d+\.\d+ s · \d+ of 15 soft tokens confirmed$")
+    )
+    page.reload()  # the text is not here any more
+    page.get_by_role("button", name=re.compile("^Use")).click()
+    page.get_by_role("button", name="Check").click()
+    sync_api.expect(status).to_contain_text("soft tokens confirmed; what is in doubt is marked")
+    pieces = list(make_gmsa().stream_checked(service.store.load(service.store.list()[0].id)))
+    assert f"{sum(piece.confirmed for piece in pieces)} of 15 soft tokens" in text_of(page, "#restore-status")
+    assert page.evaluate("document.querySelector('#restored').textContent") == "".join(piece.text for piece in pieces)
+    marked = page.evaluate("[...document.querySelectorAll('#restored mark')].map((e) => e.textContent)")
+    assert marked == [piece.text for piece in pieces if not piece.confirmed]
+
+
 def test_right_and_wrong_words_are_told_apart(page: "sync_api.Page") -> None:
     parts = page.evaluate("differences(wordsOf('The heron stood still.'), wordsOf('The crane stood, still.'))")
     said = [("right", "The"), ("missing", " heron"), ("wrong", " crane"), ("right", " stood"), ("wrong", ",")]

@@ -16,7 +16,8 @@ from gmsa.errors import InputError, MemoryMismatchError
 from gmsa.evaluation.cache import AnswerCache
 from gmsa.evaluation.restoration import evaluate_restoration
 from gmsa.modeling import GmsaModel
-from gmsa.verification import CheckedText, CheckedWindow, _Judge, _Writer, checked_text, why_not
+from gmsa.text import REPLACEMENT
+from gmsa.verification import CheckedGroup, CheckedText, _Judge, _Writer, checked_text, why_not
 
 LOCAL = {"mistral", "gemma2", "gemma3"}
 CHECKABLE = sorted(set(FAMILIES) - LOCAL)
@@ -204,11 +205,29 @@ def test_what_is_not_found_is_in_doubt(gmsa: GMSA) -> None:
 
 
 def test_spans_are_runs_of_groups_alike() -> None:
-    windows = [CheckedWindow([1, 2, 3, 4, 5, 6, 7], [0.0, 0.01, 0.5, 0.0]), CheckedWindow([8], [0.0])]
-    found = checked_text(windows, 2, lambda tokens: "".join(map(str, tokens)))
+    groups = [([1, 2], 0.0), ([3, 4], 0.01), ([5, 6], 0.5), ([7], 0.0), ([8], 0.0)]
+    found = checked_text([CheckedGroup(*group) for group in groups], lambda tokens: "".join(map(str, tokens)))
     assert found == CheckedText("12345678", [("1234", True), ("56", False), ("78", True)], 4, 5)
     assert CheckedText("", [], 3, 3).exact
     assert not CheckedText("", [], 2, 3).exact
+
+
+@pytest.mark.parametrize(("size", "text"), [(1, TEXTS[1]), (4, TEXTS[1]), (1, "Ærøskøbing, naïve, 日本語 and é")])
+def test_streamed_it_is_the_same(gmsa: GMSA, size: int, text: str) -> None:
+    memory = gmsa.compress(text, size)
+    whole = gmsa.restore_checked(memory, candidates=(8,) if size > 1 else ALL)
+    stream = gmsa.stream_checked(memory, candidates=(8,) if size > 1 else ALL)
+    pieces = [next(stream)]
+    assert gmsa.restore(memory) == gmsa.restore(memory)  # others may read meanwhile
+    pieces += stream
+    streamed = "".join(piece.text for piece in pieces)  # of bytes that are no character, as many marks as pieces have
+    assert streamed.replace(REPLACEMENT, "") == whole.text.replace(REPLACEMENT, "")
+    assert len(pieces) == whole.soft_tokens == len(memory)
+    assert sum(piece.confirmed for piece in pieces) == whole.confirmed
+    if size == 1:
+        assert streamed == whole.text == text
+        assert len(pieces) > gmsa.config.window_size
+        assert ("é" in text) == any(not piece.text for piece in pieces)  # nothing until a character is whole
 
 
 def test_memories_of_several_merge_sizes_at_once(gmsa: GMSA) -> None:
@@ -233,6 +252,8 @@ def test_models_that_cannot_be_checked(
     gmsa = GMSA(tiny_model("gemma2"), tiny_backbone("gemma2"))
     with pytest.raises(InputError, match="cannot be checked: its backbone has local attention"):
         gmsa.restore_checked(gmsa.compress("text", 2))
+    with pytest.raises(InputError, match="cannot be checked: its backbone has local attention"):
+        gmsa.stream_checked(gmsa.compress("text", 2))
 
 
 @pytest.mark.parametrize("candidates", [(), (0,), (8, -1), (True,), ("8",)])
@@ -246,6 +267,8 @@ def test_a_memory_of_another_model(gmsa: GMSA, tiny_model: Callable[..., GmsaMod
     other = GMSA(tiny_model("llama"), tiny_backbone("llama"))
     with pytest.raises(MemoryMismatchError):
         gmsa.restore_checked(other.compress("text", 2))
+    with pytest.raises(MemoryMismatchError):  # at once, not when it is read
+        gmsa.stream_checked(other.compress("text", 2))
 
 
 # -- command line and evaluation ---------------------------------------------------------------------------------------

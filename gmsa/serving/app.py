@@ -5,8 +5,9 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import resources
+from itertools import groupby
 from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, Path, Query, Request
@@ -44,6 +45,7 @@ from gmsa.serving.schemas import (
 )
 from gmsa.serving.service import Job, Prompt, Service
 from gmsa.store import MemoryStore, StoredMemory
+from gmsa.verification import CheckedPiece
 
 T = TypeVar("T")
 WEB = resources.files("gmsa.serving") / "web"
@@ -438,30 +440,48 @@ def _add_memory_routes(app: FastAPI, service: Service) -> None:
         tags=["memories"],
     )
     async def restore_memory(body: RestoreRequest, request: Request, id: MemoryId = id_path) -> Response:
-        """The text of a memory as the model can restate it; a stream has events {"text": ...}."""
+        """The text of a memory as the model can restate it; a stream has events {"text": ...}.
+
+        With `check` an event stands for a soft token, and says whether it is "confirmed".
+        """
         job = service.admit()
         streaming = False
         try:
             memory = await _while_connected(request, service.load(id))
+            pieces = service.checked(job, memory) if body.check else service.restored(job, memory)
             if body.stream:
                 streaming = True
-                return _JobStream(job, _restored_events(service, job, memory))
+                return _JobStream(job, _restored_events(pieces))
 
-            async def whole() -> str:
-                return "".join([text async for text in service.restored(job, memory)])
+            async def whole() -> dict[str, Any]:
+                said = [piece async for piece in pieces]
+                return _proven(said) if body.check else {"text": "".join(said)}  # type: ignore[arg-type]
 
-            text = await _while_connected(request, whole())
+            found = await _while_connected(request, whole())
             spent = time.perf_counter() - job.started
-            return JSONResponse(RestoredMemory(id=id, text=text, seconds=round(spent, 4)).model_dump())
+            return JSONResponse(RestoredMemory(id=id, seconds=round(spent, 4), **found).model_dump(exclude_none=True))
         finally:
             if not streaming:
                 job.close()
 
 
-async def _restored_events(service: Service, job: Job, memory: Any) -> AsyncIterator[str]:
+def _proven(pieces: Sequence[CheckedPiece]) -> dict[str, Any]:
+    """A text of checked pieces, and what of it is in doubt."""
+    runs = [
+        (sure, "".join(piece.text for piece in run)) for sure, run in groupby(pieces, lambda piece: piece.confirmed)
+    ]
+    return {
+        "text": "".join(text for _, text in runs),
+        "soft_tokens": len(pieces),
+        "confirmed": sum(piece.confirmed for piece in pieces),
+        "in_doubt": [text for sure, text in runs if not sure],
+    }
+
+
+async def _restored_events(pieces: AsyncIterator[str] | AsyncIterator[CheckedPiece]) -> AsyncIterator[str]:
     try:
-        async for text in service.restored(job, memory):
-            yield _event({"text": text})
+        async for piece in pieces:
+            yield _event(piece._asdict() if isinstance(piece, CheckedPiece) else {"text": piece})
     except Exception as error:  # the status is out already
         yield f"data: {bytes(translate(error).body).decode()}\n\n"
         return

@@ -189,6 +189,7 @@ class RestoreRequest(BaseModel):
 
     model_config = STRICT
     stream: bool = False
+    check: bool = Field(False, description="compress what is restored again and say what is proven; far slower")
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -308,6 +309,9 @@ class RestoredMemory(BaseModel):
     object: Literal["memory.restored"] = "memory.restored"
     text: str
     seconds: float
+    soft_tokens: int | None = Field(None, description="of the memory; this and what follows with `check` alone")
+    confirmed: int | None = Field(None, description="soft tokens that what was restored gives again")
+    in_doubt: list[str] | None = Field(None, description="pieces of the text that are not confirmed")
 
 
 class ModelObject(BaseModel):

@@ -1,8 +1,8 @@
 """What stands behind the routes: from a request to the rows of an answer, and nothing about HTTP.
 
-Three threads do the work, so that the event loop never waits: one makes prompts (look-ups, templates, tokens), one
-compresses, one decodes (scheduler.py) or asks decoders elsewhere (workers.py). Each has tokenizers of its own, as fast
-tokenizers are not made to be shared.
+Four threads do the work, so that the event loop never waits: one makes prompts (look-ups, templates, tokens), one
+compresses, one decodes (scheduler.py) or asks decoders elsewhere (workers.py), one restores with proof. Each has
+tokenizers of its own, as fast tokenizers are not made to be shared.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ from gmsa.serving.schemas import ChatRequest, CompletionRequest, Generation, Mem
 from gmsa.serving.settings import Settings
 from gmsa.store import MemoryStore, StoredMemory
 from gmsa.text import TextPieces
+from gmsa.verification import CheckedPiece, why_not
 
 T = TypeVar("T")
 RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other requests
@@ -74,7 +75,7 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._left = 0
         self._first = True
-        self._closed = False
+        self.closed = False
 
     def submit(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling, stops: tuple[str, ...] = ()) -> None:
         """Queue one more answer; they are numbered in the order they were submitted."""
@@ -99,19 +100,23 @@ class Job:
         while self._left:
             number, piece = await self._pieces.get()
             if piece.finish == "error":
-                raise ApiError(503, "the answer was given up; try again", "generation_failed")
-            if self._first:
-                self._first = False
-                metrics.first_token.observe(time.perf_counter() - self.started)
+                raise given_up()
+            self.note_first()
             if piece.finish is not None:
                 self._left -= 1
                 metrics.tokens.labels("generated").inc(piece.tokens)
             yield number, piece
 
+    def note_first(self) -> None:
+        """There is something to show; only the first time counts."""
+        if self._first:
+            self._first = False
+            self.service.metrics.first_token.observe(time.perf_counter() - self.started)
+
     def close(self) -> None:
         """Give up what is still running, and the place."""
-        if not self._closed:
-            self._closed = True
+        if not self.closed:
+            self.closed = True
             for row in self.rows:
                 self.service.scheduler.cancel(row)
             self.service.metrics.open.dec()
@@ -143,7 +148,11 @@ class Service:
         self.restorer: PreTrainedTokenizerBase = copy.deepcopy(gmsa.tokenizer)  # the event loop's
         self.prompting = ThreadPoolExecutor(1, "gmsa-prompts")
         self.compressing = ThreadPoolExecutor(1, "gmsa-compress")
+        self.checking = ThreadPoolExecutor(1, "gmsa-check")
         self.scheduler = decoding or _own_decoder(gmsa, settings, self.metrics)
+        self._decodes = decoding is None
+        self._checker: GMSA | None = None  # for that thread alone
+        self._stopping = False
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -157,7 +166,8 @@ class Service:
 
     def stop(self) -> None:
         """End the threads and let go of the store. What is under way ends with an error."""
-        for pool in (self.prompting, self.compressing):
+        self._stopping = True
+        for pool in (self.prompting, self.compressing, self.checking):
             pool.shutdown(cancel_futures=True)
         self.scheduler.stop()
         self.store.close()
@@ -426,6 +436,40 @@ class Service:
             if fresh:
                 yield fresh
 
+    def checked(self, job: Job, memory: Memory) -> AsyncIterator[CheckedPiece]:
+        """The text of a memory as `GMSA.stream_checked` gives it; one memory of all requests at a time.
+
+        Raises:
+            ApiError: the decoder is elsewhere. InputError: this model's restorations cannot be checked.
+        """
+        if not self._decodes:
+            raise ApiError(
+                400, "a restoration is checked where the decoder is, and this server's is elsewhere", "not_enabled"
+            )
+        if why := why_not(self.gmsa.model, self.gmsa.shares_tokenizer):
+            raise InputError(f"this model's restorations cannot be checked: {why}")
+        return self._checked(job, memory)
+
+    async def _checked(self, job: Job, memory: Memory) -> AsyncIterator[CheckedPiece]:
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[CheckedPiece | None] = asyncio.Queue()
+
+        def restore() -> None:
+            self._checker = self._checker or self.gmsa.twin()
+            stream = self._checker.stream_checked(memory)
+            while not job.closed and (piece := next(stream, None)) is not None:
+                if self._stopping:
+                    raise given_up()
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        restoring = asyncio.ensure_future(self._in(self.checking, restore))
+        restoring.add_done_callback(lambda _: pieces.put_nowait(None))
+        while (piece := await pieces.get()) is not None:
+            job.note_first()
+            yield piece
+        await restoring
+        self.metrics.tokens.labels("generated").inc(memory.origin_tokens)
+
     # -- threads ---------------------------------------------------------------------------------------------------
 
     async def _prompting(self, work: Callable[[], T]) -> T:
@@ -443,6 +487,11 @@ def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Decoding:
         max_batch=settings.max_batch,
         on_step=metrics.on_step,
     )
+
+
+def given_up() -> ApiError:
+    """The decoder failed, or the server is stopping."""
+    return ApiError(503, "the answer was given up; try again", "generation_failed")
 
 
 def sampling_of(request: Generation, number: int) -> Sampling:

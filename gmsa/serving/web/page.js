@@ -199,32 +199,42 @@ function use(memory, text) {
   $("suggestions").hidden = !(text !== null && text === state.sample);
 }
 
-async function restore() {
+async function restore(check) {
   const { memory, text } = state;
   const stop = (state.restoring = new AbortController());
   const started = performance.now();
-  $("restore").disabled = true;
+  $("restore").disabled = $("check").disabled = true;
   $("stop-restore").hidden = $("restored").hidden = false;
   $("legend").hidden = true;
   $("restored").textContent = "";
-  say("restore-status", "Restoring …");
-  let restored = "";
+  say("restore-status", check ? "Restoring, and compressing again …" : "Restoring …");
+  const pieces = [];
   try {
-    const response = await post(`v1/memories/${memory.id}/restore`, { stream: true }, stop.signal);
+    const response = await post(`v1/memories/${memory.id}/restore`, { stream: true, check }, stop.signal);
     for await (const event of events(response)) {
-      restored += event.text;
-      $("restored").textContent = restored;
+      pieces.push(event);
+      $("restored").append(event.text);
+      if (check) say("restore-status", `Checking: ${plural(pieces.length, "soft token")} of ${number(memory.soft_tokens)} …`);
     }
     const spent = seconds((performance.now() - started) / 1000);
+    const restored = pieces.map((piece) => piece.text).join("");
     const words = text === null ? null : showDifferences(text, restored);
-    say("restore-status", words ? `${words} restored in ${spent}` : `Restored in ${spent}; the text itself is not here to compare with`);
+    if (check && text === null) showDoubts(pieces);
+    const sure = pieces.filter((piece) => piece.confirmed).length;
+    const proven = check ? ` · ${sure} of ${plural(pieces.length, "soft token")} confirmed` : "";
+    const nothing = check ? (sure < pieces.length ? "; what is in doubt is marked" : "") : "; the text itself is not here to compare with";
+    say("restore-status", words ? `${words} restored in ${spent}${proven}` : `Restored in ${spent}${proven}${nothing}`);
   } catch (error) {
     report("restore-status", error);
   } finally {
     if (state.restoring === stop) state.restoring = null;
-    $("restore").disabled = false;
+    $("restore").disabled = $("check").disabled = false;
     $("stop-restore").hidden = true;
   }
+}
+
+function showDoubts(pieces) {
+  $("restored").replaceChildren(...pieces.map(({ text, confirmed }) => (confirmed ? text : element("mark", {}, text))));
 }
 
 // Each word with the white space before it.
@@ -400,7 +410,8 @@ function markStored() {
 
 $("compress-form").onsubmit = compress;
 $("ask-form").onsubmit = ask;
-$("restore").onclick = restore;
+$("restore").onclick = () => restore(false);
+$("check").onclick = () => restore(true);
 $("stop-restore").onclick = () => state.restoring?.abort();
 $("stop-ask").onclick = () => state.asking?.abort();
 $("more").onclick = () => refreshStored(true);
