@@ -199,3 +199,18 @@ def test_loading_what_was_saved(gmsa: GMSA, tmp_path_factory: pytest.TempPathFac
     memory = gmsa.compress(TEXTS[1], 2)
     assert torch.equal(again.compress(TEXTS[1], 2).soft_tokens, memory.soft_tokens)
     assert again.answer("Who?", memory, max_new_tokens=8) == gmsa.answer("Who?", memory, max_new_tokens=8)
+
+
+def test_a_twin_shares_the_weights_and_nothing_that_a_call_changes(gmsa: GMSA) -> None:
+    twin = gmsa.twin()
+    pairs = list(zip(gmsa.model.parameters(), twin.model.parameters(), strict=True))
+    assert pairs
+    assert all(mine is other for mine, other in pairs)
+    assert not {id(m) for m in gmsa.model.modules()} & {id(m) for m in twin.model.modules()}
+    assert twin.tokenizer is not gmsa.tokenizer
+    assert twin.fingerprint == gmsa.fingerprint
+    memory = gmsa.compress(TEXTS[1], 2)
+    spent = gmsa.timings
+    assert torch.equal(twin.compress(TEXTS[1], 2).soft_tokens, memory.soft_tokens)
+    assert gmsa.timings is spent
+    assert twin.answer("Who?", memory, max_new_tokens=12) == gmsa.answer("Who?", memory, max_new_tokens=12)
