@@ -1,4 +1,4 @@
-"""Pictures of the server's page as it is, with the model and the sample it has: for docs/images. The dark one is of a check.
+"""Pictures of the server's page with the model and the sample it has, for docs/images; the dark one is of a check.
 
     gmsa serve --store "$(mktemp -d)" &
     python scripts/page_screenshots.py http://127.0.0.1:8000 docs/images

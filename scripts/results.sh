@@ -37,8 +37,13 @@ done
 "$gmsa" eval qa --data "$data/qa_dev_narrativeqa.jsonl.gz" --text-decoder "$text_decoder" --merge-size 4,8 --limit 100 \
     --methods "$bounds,$cut" -o "$out/qa-narrativeqa"
 
-# Many passages, and summaries
-"$gmsa" eval qa --data "$data/long_dev_nq_multidoc.jsonl.gz" --merge-size 8 --limit 50 -o "$out/long-nq_multidoc"
+# Many passages, long contexts, and summaries
+"$gmsa" eval qa --data "$data/long_dev_nq_multidoc.jsonl.gz" --methods gmsa --merge-size 8 --limit 50 -o "$out/long-nq_multidoc"
+short=closed-book-trained,truncate-head-trained,bm25-sentences-trained
+"$gmsa" eval qa --data "$data/long_dev_fairytaleqa.jsonl.gz" --text-decoder "$text_decoder" --merge-size 8 --limit 50 \
+    --methods "gmsa,original-prompt,$short" -o "$out/long-fairytaleqa"
+"$gmsa" eval qa --data "$data/long_dev_squad_article.jsonl.gz" --text-decoder "$text_decoder" --merge-size 8 --limit 50 \
+    --methods "gmsa,$short" -o "$out/long-squad_article" # some articles are too long for the original prompt
 "$gmsa" eval summ --data "$data/summ_dev.jsonl.gz" --methods gmsa,original-prompt,truncate-head,bm25-sentences \
     --merge-size 4,8 --limit 60 --max-new-tokens 64 -o "$out/summ"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -225,12 +225,14 @@ def test_the_wheel_of_minilm_is_checked(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @settings(BUSY, max_examples=10)
+@example([(["the"], ["the", "the"]), (["was", "mill", "the", "built", "was"], ["the"])])
 @given(st.lists(st.tuples(*[st.lists(st.sampled_from(["the", "mill", "was", "built"]), min_size=1, max_size=8)] * 2),
                 min_size=1, max_size=5))  # fmt: skip
 def test_bertscore_is_that_of_the_bert_score_package(encoder: Path, pairs: list[tuple[list[str], list[str]]]) -> None:
     bert_score = pytest.importorskip("bert_score", reason="in the dev extra only")
     references, predictions = ([" ".join(pair[i]) for pair in pairs] for i in (0, 1))
-    options: dict[str, Any] = {"model_type": str(encoder), "num_layers": 2, "batch_size": 2, "device": "cpu"}
+    # One by one: in a batch the package takes padding for a token of similarity 0, which is nearer than one below 0.
+    options: dict[str, Any] = {"model_type": str(encoder), "num_layers": 2, "batch_size": 1, "device": "cpu"}
     _, _, expected = bert_score.score(predictions, references, **options)
     found = BertScorer(str(encoder), 2, "tiny").f1(references, predictions)
     assert found == pytest.approx(expected.clamp(max=1).tolist(), abs=1e-4)
