@@ -3,7 +3,7 @@
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -236,7 +236,10 @@ class GMSA:
             raise InputError("the context is empty" if number == 0 else f"the context at place {number} is empty")
 
     def twin(self) -> "GMSA":
-        """Another object over the same weights, for another thread: one object serves one caller at a time."""
+        """Another object over the same weights, for another thread: one object serves one caller at a time.
+
+        Make it while nothing else uses this one.
+        """
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
         twin.tokenizer, twin.encoder_tokenizer = copy.deepcopy((self.tokenizer, self.encoder_tokenizer))
@@ -348,8 +351,19 @@ class GMSA:
             texts.append(checked_text(mine, self.tokenizer.decode))
         return texts[0] if isinstance(memory, Memory) else texts
 
-    def stream_checked(self, memory: Memory, *, candidates: Sequence[int] = CANDIDATES) -> Iterator[CheckedPiece]:
+    def stream_checked(
+        self,
+        memory: Memory,
+        *,
+        candidates: Sequence[int] = CANDIDATES,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Iterator[CheckedPiece]:
         """`restore_checked` of one memory, soft token by soft token as they are restored.
+
+        Args:
+            memory: one.
+            candidates: as in `restore_checked`.
+            on_step: called many times for a soft token; what it raises ends the restoration.
 
         Yields:
             The text each soft token adds, whole characters only, so it may be empty, and whether it is confirmed.
@@ -361,17 +375,22 @@ class GMSA:
         windows = [window for _, window in self._windows([memory])]
         for window in windows:
             self._checked(([window], self.template.restore()), window.origin_tokens)
-        return self._checked_pieces(windows, candidates)
+        return self._checked_pieces(windows, candidates, on_step)
 
-    def _checked_pieces(self, windows: Sequence[Memory], candidates: Sequence[int]) -> Iterator[CheckedPiece]:
+    def _checked_pieces(
+        self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None]
+    ) -> Iterator[CheckedPiece]:
         text = TextPieces(self.tokenizer, skip_special_tokens=False)
-        left = sum(map(len, windows))
+        last: CheckedPiece | None = None
         for window in windows:
-            for group, *_ in self._restored_groups([window], candidates):
+            for group, *_ in self._restored_groups([window], candidates, on_step):
                 assert group is not None  # one window ends where its batch does
-                left -= 1
-                fresh = "".join(map(text.add, group.tokens))
-                yield CheckedPiece(fresh if left else fresh + text.finish(), group.confirmed)
+                if last is not None:  # bytes in doubt are not to be shown as confirmed
+                    changes = last.confirmed != group.confirmed
+                    yield last._replace(text=last.text + text.finish()) if changes else last
+                last = CheckedPiece("".join(map(text.add, group.tokens)), group.confirmed)
+        if last is not None:
+            yield last._replace(text=last.text + text.finish())
 
     def _check_candidates(self, candidates: Sequence[int]) -> None:
         if why := why_not(self.model, self.shares_tokenizer):
@@ -380,7 +399,7 @@ class GMSA:
             raise InputError(f"candidates must be whole numbers >= 1, got {candidates!r}")
 
     def _restored_groups(
-        self, windows: Sequence[Memory], candidates: Sequence[int]
+        self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None] = lambda: None
     ) -> Iterator[list[CheckedGroup | None]]:
         """Windows of one merge size, restored and checked group by group."""
         lengths = [window.origin_tokens for window in windows]
@@ -394,6 +413,7 @@ class GMSA:
                 merge_size=windows[0].merge_size,
                 candidates=candidates,
                 banned=sorted(self._ends()),
+                on_step=on_step,
             )
 
     @torch.no_grad()

@@ -125,6 +125,7 @@ def restored_groups(
     merge_size: int,
     candidates: Sequence[int],
     banned: Sequence[int],
+    on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[list[CheckedGroup | None]]:
     """Restore B windows, group by group.
 
@@ -135,13 +136,14 @@ def restored_groups(
         merge_size: of all of them.
         candidates: how many continuations to weigh for a group; the next number where none of those fits, and so on.
         banned: tokens that no text holds, such as those that end an answer.
+        on_step: called before some continuations are weighed, many times a group; what it raises ends it all.
 
     Yields:
         For the first, second, ... group of all windows: that of each, None where it has no more.
     """
     groups = max(map(len, soft))
     writer = _Writer(model, soft, before, after, merge_size * groups, banned)
-    judge = _Judge(model.compressor, len(soft))
+    judge = _Judge(model.compressor, len(soft), on_step)
     wanted = torch.nn.utils.rnn.pad_sequence(list(soft), batch_first=True).float()  # (B, M, d)
     counts = torch.tensor(list(lengths), device=model.device)
     for number in range(groups):
@@ -330,7 +332,8 @@ class _Writer:
 class _Judge:
     """The compressor, which says what soft token a continuation would have."""
 
-    def __init__(self, compressor: Compressor, rows: int) -> None:
+    def __init__(self, compressor: Compressor, rows: int, on_step: Callable[[], None] = lambda: None) -> None:
+        self.on_step = on_step
         self.encoder, self.lsa = compressor.encoder, compressor.lsa
         self.states = new_cache(self.encoder, compressor.config.window_size or 512)
         self.groups = None if self.lsa.blocks is None else new_cache(self.lsa.blocks, 128)
@@ -340,6 +343,7 @@ class _Judge:
 
     def soft_tokens(self, rows: Tensor, paths: Tensor, sizes: Tensor) -> Tensor:
         """What (b, K, r) continuations of some rows become, of which the first (b,) `sizes` tokens count: (b, K, d)."""
+        self.on_step()
         states = self._encode(_rows_of(self.states, rows), paths)
         return self._align(self.groups and _rows_of(self.groups, rows), _mean(states, sizes))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import pickle
@@ -23,9 +24,10 @@ from server import eventually, running
 from gmsa import GMSA, Memory
 from gmsa.backbones import Backbone
 from gmsa.modeling import GmsaModel
-from gmsa.serving.service import Service
+from gmsa.serving.service import CHECKS_AT_MOST, LARGEST_CHECKED, Service
 from gmsa.serving.settings import Settings
 from gmsa.text import REPLACEMENT
+from gmsa.verification import CheckedPiece
 
 TEXT = "The secret word is heron. It stood by the river, and nobody asked it why."
 QUESTIONS = ["Who?", "And what about a longer question?", "Why"]
@@ -333,9 +335,10 @@ def test_checked_restoring_is_the_engines_own(url: str, gmsa: GMSA, service: Ser
     assert (said["soft_tokens"], said["confirmed"]) == (found.soft_tokens, found.confirmed) == (20, found.confirmed)
     assert 0 < found.confirmed < 20  # rounding to bf16 hides some of an untrained model's soft tokens
     marks = str.maketrans("", "", REPLACEMENT)
-    assert said["text"].translate(marks) == found.text.translate(marks)
-    assert len(said["in_doubt"]) == sum(not confirmed for _, confirmed in found.spans)
-    assert all(piece in said["text"] for piece in said["in_doubt"])
+    spans = [(text.translate(marks), confirmed) for text, confirmed in found.spans]
+    assert said["text"].translate(marks) == "".join(text for text, _ in spans)
+    assert [piece.translate(marks) for piece in said["in_doubt"]] == [text for text, sure in spans if not sure]
+    assert all(said["in_doubt"])
     with http.stream("POST", route, json={"check": True, "stream": True}) as stream:
         data = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
     assert data[-1] == "[DONE]"
@@ -343,24 +346,49 @@ def test_checked_restoring_is_the_engines_own(url: str, gmsa: GMSA, service: Ser
     assert [piece["confirmed"] for piece in pieces].count(True) == found.confirmed
     assert "".join(piece["text"] for piece in pieces) == said["text"]
     assert "confirmed" not in http.post(route, json={}).json()
-    assert service._checker.model.decoder.lm_head.weight is service.gmsa.model.decoder.lm_head.weight  # no second copy
+    assert service._checker.model.decoder.lm_head.weight is service.gmsa.model.decoder.lm_head.weight
 
 
-def test_a_check_ends_with_its_client_and_with_the_server(make_service: Callable[..., Service]) -> None:
+def test_checks_end_with_their_clients_and_with_the_server(make_service: Callable[..., Service]) -> None:
     service = make_service()
-    with running(service) as url:
-        route = f"{url}/v1/memories/{remembered(url, TEXT * 20, merge_size=2)['id']}/restore"
-        for stop in ("client", "server"):
-            with http.stream("POST", route, json={"check": True, "stream": True}) as stream:
-                lines = stream.iter_lines()
-                next(lines)
-                if stop == "server":
-                    service._stopping = True
-                    rest = [line.removeprefix("data: ") for line in lines if line]
-                    assert json.loads(rest[-1])["error"]["code"] == "generation_failed"
-            eventually(lambda: service.open == 0)
-            eventually(lambda: service.checking._work_queue.empty())
-            service.checking.submit(lambda: None).result(timeout=30)  # the thread is free again
+    ended = threading.Event()
+
+    def endless(memory: Memory, on_step: Callable[[], None]) -> Iterator[CheckedPiece]:
+        try:
+            yield CheckedPiece("a", True)
+            while True:  # one soft token that takes for ever
+                on_step()
+                time.sleep(0.005)
+        finally:
+            ended.set()
+
+    service._checker.stream_checked = endless
+    with contextlib.ExitStack() as stack:
+        with running(service) as url:
+            body = {"check": True, "stream": True}
+            route = f"{url}/v1/memories/{remembered(url)['id']}/restore"
+            with http.stream("POST", route, json=body) as stream:
+                next(stream.iter_lines())
+                assert not ended.is_set()
+            assert ended.wait(20)
+            eventually(lambda: service.open == service.checks == 0)
+            ended.clear()
+            # One that runs, others that wait, and no place for more; answers go on meanwhile.
+            streams = [stack.enter_context(http.stream("POST", route, json=body)) for _ in range(CHECKS_AT_MOST)]
+            refused = http.post(route, json={"check": True})
+            assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
+            assert http.post(route, json={}).status_code == 200
+            next(streams[0].iter_lines())
+            service._stopping = True  # what stop() does first
+            assert ended.wait(20)
+        assert service.checks == 0
+
+
+def test_large_merge_sizes_are_not_checked(url: str) -> None:
+    memory = remembered(url, merge_size=LARGEST_CHECKED + 1)
+    answer = http.post(f"{url}/v1/memories/{memory['id']}/restore", json={"check": True})
+    assert answer.status_code == 400
+    assert "too large to be checked" in error_of(answer)["message"]
 
 
 def test_models_whose_restorations_cannot_be_checked(make_gmsa: Callable[..., GMSA], tmp_path: Path) -> None:

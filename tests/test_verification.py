@@ -221,7 +221,11 @@ def test_streamed_it_is_the_same(gmsa: GMSA, size: int, text: str) -> None:
     assert gmsa.restore(memory) == gmsa.restore(memory)  # others may read meanwhile
     pieces += stream
     streamed = "".join(piece.text for piece in pieces)  # of bytes that are no character, as many marks as pieces have
-    assert streamed.replace(REPLACEMENT, "") == whole.text.replace(REPLACEMENT, "")
+    assert streamed.replace(REPLACEMENT, "") == "".join(text for text, _ in whole.spans).replace(REPLACEMENT, "")
+    doubted = "".join(piece.text for piece in pieces if not piece.confirmed)
+    assert doubted.replace(REPLACEMENT, "") == "".join(t for t, sure in whole.spans if not sure).replace(
+        REPLACEMENT, ""
+    )
     assert len(pieces) == whole.soft_tokens == len(memory)
     assert sum(piece.confirmed for piece in pieces) == whole.confirmed
     if size == 1:

@@ -38,6 +38,8 @@ from gmsa.verification import CheckedPiece, why_not
 
 T = TypeVar("T")
 RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other requests
+CHECKS_AT_MOST = 4  # running or waiting; they take long, and each holds a place among the open requests
+LARGEST_CHECKED = 16  # merge size; what a group may cost grows with it, and little is confirmed beyond
 MAX_ANSWERS = 32  # of one request, which counts as one of the queue
 CHARACTERS_PER_TOKEN = 16  # more than texts have; only how much is tokenized first depends on it
 
@@ -76,6 +78,7 @@ class Job:
         self._left = 0
         self._first = True
         self.closed = False
+        self.checks = False
 
     def submit(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling, stops: tuple[str, ...] = ()) -> None:
         """Queue one more answer; they are numbered in the order they were submitted."""
@@ -121,6 +124,7 @@ class Job:
                 self.service.scheduler.cancel(row)
             self.service.metrics.open.dec()
             self.service.open -= 1
+            self.service.checks -= self.checks
 
 
 class Service:
@@ -150,8 +154,8 @@ class Service:
         self.compressing = ThreadPoolExecutor(1, "gmsa-compress")
         self.checking = ThreadPoolExecutor(1, "gmsa-check")
         self.scheduler = decoding or _own_decoder(gmsa, settings, self.metrics)
-        self._decodes = decoding is None
-        self._checker: GMSA | None = None  # for that thread alone
+        self._checker = gmsa.twin() if decoding is None else None  # for that thread alone
+        self.checks = 0
         self._stopping = False
 
     @property
@@ -440,30 +444,44 @@ class Service:
         """The text of a memory as `GMSA.stream_checked` gives it; one memory of all requests at a time.
 
         Raises:
-            ApiError: the decoder is elsewhere. InputError: this model's restorations cannot be checked.
+            ApiError: the decoder is elsewhere, or too many checks are waiting. InputError: this model's restorations
+                cannot be checked, or none of so large a merge size.
         """
-        if not self._decodes:
+        if self._checker is None:
             raise ApiError(
                 400, "a restoration is checked where the decoder is, and this server's is elsewhere", "not_enabled"
             )
         if why := why_not(self.gmsa.model, self.gmsa.shares_tokenizer):
             raise InputError(f"this model's restorations cannot be checked: {why}")
-        return self._checked(job, memory)
+        if memory.merge_size > LARGEST_CHECKED:
+            raise InputError(
+                f"merge size {memory.merge_size} is too large to be checked here: {LARGEST_CHECKED} at most"
+            )
+        if self.checks >= CHECKS_AT_MOST:
+            raise ApiError(429, "too many checks are waiting; try again later", "queue_full")
+        self.checks += 1
+        job.checks = True
+        return self._checked(job, memory, self._checker)
 
-    async def _checked(self, job: Job, memory: Memory) -> AsyncIterator[CheckedPiece]:
+    async def _checked(self, job: Job, memory: Memory, checker: GMSA) -> AsyncIterator[CheckedPiece]:
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[CheckedPiece | None] = asyncio.Queue()
 
+        def go_on() -> None:
+            if job.closed or self._stopping:
+                raise given_up()
+
         def restore() -> None:
-            self._checker = self._checker or self.gmsa.twin()
-            stream = self._checker.stream_checked(memory)
-            while not job.closed and (piece := next(stream, None)) is not None:
-                if self._stopping:
-                    raise given_up()
+            for piece in checker.stream_checked(memory, on_step=go_on):
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
+        def ended(future: asyncio.Future[None]) -> None:
+            if not future.cancelled():
+                future.exception()  # nobody else may be there to take it
+            pieces.put_nowait(None)
+
         restoring = asyncio.ensure_future(self._in(self.checking, restore))
-        restoring.add_done_callback(lambda _: pieces.put_nowait(None))
+        restoring.add_done_callback(ended)
         while (piece := await pieces.get()) is not None:
             job.note_first()
             yield piece

@@ -174,7 +174,7 @@ async function compress(event) {
 function use(memory, text) {
   state.restoring?.abort();
   state.asking?.abort();
-  Object.assign(state, { memory, text });
+  Object.assign(state, { memory, text, restoring: null });
   $("memory-card").hidden = $("ask-card").hidden = !memory;
   markStored();
   if (!memory) return;
@@ -212,29 +212,25 @@ async function restore(check) {
   try {
     const response = await post(`v1/memories/${memory.id}/restore`, { stream: true, check }, stop.signal);
     for await (const event of events(response)) {
+      if (state.restoring !== stop) return;
       pieces.push(event);
-      $("restored").append(event.text);
+      $("restored").append(event.confirmed === false ? element("mark", {}, event.text) : event.text);
       if (check) say("restore-status", `Checking: ${plural(pieces.length, "soft token")} of ${number(memory.soft_tokens)} …`);
     }
     const spent = seconds((performance.now() - started) / 1000);
     const restored = pieces.map((piece) => piece.text).join("");
     const words = text === null ? null : showDifferences(text, restored);
-    if (check && text === null) showDoubts(pieces);
     const sure = pieces.filter((piece) => piece.confirmed).length;
     const proven = check ? ` · ${sure} of ${plural(pieces.length, "soft token")} confirmed` : "";
     const nothing = check ? (sure < pieces.length ? "; what is in doubt is marked" : "") : "; the text itself is not here to compare with";
     say("restore-status", words ? `${words} restored in ${spent}${proven}` : `Restored in ${spent}${proven}${nothing}`);
   } catch (error) {
-    report("restore-status", error);
+    if (state.restoring === stop) report("restore-status", error);
   } finally {
     if (state.restoring === stop) state.restoring = null;
     $("restore").disabled = $("check").disabled = false;
     $("stop-restore").hidden = true;
   }
-}
-
-function showDoubts(pieces) {
-  $("restored").replaceChildren(...pieces.map(({ text, confirmed }) => (confirmed ? text : element("mark", {}, text))));
 }
 
 // Each word with the white space before it.
