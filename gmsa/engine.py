@@ -392,9 +392,13 @@ class GMSA:
         if last is not None:
             yield last._replace(text=last.text + text.finish())
 
-    def _check_candidates(self, candidates: Sequence[int]) -> None:
+    def require_checkable(self) -> None:
+        """Raise InputError if this model's restorations cannot be checked; the message says why."""
         if why := why_not(self.model, self.shares_tokenizer):
             raise InputError(f"this model's restorations cannot be checked: {why}")
+
+    def _check_candidates(self, candidates: Sequence[int]) -> None:
+        self.require_checkable()
         if not candidates or not all(type(n) is int and n >= 1 for n in candidates):
             raise InputError(f"candidates must be whole numbers >= 1, got {candidates!r}")
 

@@ -34,7 +34,7 @@ from gmsa.serving.schemas import ChatRequest, CompletionRequest, Generation, Mem
 from gmsa.serving.settings import Settings
 from gmsa.store import MemoryStore, StoredMemory
 from gmsa.text import TextPieces
-from gmsa.verification import CheckedPiece, why_not
+from gmsa.verification import CheckedPiece
 
 T = TypeVar("T")
 RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other requests
@@ -451,8 +451,7 @@ class Service:
             raise ApiError(
                 400, "a restoration is checked where the decoder is, and this server's is elsewhere", "not_enabled"
             )
-        if why := why_not(self.gmsa.model, self.gmsa.shares_tokenizer):
-            raise InputError(f"this model's restorations cannot be checked: {why}")
+        self.gmsa.require_checkable()
         if memory.merge_size > LARGEST_CHECKED:
             raise InputError(
                 f"merge size {memory.merge_size} is too large to be checked here: {LARGEST_CHECKED} at most"
