@@ -21,11 +21,11 @@ from measuring import answer_loss
 from tqdm import tqdm
 
 from gmsa import GMSA
-from gmsa.data import read_rows
-from gmsa.evaluation.metrics import exact_match, f1
-from gmsa.evaluation.qa import spread
-from gmsa.evaluation.statistics import interval
-from gmsa.training.evaluation import RestorationProbe
+from gmsa.evaluate.metrics import exact_match, f1
+from gmsa.evaluate.qa import spread
+from gmsa.evaluate.statistics import interval
+from gmsa.io.rows import read_rows
+from gmsa.train.evaluation import RestorationProbe
 
 # What each arm changes in the model of both stages, and the stages it has.
 ARMS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {

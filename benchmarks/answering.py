@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from gmsa import GMSA, Memory
-from gmsa.evaluation.latency import QUESTION, predicted, text_of
+from gmsa.evaluate.latency import QUESTION, predicted, text_of
 
 TOKENIZED = {"add_special_tokens": False, "verbose": False}
 

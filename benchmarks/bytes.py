@@ -15,8 +15,8 @@ import measuring
 import torch
 
 from gmsa import GMSA
-from gmsa.evaluation.latency import text_of
-from gmsa.generation import read_prefix
+from gmsa.decode.batch import read_prefix
+from gmsa.evaluate.latency import text_of
 from gmsa.store.forms import encode
 
 FORMS = ("bfloat16", "int8")

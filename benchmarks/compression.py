@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gmsa import GMSA
-from gmsa.evaluation.latency import text_of
-from gmsa.modeling import GmsaModel
+from gmsa.evaluate.latency import text_of
+from gmsa.io.loading import GmsaModel
 
 LENGTHS = [1024, 4096, 16_384, 65_536, 131_072]
 BATCH = 8  # texts of the naive side, windows of ours: the engine's default

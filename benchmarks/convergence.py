@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from gmsa.modeling import GmsaModel
-from gmsa.training.evaluation import RestorationProbe
-from gmsa.training.recipe import Recipe
-from gmsa.training.trainer import prepare
+from gmsa.io.loading import GmsaModel
+from gmsa.train.evaluation import RestorationProbe
+from gmsa.train.recipe import Recipe
+from gmsa.train.trainer import prepare
 
 CURRICULUM = "merge_sizes={0: [1, 2], 50: [1, 2, 4], 100: [4, 8]}"
 MODELS = {

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaModel
 
 from gmsa import GMSA
-from gmsa.modeling import body_of, layers_of
+from gmsa.model.backbone import body_of, layers_of
 
 # What an operator of the profile is counted as; all others are the rest.
 KINDS = {

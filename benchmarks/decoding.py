@@ -4,9 +4,9 @@ python benchmarks/decoding.py --output docs/results/decoding.json
 
 Variants, all greedy on the same soft tokens, by turns in every round:
 - generate: transformers' own loop and cache;
-- loop: that of gmsa/generation.py, with transformers' cache, which copies all keys and values at every step;
+- loop: that of gmsa/decode/batch.py, with transformers' cache, which copies all keys and values at every step;
 - buffers: the loop with keys and values in buffers that have room (`RoomyLayer`);
-- packed: and with packed weights (gmsa/packing.py): what `GMSA.answer` does;
+- packed: and with packed weights (gmsa/decode/cpu.py): what `GMSA.answer` does;
 - int8: in place of packed weights, 8 bits per weight and a scale per output channel (torch's `_weight_int8pack_mm`,
   which rounds weights alone), where a step has at most 4 rows; above that it is slower than bf16.
 
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from gmsa import GMSA, generation
-from gmsa.evaluation.latency import QUESTION, text_of
-from gmsa.packing import PackedLinears
+from gmsa import GMSA
+from gmsa.decode import batch as generation
+from gmsa.decode.cpu import PackedLinears
+from gmsa.evaluate.latency import QUESTION, text_of
 
 MOST_ROWS = 4  # of an int8 product
 

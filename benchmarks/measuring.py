@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gmsa import GMSA, __version__
-from gmsa.allocation import keep_freed_memory, return_freed_memory
+from gmsa.decode.malloc import keep_freed_memory, return_freed_memory
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which of them there are decides how fast bf16 is
 COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#c98500", "#a463f2", "#6b7280")

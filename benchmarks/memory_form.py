@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from gmsa import GMSA, Memory
-from gmsa.data import read_rows
-from gmsa.evaluation.metrics import exact_match, f1
-from gmsa.evaluation.qa import spread
-from gmsa.evaluation.restoration import texts_of_length
-from gmsa.evaluation.statistics import interval
+from gmsa.evaluate.metrics import exact_match, f1
+from gmsa.evaluate.qa import spread
+from gmsa.evaluate.restoration import texts_of_length
+from gmsa.evaluate.statistics import interval
+from gmsa.io.rows import read_rows
 from gmsa.store.forms import decode, encode
 
 FORMS = ("float32", "bfloat16", "int8")

@@ -33,13 +33,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gmsa import GMSA
-from gmsa.baselines.base import MethodUnavailable, Models
-from gmsa.baselines.bm25_sentences import words_of
-from gmsa.baselines.embedding_sentences import EmbeddingSentences
-from gmsa.data import Window, batch_windows, make_windows, read_rows, split_windows
-from gmsa.evaluation.qa import spread
-from gmsa.evaluation.statistics import interval
-from gmsa.merging import group_merge
+from gmsa.evaluate.methods.base import MethodUnavailable, Models
+from gmsa.evaluate.methods.bm25_sentences import words_of
+from gmsa.evaluate.methods.embedding_sentences import EmbeddingSentences
+from gmsa.evaluate.qa import spread
+from gmsa.evaluate.statistics import interval
+from gmsa.io.rows import read_rows
+from gmsa.model.merging import group_merge
+from gmsa.model.windows import Window, batch_windows, make_windows, split_windows
 
 RECALL_AT = (1, 5, 20)
 KINDS = ("soft tokens", "merged states")

@@ -29,12 +29,12 @@ import numpy as np
 import torch
 
 from gmsa import GMSA, Memory, MemoryStore
-from gmsa.baselines.base import Models, Question
-from gmsa.baselines.bm25_sentences import words_of
-from gmsa.data import read_rows
-from gmsa.engine import Content
-from gmsa.evaluation.qa import MEASURES, spread
-from gmsa.evaluation.statistics import interval, paired_difference
+from gmsa.api import Content
+from gmsa.evaluate.methods.base import Models, Question
+from gmsa.evaluate.methods.bm25_sentences import words_of
+from gmsa.evaluate.qa import MEASURES, spread
+from gmsa.evaluate.statistics import interval, paired_difference
+from gmsa.io.rows import read_rows
 
 START = re.compile(r"Document \[\d+\] \(Title: ")
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import measuring
 
-from gmsa.evaluation.latency import QUESTION, text_of
+from gmsa.evaluate.latency import QUESTION, text_of
 
 TEXT_TOKENS = 211
 NEW_TOKENS = 16

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from gmsa import GMSA
-from gmsa.evaluation.restoration import texts_of_length
+from gmsa.evaluate.restoration import texts_of_length
 
 
 def main() -> None:

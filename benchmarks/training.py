@@ -39,14 +39,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmsa import __version__
-from gmsa.allocation import keep_freed_memory
-from gmsa.backbones import DEFAULT_BACKBONE, load_backbone
 from gmsa.config import GmsaConfig
-from gmsa.data import Example, collate, read_rows
+from gmsa.decode.malloc import keep_freed_memory
+from gmsa.decode.prompt import Prompt, PromptTemplate
 from gmsa.errors import GmsaError, InputError
-from gmsa.modeling import GmsaModel, body_of, lowest_layers
-from gmsa.prompts import Prompt, PromptTemplate
-from gmsa.training.trainer import checkpoint_activations
+from gmsa.io.backbones import DEFAULT_BACKBONE, load_backbone
+from gmsa.io.loading import GmsaModel
+from gmsa.io.rows import read_rows
+from gmsa.model.backbone import body_of, take_layers
+from gmsa.train.examples import Example, collate
+from gmsa.train.trainer import checkpoint_activations
 
 # `recomputing` is ours with gradient checkpointing: less memory, for one more forward pass of every block.
 SIDES = ("naive", "ours", "recomputing")
@@ -63,7 +65,7 @@ PARTS = {
 }
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which of them there are decides how fast bf16 is
 LEARNING_RATE, CLIP = 1e-4, 2.0  # the paper's
-PAD_TO_MULTIPLE = 16  # as gmsa.training.batches
+PAD_TO_MULTIPLE = 16  # as gmsa.train.batches
 Mark = Callable[[str], None]  # told the name of each part of a step when it is over
 
 
@@ -182,7 +184,7 @@ def build_naive(options: argparse.Namespace, device: torch.device) -> Side:
     def lowest(count: int | None) -> PreTrainedModel:
         causal_lm = load_backbone(options.backbone, dtype=torch.float32).model
         if count is not None:
-            setattr(causal_lm, causal_lm.base_model_prefix, lowest_layers(body_of(causal_lm), count, True))
+            setattr(causal_lm, causal_lm.base_model_prefix, take_layers(body_of(causal_lm), 0, count, True))
         return causal_lm
 
     backbone = load_backbone(options.backbone, dtype=torch.float32)

@@ -32,11 +32,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from gmsa import GMSA
-from gmsa.data import read_rows, split_windows
-from gmsa.evaluation.qa import spread
-from gmsa.evaluation.restoration import texts_of_length
-from gmsa.evaluation.statistics import paired_difference
-from gmsa.merging import group_merge
+from gmsa.evaluate.qa import spread
+from gmsa.evaluate.restoration import texts_of_length
+from gmsa.evaluate.statistics import paired_difference
+from gmsa.io.rows import read_rows
+from gmsa.model.merging import group_merge
+from gmsa.model.windows import split_windows
 
 
 @dataclass(frozen=True)

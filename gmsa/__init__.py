@@ -12,21 +12,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gmsa.api import GMSA
     from gmsa.config import GmsaConfig
-    from gmsa.engine import GMSA
-    from gmsa.memory import Memory
-    from gmsa.merging import group_merge
-    from gmsa.modeling import GmsaModel
+    from gmsa.io.loading import GmsaModel
+    from gmsa.io.memory import Memory
+    from gmsa.model.merging import group_merge
     from gmsa.store import MemoryStore
 
 __version__ = "0.1.0"
 _HOMES = {
-    "GMSA": "gmsa.engine",
-    "Memory": "gmsa.memory",
+    "GMSA": "gmsa.api",
+    "Memory": "gmsa.io.memory",
     "GmsaConfig": "gmsa.config",
-    "GmsaModel": "gmsa.modeling",
+    "GmsaModel": "gmsa.io.loading",
     "MemoryStore": "gmsa.store",
-    "group_merge": "gmsa.merging",
+    "group_merge": "gmsa.model.merging",
 }
 __all__ = ["GMSA", "GmsaConfig", "GmsaModel", "Memory", "MemoryStore", "__version__", "group_merge"]
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from gmsa.cli import main
+from gmsa.cli.main import main
 
 sys.exit(main())

@@ -1,14 +1,23 @@
 """The configuration of a model: what the encoder, the merging, the alignment and the decoder are."""
 
+import importlib
 import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from gmsa.errors import ConfigError, check_whole
 
-LSA_KINDS = ("decoder", "random", "mlp", "linear", "none")
-MERGINGS = ("mean", "appended")
+# The kinds of layer semantic alignment and of merging, and the class of each: a new one is a file and a line here.
+ALIGNMENT_KINDS = {
+    "decoder": "gmsa.model.alignment.DecoderBlocks",
+    "random": "gmsa.model.alignment.RandomBlocks",
+    "mlp": "gmsa.model.alignment.MultilayerPerceptron",
+    "linear": "gmsa.model.alignment.LinearMap",
+    "none": "gmsa.model.alignment.NoAlignment",
+}
+MERGING_KINDS = {"mean": "gmsa.model.merging.GroupMerging", "appended": "gmsa.model.appended.AppendedTokens"}
 PROMPTS = ("chat", "plain")
 # What training may change. `lsa` stands for everything between encoder and decoder that has weights.
 TRAINABLE_GROUPS = ("encoder", "lsa", "decoder-qkv", "decoder", "decoder-lora")
@@ -84,15 +93,15 @@ class GmsaConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise ConfigError, naming the field, if the choices cannot work."""
 
-        def one_of(field: str, allowed: tuple[str, ...]) -> None:
+        def one_of(field: str, allowed: Iterable[str]) -> None:
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
 
         def whole(field: str, least: int) -> None:
             check_whole(field, getattr(self, field), least)
 
-        one_of("merging", MERGINGS)
-        one_of("lsa", LSA_KINDS)
+        one_of("merging", MERGING_KINDS)
+        one_of("lsa", ALIGNMENT_KINDS)
         one_of("prompt", PROMPTS)
         whole("lsa_layers", 1)
         whole("max_appended", 1)
@@ -114,3 +123,9 @@ class GmsaConfig(PreTrainedConfig):
 
 # What a configuration says of the model itself, not of when and by what it was written.
 SETTINGS = [name for name in inspect.signature(GmsaConfig).parameters if name != "kwargs"]
+
+
+def kind_of(kinds: Mapping[str, str], name: str) -> Any:
+    """The class that one of the tables above names."""
+    module, _, attribute = kinds[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,67 +1,58 @@
-"""From tokens, one at a time, to pieces of text that can be sent: whole characters, cut at stop strings."""
+"""Token ids of texts of any length, in bounded memory: piece by piece, the same as in one go."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "�"  # what a tokenizer writes for bytes that are no whole character yet
+PIECE = 1 << 16  # characters tokenised at once
+OVERLAP = 1 << 10  # characters that two neighbouring pieces share
+Token = tuple[int, int]  # its id, and at which character of the text it begins
 
 
-class TextPieces:
-    """Decodes one answer as its tokens arrive.
+def token_pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str, piece: int = PIECE, overlap: int = OVERLAP
+) -> Iterator[list[int]]:
+    """Token ids of a text, without special tokens, in pieces that join to what the tokenizer makes of the whole.
+
+    Pieces overlap and are joined within the overlap, where both have the same tokens at the same places. As long as
+    they do not agree, the earlier one is made longer; a text whose pieces never agree is thus tokenised as a whole.
 
     Args:
-        tokenizer: the decoder's.
-        stops: strings that end the answer; the text stops before the first of them.
-        skip_special_tokens: whether these are left out.
+        tokenizer: a slow one, which does not tell where its tokens stand, takes every text whole.
+        text: any.
+        piece: characters tokenised at once.
+        overlap: characters that neighbouring pieces share; fewer than `piece`.
+
+    Yields:
+        The ids of each piece.
     """
+    if len(text) <= piece or not tokenizer.is_fast:
+        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), skip_special_tokens: bool = True
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.skip_special_tokens = skip_special_tokens
-        self.stops = [stop for stop in stops if stop]
-        self.stopped = False
-        self._tokens: list[int] = []
-        # Tokens before `_read` have been turned into text; those from `_context` on are decoded along with new ones,
-        # because some tokenizers write a token differently at the start of a text.
-        self._context = self._read = 0
-        self._held = ""  # decoded, but may be the beginning of a stop string
+    def read(start: int, end: int) -> list[Token]:
+        found = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [(i, start + first) for i, (first, _) in zip(found["input_ids"], found["offset_mapping"], strict=True)]
 
-    def add(self, token: int) -> str:
-        """The text that this token completes, which may be none."""
-        self._tokens.append(token)
-        return self._release(self._fresh(final=False), final=False)
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._release(self._fresh(final=True), final=True)
-
-    def _fresh(self, final: bool) -> str:
-        known = self._decode(self._tokens[self._context : self._read])
-        text = self._decode(self._tokens[self._context :])
-        if not final and text.endswith(REPLACEMENT):  # the last bytes may be the beginning of a character
-            return ""
-        self._context, self._read = self._read, len(self._tokens)
-        return text[len(known) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special_tokens)
-
-    def _release(self, fresh: str, final: bool) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + fresh
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self.stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+    start, end, joint = 0, piece, 0  # the piece is text[start:end]; what stands before joint has been yielded
+    tokens = read(start, end)
+    while end < len(text):
+        next_start, next_end = end - overlap, min(len(text), end - overlap + piece)
+        following = read(next_start, next_end)
+        found = _joint(tokens, following, next_start + overlap // 4, end - overlap // 4)
+        if found is None:
+            end = next_end
+            tokens = [token for token in read(start, end) if token[1] >= joint]
+            continue
+        yield [i for i, place in tokens if place < found]
+        joint = found
+        start, end, tokens = next_start, next_end, [token for token in following if token[1] >= joint]
+    yield [i for i, _ in tokens]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+def _joint(left: list[Token], right: list[Token], start: int, end: int) -> int | None:
+    """Where to pass from one piece to the next: amid tokens that both have between these characters."""
+    both = [[token for token in tokens if start <= token[1] < end] for tokens in (left, right)]
+    if not both[0] or both[0] != both[1]:
+        return None
+    return both[0][len(both[0]) // 2][1]

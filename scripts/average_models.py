@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from gmsa import GMSA
-from gmsa.checkpoint import FORMS, stored_parameters
 from gmsa.config import SETTINGS
 from gmsa.errors import ConfigError, GmsaError
+from gmsa.io.checkpoint import FORMS, stored_parameters
 
 
 def average(shares: dict[str, float], out: str, form: str = "exact") -> None:

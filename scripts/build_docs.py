@@ -138,7 +138,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def command_line() -> str:
     """Every command with its arguments, from the parser itself."""
-    from gmsa.cli import build_parser
+    from gmsa.cli.main import build_parser
 
     return "\n".join(_commands(build_parser()))
 
@@ -174,7 +174,7 @@ def plain(text: str) -> str:
 
 def recipe_fields() -> str:
     """The fields of a recipe: names, kinds and defaults, and the comment that stands beside each."""
-    from gmsa.training import recipe
+    from gmsa.train import recipe
 
     source = inspect.getsource(recipe)
     lines = source.splitlines()
@@ -199,9 +199,9 @@ def recipe_fields() -> str:
 
 def server_routes() -> str:
     """Every route with what it takes and gives, from the description that the server serves as /openapi.json."""
-    from gmsa.serving.app import create_app
-    from gmsa.serving.metrics import Metrics
-    from gmsa.serving.settings import Settings
+    from gmsa.serve.app import create_app
+    from gmsa.serve.metrics import Metrics
+    from gmsa.serve.settings import Settings
 
     with tempfile.TemporaryDirectory() as folder:
         service: Any = SimpleNamespace(settings=Settings(store=Path(folder)), metrics=Metrics())

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gmsa.scale.corpus import compress_corpus, read_corpus
-from gmsa.scale.shards import Record
+from gmsa.corpus.corpus import compress_corpus, read_corpus
+from gmsa.corpus.shards import Record
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("examples/thames.txt", "LICENSE")

@@ -8,8 +8,8 @@ import itertools
 import json
 from collections.abc import Iterator
 
-from gmsa.data import read_rows
 from gmsa.errors import GmsaError
+from gmsa.io.rows import read_rows
 
 
 def joined(path: str, characters: int) -> Iterator[dict[str, str]]:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gmsa.config import GmsaConfig
-from gmsa.losses import CHUNK
-from gmsa.modeling import GmsaModel, body_of, layers_of
-from gmsa.training.recipe import Recipe
-from gmsa.training.trainer import DEFAULT_LORA
+from gmsa.io.loading import GmsaModel
+from gmsa.model.backbone import body_of, layers_of
+from gmsa.model.losses import CHUNK
+from gmsa.train.recipe import Recipe
+from gmsa.train.trainer import DEFAULT_LORA
 
 GPUS = 8
 GB = 1e9

@@ -35,9 +35,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gmsa import GMSA
-from gmsa.memory import Memory
-from gmsa.scale.export import export_compressor, export_decoder
-from gmsa.scale.vllm import LocalDecoder, RemoteDecoder, prompt_embeddings
+from gmsa.io.memory import Memory
+from gmsa.serve.vllm import LocalDecoder, RemoteDecoder, prompt_embeddings
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("examples/thames.txt", "LICENSE")
@@ -257,7 +256,7 @@ def main() -> None:
     checks: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch) / "decoder"
-        export_decoder(gmsa, folder)
+        gmsa.export_decoder(folder)
         cases: list[Case] = []
         if set(wanted) != {"front"}:
             cases = make_cases(gmsa, options.prompts)
@@ -300,7 +299,7 @@ def main() -> None:
                 ]
                 compare_texts("server, streamed", streamed, texts[:10])
         if "front" in wanted:
-            export_compressor(gmsa, Path(scratch) / "compressor")
+            gmsa.export_compressor(Path(scratch) / "compressor")
             count = min(20, options.prompts)
             checks["front"] = check_front(options.model, Path(scratch) / "compressor", url, key, count, new)
             print("front", checks["front"], flush=True)

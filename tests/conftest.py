@@ -15,9 +15,9 @@ import torch
 from tiny import make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gmsa.backbones import Backbone, load_backbone
 from gmsa.config import GmsaConfig
-from gmsa.modeling import GmsaModel
+from gmsa.io.backbones import Backbone, load_backbone
+from gmsa.io.loading import GmsaModel
 
 
 @pytest.fixture(autouse=True)

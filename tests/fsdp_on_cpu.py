@@ -22,8 +22,8 @@ os.environ.update(
 from accelerate.state import AcceleratorState, DistributedType
 from torch.distributed.fsdp import FSDPModule
 
-from gmsa.cli import main
-from gmsa.training.trainer import GmsaTrainer
+from gmsa.cli.main import main
+from gmsa.train.trainer import GmsaTrainer
 
 initialise = AcceleratorState.__init__
 

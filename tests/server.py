@@ -8,8 +8,8 @@ from typing import Any
 
 import uvicorn
 
-from gmsa.serving.app import create_app
-from gmsa.serving.service import Service
+from gmsa.serve.app import create_app
+from gmsa.serve.service import Service
 
 
 def eventually(holds: Callable[[], Any], seconds: float = 20) -> None:

@@ -33,7 +33,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gmsa.data import make_windows
+from gmsa.model.windows import make_windows
 
 SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (

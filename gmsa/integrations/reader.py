@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from gmsa.errors import GmsaError, InputError, MemoryFileError, MemoryNotFoundError
 
 if TYPE_CHECKING:
-    from gmsa.engine import GMSA
-    from gmsa.memory import Memory
-    from gmsa.prompts import Prompt
+    from gmsa.api import GMSA
+    from gmsa.decode.prompt import Prompt
+    from gmsa.io.memory import Memory
     from gmsa.store import MemoryStore
 
 MEMORY_ID = "gmsa_memory_id"  # of a document's metadata
@@ -240,7 +240,7 @@ class LocalReader(Reader):
     @cached_property
     def gmsa(self) -> "GMSA":
         """The model."""
-        from gmsa.engine import GMSA
+        from gmsa.api import GMSA
 
         given = self._given[0]
         return GMSA.from_pretrained(given) if isinstance(given, str | Path) else given
@@ -351,9 +351,9 @@ class LocalReader(Reader):
         """A chat through the decoder's template. `held`: memories at hand, which are added to."""
         import torch
 
-        from gmsa.memory import Memory
-        from gmsa.prompts import Prompt
-        from gmsa.serving.chat import Turn, render
+        from gmsa.decode.prompt import Prompt
+        from gmsa.io.memory import Memory
+        from gmsa.serve.chat import Turn, render
 
         sources = [part for message in messages for part in message.parts if isinstance(part, Source)]
         self._load([source for source in sources if source not in held], held)

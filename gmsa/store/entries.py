@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gmsa.errors import GmsaError, InputError, MemoryFileError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and looking through an index needs none
-    from gmsa.memory import Memory
+    from gmsa.io.memory import Memory
 
 FORMS = ("bfloat16", "float32", "int8")
 ID = re.compile("[0-9a-f]{64}")

@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from gmsa.errors import MemoryFileError
-from gmsa.memory import FORMAT, Memory
+from gmsa.io.memory import FORMAT, Memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 INT8_FORMAT = "gmsa-memory-int8-1"

@@ -55,8 +55,8 @@ from gmsa.store.entries import (
 from gmsa.store.index import Index, StoreStats
 
 if TYPE_CHECKING:
-    from gmsa.engine import GMSA
-    from gmsa.memory import Memory
+    from gmsa.api import GMSA
+    from gmsa.io.memory import Memory
 
 STALE_SECONDS = 3600.0  # a scratch file this old was left by a crash; writing one takes seconds
 KEY_FORMAT = "gmsa-store-1"

@@ -1,0 +1,133 @@
+"""`gmsa compress-corpus`: every text of a corpus, by many workers."""
+
+import argparse
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
+
+from gmsa.cli.common import Add, add_common, add_merge_size, count, emit, size
+from gmsa.errors import GmsaError, InputError
+
+if TYPE_CHECKING:
+    from gmsa.corpus.corpus import Outcome, Totals
+
+SHOWN = 10  # bad rows
+ENOUGH = 100_000  # bytes of text, to reckon from
+
+
+def add_commands(add: Add) -> None:
+    """Hang the command on the command line."""
+    command = add("compress-corpus", run, "Compress every text of a corpus, with many workers.")
+    command.add_argument("inputs", nargs="+", metavar="IN", help=".jsonl (also .gz) or .parquet: path, glob or URL")
+    command.add_argument(
+        "output", metavar="OUT", help="folder or URL for shards and manifest; a job begun is gone on with"
+    )
+    command.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or Ray (local)")
+    command.add_argument("--workers", type=count, default=1, metavar="N", help="models at work (1)")
+    command.add_argument("--threads", type=count, metavar="N", help="per worker (default: the CPUs shared out)")
+    command.add_argument("--shard-size", type=size, default=10**6, metavar="N", help="text per shard, k, M or G (1M)")
+    add_merge_size(command)
+    command.add_argument("--form", choices=["bfloat16", "float32", "int8"], default="bfloat16", help="kept (bfloat16)")
+    command.add_argument("--batch-size", type=count, default=8, metavar="N", help="windows encoded at once (8)")
+    command.add_argument("--text-field", default="text", metavar="NAME", help="field of the text (text)")
+    command.add_argument(
+        "--id-field", default="id", metavar="NAME", help="field of the id; the others are kept, too (id)"
+    )
+    command.add_argument("--max-row-bytes", type=size, default=16 * 10**6, metavar="N", help="more is bad (16M)")
+    command.add_argument("--on-error", choices=["skip", "fail"], default="fail", help="what to do with bad rows (fail)")
+    command.add_argument("--price", type=float, metavar="X", help="of a worker hour, to reckon what a terabyte costs")
+    add_common(command)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run `gmsa compress-corpus`."""
+    try:
+        from gmsa.corpus.corpus import bad_rows, compress_corpus
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise GmsaError(f"corpora need more packages ({missing}): pip install 'gmsa[corpus]'") from error
+    from tqdm import tqdm
+
+    def note(line: str) -> None:
+        tqdm.write(f"gmsa: {line}", file=sys.stderr)
+
+    with tqdm(desc="compress", unit="shard", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(record: Any, done: int, of: int) -> None:
+            bar.total, bar.n = of, done
+            bar.refresh()
+
+        outcome = compress_corpus(
+            options.inputs,
+            options.output,
+            engine=options.engine,
+            workers=options.workers,
+            shard_bytes=options.shard_size,
+            model=options.model,
+            merge_size=options.merge_size,
+            form=options.form,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            text_field=options.text_field,
+            id_field=options.id_field,
+            max_row_bytes=options.max_row_bytes,
+            on_error=options.on_error,
+            threads=options.threads,
+            note=note,
+            progress=progress,
+        )
+    totals = outcome.totals
+    if options.json:
+        emit(facts_of(options, outcome))
+    else:
+        print(report(options, outcome), file=sys.stderr)
+        for line in bad_rows(options.output, SHOWN):
+            print(f"gmsa: {line}", file=sys.stderr)
+        if totals.bad > SHOWN:
+            print(f"gmsa: and {totals.bad - SHOWN:,} more in {options.output}/bad-rows.jsonl", file=sys.stderr)
+    if totals.lines and not totals.rows:
+        raise InputError(f"not one of {totals.lines:,} rows could be compressed")
+
+
+def facts_of(options: argparse.Namespace, outcome: "Outcome") -> dict[str, Any]:
+    """What machines are told."""
+    totals = outcome.totals
+    return {
+        "output": options.output,
+        **dataclasses.asdict(totals),
+        "done_now": outcome.done_now,
+        "seconds": round(outcome.seconds, 1),
+        "per_terabyte": per_terabyte(totals, options.price),
+    }
+
+
+def per_terabyte(totals: "Totals", price: float | None) -> dict[str, float]:
+    """What 10^12 bytes of such text would take with such workers."""
+    hours = totals.hours_per_terabyte()
+    known = {"worker_hours": round(hours, 1), "output_terabytes": round(totals.growth(), 2)}
+    return known if price is None else {**known, "cost": round(hours * price, 2)}
+
+
+def report(options: argparse.Namespace, outcome: "Outcome") -> str:
+    """What a person is told."""
+    t = outcome.totals
+    lines = [
+        f"{t.lines:,} lines = {t.rows:,} memories + {t.bad:,} bad rows + {t.blank:,} blank lines; "
+        f"{t.shards:,} shards in {options.output}, {outcome.done_now:,} of them made now in {outcome.seconds:.1f} s"
+    ]
+    if t.rows:
+        seconds = max(t.worker_seconds, 1e-9)
+        lines += [
+            f"{t.origin_tokens:,} tokens -> {t.soft_tokens:,} soft tokens, {t.bytes / 1e6:,.1f} MB from "
+            f"{t.text_bytes / 1e6:,.1f} MB of text",
+            f"one worker: {t.rows / seconds:,.1f} rows, {t.origin_tokens / seconds:,.0f} tokens, "
+            f"{t.text_bytes / seconds / 1e6:,.3f} MB of text per second",
+        ]
+    if t.text_bytes >= ENOUGH:
+        lines += [
+            "a terabyte of such text with such workers: "
+            + ", ".join(
+                f"{value:,} {name.replace('_', ' ')}" for name, value in per_terabyte(t, options.price).items()
+            ),
+        ]
+    return "\n".join(lines)

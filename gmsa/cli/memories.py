@@ -1,0 +1,123 @@
+"""`gmsa compress`, `gmsa restore` and `gmsa ask`."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from gmsa.cli.common import (
+    Add,
+    add_common,
+    add_merge_size,
+    count,
+    describe,
+    emit,
+    load,
+    read_text,
+    seconds,
+    summary,
+)
+from gmsa.cli.store import add_place, open_memory
+from gmsa.errors import InputError
+
+
+def add_commands(add: Add) -> None:
+    """Hang the commands on the command line."""
+    command = add("compress", compress, "Compress a text file into a memory file.")
+    command.add_argument("file", metavar="FILE", help="text in UTF-8, or - for standard input")
+    command.add_argument("-o", "--output", required=True, metavar="OUT", help="memory file to write (.safetensors)")
+    add_merge_size(command)
+    add_common(command)
+
+    command = add("restore", restore, "Write the text of a memory file as the model can restate it.")
+    command.add_argument("memory", metavar="MEM", help="memory file, or id of a stored memory")
+    command.add_argument(
+        "--check", action="store_true", help="compress what is restored again to tell what is right: exact, but slower"
+    )
+    add_place(command)
+    add_common(command)
+
+    command = add("ask", ask, "Answer a question from texts or memory files.")
+    command.add_argument("question", metavar="QUESTION")
+    command.add_argument("--context", action="append", default=[], metavar="FILE", help="text file or -; repeatable")
+    command.add_argument(
+        "--memory", action="append", default=[], metavar="MEM", help="memory file, or id of a stored memory; repeatable"
+    )
+    add_place(command)
+    add_merge_size(command)
+    command.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (128)")
+    add_common(command)
+
+
+def compress(options: argparse.Namespace) -> None:
+    """Run `gmsa compress`."""
+    text = read_text(options.file)
+    folder = Path(options.output).absolute().parent
+    if not folder.is_dir():  # say so before the work, not after it
+        raise InputError(f"cannot write {options.output}: there is no folder {folder}")
+    gmsa = load(options)
+    memory = gmsa.compress(text, options.merge_size, show_progress_bar=sys.stderr.isatty() and len(text) > 100_000)
+    memory.save(options.output)
+    facts = {
+        "output": options.output,
+        **describe([memory]),
+        "bytes": Path(options.output).stat().st_size,
+        "seconds": seconds({"compress": gmsa.timings.compress}),
+    }
+    emit(facts) if options.json else print(f"{summary(facts)}; wrote {options.output}", file=sys.stderr)
+
+
+def restore(options: argparse.Namespace) -> None:
+    """Run `gmsa restore`."""
+    memory = open_memory(options, options.memory)
+    gmsa = load(options)
+    checked = gmsa.restore_checked(memory, show_progress_bar=sys.stderr.isatty()) if options.check else None
+    text = gmsa.restore(memory) if checked is None else checked.text
+    facts = {"text": text, **describe([memory]), "seconds": seconds(dataclasses.asdict(gmsa.timings))}
+    del facts["seconds"]["compress"]
+    if checked is not None:
+        facts["confirmed"] = checked.confirmed
+        facts["in_doubt"] = [span for span, confirmed in checked.spans if not confirmed]
+    if options.json:
+        emit(facts)
+        return
+    print(text)
+    print(summary(facts), file=sys.stderr)
+    if checked is not None:
+        print(f"{checked.confirmed} of {checked.soft_tokens} soft tokens confirmed", file=sys.stderr)
+        for span in facts["in_doubt"]:
+            print(f"in doubt: {' '.join(span.split())}", file=sys.stderr)
+
+
+def ask(options: argparse.Namespace) -> None:
+    """Run `gmsa ask`."""
+    if not options.context and not options.memory:
+        raise InputError("nothing to answer from: give --context FILE or --memory MEM")
+    if not options.question.strip():
+        raise InputError("the question is empty")
+    if options.context.count("-") > 1:
+        raise InputError("standard input can be read as a context only once")
+    texts = [read_text(path) for path in options.context]
+    memories = [open_memory(options, name) for name in options.memory]
+    gmsa = load(options)
+    memories += gmsa.compress(texts, options.merge_size)
+    spent = gmsa.timings.compress
+    if sys.stdout.isatty() and not options.json:
+        answer = ""
+        for piece in gmsa.answer(options.question, memories, max_new_tokens=options.max_new_tokens, stream=True):
+            answer += piece
+            print(piece, end="", flush=True)
+        print()
+    else:
+        answer = gmsa.answer(options.question, memories, max_new_tokens=options.max_new_tokens)
+    facts = {
+        "answer": answer,
+        **describe(memories),
+        "seconds": seconds({**dataclasses.asdict(gmsa.timings), "compress": spent}),
+    }
+    if options.json:
+        emit(facts)
+    else:
+        if not sys.stdout.isatty():
+            print(answer)
+        print(summary(facts), file=sys.stderr)

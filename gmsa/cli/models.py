@@ -1,0 +1,80 @@
+"""`gmsa info`, `gmsa pull` and `gmsa export`: models as files."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from gmsa.cli.common import DTYPES, Add, add_json, emit, group
+from gmsa.errors import CheckpointError
+
+
+def add_commands(add: Add) -> None:
+    """Hang the commands on the command line."""
+    command = add("info", info, "Say what a model is made of.")
+    command.add_argument("model", nargs="?", default="default", metavar="MODEL", help="folder or hub id")
+    add_json(command)
+
+    command = add("pull", pull, "Fetch and verify what the default model needs.")
+    add_json(command)
+
+    parts = group(add, "export", "Write a part of a model: its decoder for vLLM, or its compressor alone.", "PART")
+    for part, dtype, summary in (
+        ("decoder", "bfloat16", "Write the decoder as a plain Hugging Face folder, for vLLM, SGLang, TGI."),
+        ("compressor", "float32", "Write the compressor alone: what makes memories and embeds prompts."),
+    ):
+        command = parts(part, export, summary)
+        command.add_argument("folder", metavar="DIR", help="a new folder")
+        command.add_argument("--model", default="default", help="folder or hub id (default: the bundled model)")
+        command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of the weights ({dtype})")
+        add_json(command)
+
+
+def info(options: argparse.Namespace) -> None:
+    """Run `gmsa info`."""
+    from gmsa.api import BUNDLED, DEFAULT_MODEL
+    from gmsa.io import checkpoint
+
+    name = str(BUNDLED) if options.model == DEFAULT_MODEL else options.model
+    folder = checkpoint.find_folder(name, None, None, False)
+    facts = checkpoint.describe(folder)
+    if options.json:
+        emit(facts)
+        return
+    for key, value in facts.items():
+        print(f"{key:>16}  {value}")
+
+
+def pull(options: argparse.Namespace) -> None:
+    """Run `gmsa pull`."""
+    from gmsa.io import backbones
+
+    folder = backbones.pull()
+    if options.json:
+        emit({"backbone": backbones.DEFAULT_BACKBONE, "folder": str(folder)})
+    else:
+        print(f"{backbones.DEFAULT_BACKBONE} is ready in {folder}", file=sys.stderr)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Run `gmsa export decoder` or `gmsa export compressor`."""
+    folder = Path(options.folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):  # say so before the work, not after it
+        raise CheckpointError(f"{folder} exists already: name a new folder")
+    from gmsa.api import GMSA
+
+    # On the CPU: nothing is computed, and the memory of a GPU may not hold a model in fp32.
+    gmsa = GMSA.from_pretrained(options.model, dtype=options.dtype, device_map="cpu")
+    (gmsa.export_decoder if options.part == "decoder" else gmsa.export_compressor)(folder)
+    facts = {
+        "folder": str(folder),
+        "holds": options.part,
+        "compressor": gmsa.fingerprint,
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+    }
+    if options.json:
+        emit(facts)
+        return
+    print(
+        f"wrote {folder}: {options.part}, {facts['bytes'] / 1e6:,.1f} MB, compressor {gmsa.fingerprint}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,1 @@
+"""Prompts in, tokens out: the only rooms that know the decoder's cache."""

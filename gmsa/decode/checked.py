@@ -1,0 +1,416 @@
+"""Restoring with proof. Not in the paper.
+
+A compressor is deterministic, so what is restored can be checked: the right tokens of a group, encoded again after the
+right tokens before them, give the very soft token that the memory holds. The decoder proposes, the compressor judges:
+
+    for each group: the decoder's likeliest continuations --encoder, merging, LSA--> their soft tokens
+                    the continuation whose soft token lies nearest to the memory's is kept
+
+Where it lies as near as rounding allows, the group is confirmed. Where none does, more continuations are tried. All
+continuations of a row are computed side by side in one row, as a tree: a mask lets each see only its own past.
+
+Needs one tokenizer for encoder and decoder, and group merging: with appended tokens nothing tells which tokens a soft
+token stands for.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from gmsa.decode.batch import new_cache, read_whole, shares_prefixes
+from gmsa.model.alignment import DecoderBlocks
+from gmsa.model.backbone import cache_argument
+from gmsa.model.compressor import Compressor
+from gmsa.model.gmsa import GmsaNetwork
+
+# A group is confirmed where its soft token is off by less than this share of the memory's norm. With the default model
+# in bf16 right ones are off by 0.008 at most (0.13 after an error further up), wrong ones by 0.098 or more.
+TOLERANCE = 0.05
+# Continuations to weigh for a group: so many, then so many more where none of them fits.
+CANDIDATES = (8, 64, 512)
+# Tokens a beam goes on with at most, but for the first step: sorting the whole vocabulary for every beam takes long.
+LIKELIEST = 64
+# Tokens of one row that are encoded at once; masks grow with their square.
+TOGETHER = 2048
+# Tokens encoded in one round of exchanges: of those in the continuations, and at last of the likeliest in each place.
+EXCHANGED = 2048
+EXCHANGED_AT_LAST = 16_384
+
+
+@dataclass(frozen=True)
+class CheckedText:
+    """A restored text, and which parts of it are confirmed: encoded anew they give the memory's own soft tokens.
+
+    Attributes:
+        text: as the tokenizer writes it; where all is confirmed, that is the text the memory was made of.
+        spans: its pieces in order, each with whether it is confirmed.
+        confirmed: soft tokens that are.
+        soft_tokens: all of them.
+    """
+
+    text: str
+    spans: list[tuple[str, bool]]
+    confirmed: int
+    soft_tokens: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether all of it is confirmed."""
+        return self.confirmed == self.soft_tokens
+
+
+class CheckedPiece(NamedTuple):
+    """What the tokens of one soft token add to a text, and whether they are confirmed."""
+
+    text: str
+    confirmed: bool
+
+
+class CheckedGroup(NamedTuple):
+    """Tokens of one group, and how far off their soft token is, as a share of its norm."""
+
+    tokens: list[int]
+    distance: float
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether it lies as near as rounding allows."""
+        return self.distance < TOLERANCE
+
+
+def checked_text(groups: Sequence[CheckedGroup], decode: Callable[[list[int]], str]) -> CheckedText:
+    """The groups of one text, joined.
+
+    Args:
+        groups: in order, those of all windows.
+        decode: token ids -> text.
+    """
+    spans: list[tuple[list[int], bool]] = []
+    for group in groups:
+        if not spans or spans[-1][1] != group.confirmed:
+            spans.append(([], group.confirmed))
+        spans[-1][0].extend(group.tokens)
+    return CheckedText(
+        decode([token for group in groups for token in group.tokens]),
+        [(decode(tokens), confirmed) for tokens, confirmed in spans],
+        sum(group.confirmed for group in groups),
+        len(groups),
+    )
+
+
+def why_not(model: GmsaNetwork, one_tokenizer: bool) -> str | None:
+    """What keeps a model's restorations from being checked; None: nothing."""
+    bodies = [model.decoder, model.compressor.encoder, model.compressor.lsa.blocks]
+    present = [body for body in bodies if body is not None]
+    if not one_tokenizer:
+        return "encoder and decoder have different tokenizers"
+    if model.config.merging != "mean":
+        return "appended tokens do not tell which tokens a soft token stands for"
+    if not all(shares_prefixes(body) for body in present):
+        return "its backbone has local attention"
+    if any("flash" in (body.config._attn_implementation or "") for body in present):
+        return "flash attention takes no mask of its own: load it with attn_implementation='sdpa'"
+    return None
+
+
+@torch.no_grad()
+def restored_groups(
+    model: GmsaNetwork,
+    soft: Sequence[Tensor],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    lengths: Sequence[int],
+    merge_size: int,
+    candidates: Sequence[int],
+    banned: Sequence[int],
+    on_step: Callable[[], None] = lambda: None,
+) -> Iterator[list[CheckedGroup | None]]:
+    """Restore B windows, group by group.
+
+    Args:
+        soft: B tensors (M_i, d), the soft tokens of each.
+        before, after: B tensors of decoder token ids around them.
+        lengths: how many tokens each window had.
+        merge_size: of all of them.
+        candidates: how many continuations to weigh for a group; the next number where none of those fits, and so on.
+        banned: tokens that no text holds, such as those that end an answer.
+        on_step: called before some continuations are weighed, many times a group; what it raises ends it all.
+
+    Yields:
+        For the first, second, ... group of all windows: that of each, None where it has no more.
+    """
+    groups = max(map(len, soft))
+    writer = _Writer(model, soft, before, after, merge_size * groups, banned)
+    judge = _Judge(model.compressor, len(soft), on_step)
+    wanted = torch.nn.utils.rnn.pad_sequence(list(soft), batch_first=True).float()  # (B, M, d)
+    counts = torch.tensor(list(lengths), device=model.device)
+    for number in range(groups):
+        group = _Group(judge, wanted[:, number], counts - number * merge_size, merge_size)
+        for width in candidates:
+            rows = group.open_rows()
+            if not len(rows):
+                break
+            paths = writer.propose(rows, group.sizes[rows], width)
+            group.weigh(rows, paths)
+            group.repair(rows, _commonest(paths))
+        if len(rows := group.open_rows()):
+            group.repair(rows, writer.likeliest(rows, group.tokens[rows]))
+        writer.accept(group.tokens)
+        judge.accept(group.tokens, group.sizes)
+        chosen = zip(group.real.tolist(), group.tokens.tolist(), group.distances.tolist(), strict=True)
+        yield [CheckedGroup(tokens[:count], off) if count > 0 else None for count, tokens, off in chosen]
+
+
+class _Group:
+    """One group of every row: the best continuation so far, and how far off it is.
+
+    Args:
+        judge: says what soft token a continuation has.
+        wanted: (B, d) soft tokens of the memories.
+        left: (B,) tokens of each row from here on; rows that are done have none and go along with one.
+        size: the merge size.
+    """
+
+    def __init__(self, judge: "_Judge", wanted: Tensor, left: Tensor, size: int) -> None:
+        self.judge = judge
+        self.wanted = wanted
+        self.real = left.clamp(min=0, max=size)
+        self.sizes = self.real.clamp(min=1)
+        self.tokens = torch.zeros(len(left), int(self.sizes.max()), dtype=torch.long, device=left.device)
+        self.distances = torch.full((len(left),), torch.inf, device=left.device)
+
+    def open_rows(self) -> Tensor:
+        """Numbers of the rows for which nothing fits yet."""
+        return ((self.real > 0) & (self.distances >= TOLERANCE)).nonzero()[:, 0]
+
+    def weigh(self, rows: Tensor, paths: Tensor) -> Tensor:
+        """Keep the nearest of (b, K, r) continuations of some rows, where nearer than what is kept: (b,) bool."""
+        improved = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        target, rank = self.wanted[rows][:, None], torch.arange(len(rows), device=rows.device)
+        for part in paths.split(max(1, TOGETHER // paths.shape[2]), dim=1):
+            made = self.judge.soft_tokens(rows, part, self.sizes[rows]).float()
+            values, best = ((made - target).norm(dim=-1) / target.norm(dim=-1).clamp(min=1e-6)).min(dim=1)
+            nearer = values < self.distances[rows]
+            self.distances[rows[nearer]] = values[nearer]
+            self.tokens[rows[nearer], : part.shape[2]] = part[rank, best][nearer]
+            improved |= nearer
+        return improved
+
+    def repair(self, rows: Tensor, pools: Tensor) -> None:
+        """Exchange one token after the other of what is kept, as long as that brings its soft token nearer.
+
+        The distance falls with every token that is put right, long before all of them are.
+
+        Args:
+            rows: (b,) numbers of rows.
+            pools: (b, r, P) tokens to try in each place.
+        """
+        steps = pools.shape[1]
+        for _ in range(steps):
+            going = self.distances[rows] >= TOLERANCE
+            rows, pools = rows[going], pools[going]
+            if not len(rows):
+                return
+            variants = self.tokens[rows, :steps][:, None, None].repeat(1, steps, pools.shape[2], 1)
+            for place in range(steps):
+                variants[:, place, :, place] = pools[:, place]
+            improved = self.weigh(rows, variants.flatten(1, 2))
+            rows, pools = rows[improved], pools[improved]
+
+
+def _commonest(paths: Tensor) -> Tensor:
+    """Tokens of (b, K, r) continuations, the commonest first, the same for every place: (b, r, P)."""
+    steps = paths.shape[2]
+    most = max(1, EXCHANGED // steps**2)
+    found = []
+    for path in paths:
+        tokens, counts = path.unique(return_counts=True)
+        found.append(tokens[counts.argsort(descending=True, stable=True)][:most])
+    most = max(map(len, found))
+    pools = torch.stack([tokens.repeat(-(-most // len(tokens)))[:most] for tokens in found])
+    return pools[:, None].expand(-1, steps, -1)
+
+
+class _Writer:
+    """The decoder, which proposes continuations."""
+
+    def __init__(
+        self, model: GmsaNetwork, soft: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor], room: int,
+        banned: Sequence[int],
+    ) -> None:  # fmt: skip
+        start = read_whole(model, soft, before, after, room)
+        self.decoder = model.decoder
+        self.cache, self.lengths = start.cache, start.lengths
+        width = self.cache.get_seq_length()
+        self.real = start.mask if start.mask is not None else self.lengths.new_ones(len(soft), width)  # (B, T)
+        self.banned = torch.tensor(list(banned), dtype=torch.long, device=model.device)
+        self.scores = self._scores(start.logits)  # (B, V)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        scores = logits.float().log_softmax(dim=-1)
+        scores[..., self.banned] = -torch.inf
+        return scores
+
+    def propose(self, rows: Tensor, sizes: Tensor, width: int) -> Tensor:
+        """The `width` likeliest continuations of some rows that a beam search finds.
+
+        Args:
+            rows: (b,) numbers of rows.
+            sizes: (b,) tokens each is to be continued by; fewer than the most are filled up with token 0.
+            width: K.
+
+        Returns:
+            (b, K, r) tokens, r the largest size; K is smaller where there are no more.
+        """
+        cache, real, lengths = _rows_of(self.cache, rows), self.real[rows], self.lengths[rows]
+        batch, vocabulary, device = len(rows), self.scores.shape[-1], rows.device
+        scores, totals = self.scores[rows][:, None], torch.zeros(batch, 1, device=device)
+        paths = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)
+        seen = torch.zeros(batch, 1, 0, dtype=torch.bool, device=device)  # which nodes of the tree each beam stands on
+        steps = int(sizes.max())
+        for step in range(steps):
+            # A row that has all its tokens goes on with token 0 and nothing else.
+            filler = torch.full_like(scores, -torch.inf)
+            filler[..., 0] = 0
+            scores = torch.where((sizes <= step)[:, None, None], filler, scores)
+            # At the first step there is one beam only, which goes on with as many tokens as there are to be beams.
+            beams = scores.shape[1]
+            most = min(vocabulary, max(LIKELIEST, -(-width // beams)))
+            scores, likeliest = scores.topk(most, dim=-1)  # (b, beams, most)
+            count = min(width, beams * most)
+            totals, picked = (totals[..., None] + scores).flatten(1).topk(count, dim=1)
+            parents = picked // most  # (b, count)
+            tokens = likeliest.flatten(1).gather(1, picked)
+            own = torch.eye(count, dtype=torch.bool, device=device).expand(batch, -1, -1)
+            paths = torch.cat([_of(paths, parents), tokens[..., None]], dim=-1)
+            seen = torch.cat([_of(seen, parents), own], dim=-1)  # (b, K, nodes so far)
+            if step + 1 < steps:
+                logits = self.decoder(
+                    input_ids=tokens,
+                    attention_mask=_tree_mask(real, seen, self.decoder.dtype),
+                    position_ids=(lengths + step)[:, None].expand(-1, count),
+                    use_cache=True,
+                    **cache_argument(self.decoder, cache),
+                ).logits
+                scores = self._scores(logits)
+        return paths
+
+    def likeliest(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """The likeliest tokens in each place of some rows' (b, r) continuations, after those before it: (b, r, P)."""
+        steps = tokens.shape[1]
+        scores = self.scores[rows][:, None]
+        if steps > 1:
+            cache, count = _rows_of(self.cache, rows), steps - 1
+            logits = self.decoder(
+                input_ids=tokens[:, :-1],
+                attention_mask=F.pad(self.real[rows], (0, count), value=1),
+                position_ids=self.lengths[rows][:, None] + torch.arange(count, device=rows.device),
+                use_cache=True,
+                **cache_argument(self.decoder, cache),
+            ).logits
+            scores = torch.cat([scores, self._scores(logits)], dim=1)
+        return scores.topk(min(scores.shape[-1], max(1, EXCHANGED_AT_LAST // steps**2)), dim=-1).indices
+
+    def accept(self, tokens: Tensor) -> None:
+        """Go on after these (B, r) tokens."""
+        count = tokens.shape[1]
+        self.real = F.pad(self.real, (0, count), value=1)
+        logits = self.decoder(
+            input_ids=tokens,
+            attention_mask=self.real,
+            position_ids=self.lengths[:, None] + torch.arange(count, device=tokens.device),
+            use_cache=True,
+            logits_to_keep=1,
+            **cache_argument(self.decoder, self.cache),
+        ).logits[:, -1]
+        self.lengths = self.lengths + count
+        self.scores = self._scores(logits)
+
+
+class _Judge:
+    """The compressor, which says what soft token a continuation would have."""
+
+    def __init__(self, compressor: Compressor, rows: int, on_step: Callable[[], None] = lambda: None) -> None:
+        self.on_step = on_step
+        self.encoder, self.lsa = compressor.encoder, compressor.lsa
+        self.states = new_cache(self.encoder, compressor.config.window_size or 512)
+        self.groups = None if self.lsa.blocks is None else new_cache(self.lsa.blocks, 128)
+        if compressor.config.encoder_sink:
+            device = next(compressor.parameters()).device
+            self._encode(self.states, torch.full((rows, 1, 1), compressor.sink_id, device=device))
+
+    def soft_tokens(self, rows: Tensor, paths: Tensor, sizes: Tensor) -> Tensor:
+        """What (b, K, r) continuations of some rows become, of which the first (b,) `sizes` tokens count: (b, K, d)."""
+        self.on_step()
+        states = self._encode(_rows_of(self.states, rows), paths)
+        return self._align(self.groups and _rows_of(self.groups, rows), _mean(states, sizes))
+
+    def accept(self, tokens: Tensor, sizes: Tensor) -> None:
+        """Go on after these (B, r) tokens."""
+        self._align(self.groups, _mean(self._encode(self.states, tokens[:, None]), sizes))
+
+    def _encode(self, cache: DynamicCache, paths: Tensor) -> Tensor:
+        """States of (b, K, r) tokens, each continuation on its own: (b, K, r, encoder width)."""
+        batch, width, steps = paths.shape
+        step = torch.arange(steps, device=paths.device)
+        own = torch.eye(width, dtype=torch.bool, device=paths.device)[:, None, :, None]  # the same continuation
+        earlier = (step[:, None] >= step)[None, :, None, :]
+        seen = (own & earlier).reshape(1, width * steps, width * steps).expand(batch, -1, -1)
+        past = cache.get_seq_length()
+        return self.encoder(
+            input_ids=paths.flatten(1),
+            attention_mask=_tree_mask(paths.new_ones(batch, past), seen, self.encoder.dtype),
+            position_ids=(past + step).repeat(width).expand(batch, -1),
+            use_cache=True,
+            **cache_argument(self.encoder, cache),
+        ).last_hidden_state.view(batch, width, steps, -1)
+
+    def _align(self, cache: DynamicCache | None, merged: Tensor) -> Tensor:
+        """LSA on the (b, K, encoder width) next groups of K continuations: (b, K, decoder width)."""
+        if not isinstance(self.lsa, DecoderBlocks) or self.lsa.blocks is None or cache is None:
+            return self.lsa(merged)
+        merged = self.lsa.to_width(merged)
+        batch, width, _ = merged.shape
+        past = cache.get_seq_length()
+        own = torch.eye(width, dtype=torch.bool, device=merged.device).expand(batch, -1, -1)
+        return self.lsa.blocks(
+            inputs_embeds=merged.to(self.lsa.blocks.dtype),
+            attention_mask=_tree_mask(own.new_ones(batch, past), own, self.lsa.blocks.dtype),
+            position_ids=torch.full((batch, width), past, device=merged.device),
+            use_cache=True,
+            **cache_argument(self.lsa.blocks, cache),
+        ).last_hidden_state
+
+
+def _mean(states: Tensor, sizes: Tensor) -> Tensor:
+    """Group merging of (b, K, r, d) states, of which the first (b,) `sizes` of each group are real: (b, K, d)."""
+    inside = torch.arange(states.shape[2], device=states.device) < sizes[:, None]  # (b, r)
+    sums = torch.where(inside[:, None, :, None], states, 0).float().sum(dim=2)
+    return (sums / sizes[:, None, None]).to(states.dtype)
+
+
+def _rows_of(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """A copy of some rows, to be thrown away."""
+    copy = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        if layer.keys is not None:
+            copy.update(layer.keys[rows], layer.values[rows], number)
+    return copy
+
+
+def _tree_mask(real: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """(b, 1, Q, T + N) additive mask: `real` (b, T) of what came before, `seen` (b, Q, N) of the tree."""
+    past = real.bool()[:, None].expand(-1, seen.shape[1], -1)
+    allowed = torch.cat([past, seen], dim=-1)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def _of(values: Tensor, parents: Tensor) -> Tensor:
+    """(b, J, n) values of the (b, K) parents -> (b, K, n)."""
+    return values.gather(1, parents[..., None].expand(-1, -1, values.shape[2]))

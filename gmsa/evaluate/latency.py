@@ -1,0 +1,249 @@
+"""How long compressing and answering take beside reading the full prompt (paper sections 4 and 6).
+
+Every way of answering is run in turn in every round, so that a machine that slows down slows all of them.
+"""
+
+import contextlib
+import hashlib
+import json
+import platform
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gmsa import __version__
+from gmsa.api import GMSA
+from gmsa.errors import InputError
+from gmsa.evaluate.cache import AnswerCache
+from gmsa.io.backbones import fingerprint_of
+from gmsa.io.memory import Memory
+from gmsa.model.backbone import body_of, layers_of
+
+QUESTION = "Which of the facts above is the most surprising, and why?"
+
+
+def text_of(gmsa: GMSA, length: int) -> str:
+    """Plain sentences of `length` tokens or a few fewer. What they say does not matter for time."""
+    text, tokens = "", []
+    for number in count(1):
+        text += f"In the year {1000 + number % 1000} town {number} kept {number * 37 % 911} bridges in repair. "
+        if number % 16 == 0 or length < 400:
+            tokens = gmsa.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(tokens) >= length:
+                break
+    return gmsa.tokenizer.decode(tokens[:length])
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to an answer: how to come by what the decoder reads in place of the context."""
+
+    method: str
+    merge_size: int | None
+    prepare: Callable[[], Sequence[Memory] | Tensor]  # memories, or the context's token ids (T,)
+
+
+def predicted(gmsa: GMSA, merge_size: int, stored: bool) -> float:
+    """Layer passes over the context that the original prompt needs, over those of GMSA (paper section 4).
+
+    No attention, no question, no answer: for long contexts and short answers.
+    """
+    decoder = len(layers_of(body_of(gmsa.model.decoder)))
+    encoder = len(layers_of(gmsa.model.compressor.encoder))
+    lsa = gmsa.config.lsa_layers if gmsa.config.lsa in ("decoder", "random") else 0
+    return decoder / (decoder / merge_size + (0 if stored else encoder + lsa / merge_size))
+
+
+def evaluate_latency(
+    gmsa: GMSA,
+    lengths: Sequence[int],
+    merge_sizes: Sequence[int],
+    new_tokens: Sequence[int],
+    rounds: int = 5,
+    show_progress_bar: bool = False,
+    *,
+    cache: AnswerCache | None = None,
+    note: Callable[[str], None] = warnings.warn,
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Time the original prompt, GMSA from the text, and GMSA from a stored memory.
+
+    Args:
+        gmsa: the model.
+        lengths: of the contexts, in tokens.
+        merge_sizes: to compress at.
+        new_tokens: so many are generated, no more and no fewer.
+        rounds: of each; medians are reported. One more, before the first, is not counted.
+        show_progress_bar: on stderr.
+        cache: a length and number of new tokens timed before, all ways and rounds of it, is not timed again.
+        note: told in one line of each of those.
+
+    Yields:
+        A result row and what each round took. `seconds`: `compress` (or loading the stored memory), `first_token`
+        (prefill), `decode` (the further tokens) and `total`. `metrics`: `ratio_to_original` (total of the original
+        prompt over this one's), `predicted_ratio` by the cost model, `peak_bytes` of the process while it ran, null
+        where unknown.
+
+    Raises:
+        InputError: a context that does not fit the decoder.
+    """
+    limit = getattr(gmsa.model.decoder.config, "max_position_embeddings", None)
+    longest = max(lengths) + max(new_tokens) + 128
+    if limit is not None and longest > limit:
+        raise InputError(f"the original prompt of {max(lengths)} tokens does not fit the decoder's {limit} positions")
+    cache = cache or AnswerCache(None, note)
+    plan = [(length, new) for length in lengths for new in new_tokens]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tqdm(total=len(plan) * (rounds + 1), unit="round", disable=not show_progress_bar) as bar,
+    ):
+        made_with = _made_with(gmsa, merge_sizes, rounds)
+        for length, new in plan:
+            key = hashlib.sha256(json.dumps(["latency", *made_with, length, new]).encode()).hexdigest()
+            ways, tokens = _ways(gmsa, text_of(gmsa, length), merge_sizes, Path(scratch))
+            if key in cache.answers:
+                note(f"{length} tokens, {new} new: timed before, in {cache.path}")
+                bar.update(rounds + 1)
+            else:
+                taken: list[list[dict[str, Any]]] = [[] for _ in ways]
+                for number in range(rounds + 1):
+                    for way, found in zip(ways, taken, strict=True):
+                        figures = _time(gmsa, way, new)
+                        if number:
+                            found.append(figures)
+                    bar.update()
+                cache.add(key, {"tokens": tokens, "taken": taken})
+            taken = cache.answers[key]["taken"]
+            yield from _rows(gmsa, ways, taken, tokens, length, new)
+
+
+def _made_with(gmsa: GMSA, merge_sizes: Sequence[int], rounds: int) -> list[Any]:
+    """All that times depend on and that can be told, beside the lengths: the model, the machine, how often."""
+    device = gmsa.model.device
+    try:
+        processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        processor = None
+    return [
+        gmsa.fingerprint,
+        fingerprint_of(gmsa.model),
+        str(gmsa.model.dtype),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        processor[1] if processor else platform.processor(),
+        platform.node(),
+        torch.get_num_threads(),
+        [torch.__version__, __version__],
+        list(merge_sizes),
+        rounds,
+    ]
+
+
+def _ways(gmsa: GMSA, text: str, merge_sizes: Sequence[int], folder: Path) -> tuple[list[Way], int]:
+    ids = gmsa.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def original() -> Tensor:
+        return torch.tensor(gmsa.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    ways = [Way("original-prompt", None, original)]
+    for size in merge_sizes:
+        path = folder / f"{len(ids)}-{size}.safetensors"
+        gmsa.compress(text, size).save(path)
+
+        def cold(size: int = size) -> list[Memory]:
+            return [gmsa.compress(text, size)]
+
+        def stored(path: Path = path) -> list[Memory]:
+            return [Memory.load(path)]
+
+        ways += [Way("gmsa", size, cold), Way("gmsa-stored", size, stored)]
+    return ways, len(ids)
+
+
+def _time(gmsa: GMSA, way: Way, new_tokens: int) -> dict[str, Any]:
+    """Run one way once."""
+    device = gmsa.model.device
+    _reset_peak(device)
+    started = _now(device)
+    content = way.prepare()
+    prepared = _now(device)
+    gmsa.read([QUESTION], [content], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+    ended = _now(device)
+    soft = len(content) if isinstance(content, Tensor) else sum(map(len, content))
+    prompt = gmsa.template(QUESTION)
+    return {
+        "compress": prepared - started,
+        "first_token": gmsa.timings.prefill,
+        "decode": ended - prepared - gmsa.timings.prefill,
+        "total": ended - started,
+        "peak_bytes": _peak(device),
+        "soft": soft,
+        "prompt": len(prompt.before) + soft + len(prompt.after),
+    }
+
+
+def _rows(
+    gmsa: GMSA, ways: Sequence[Way], taken: Sequence[list[dict[str, Any]]], tokens: int, length: int, new: int
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    original = median(figures["total"] for figures in taken[0])
+    for way, found in zip(ways, taken, strict=True):
+        total = median(figures["total"] for figures in found)
+        peaks = [figures["peak_bytes"] for figures in found if figures["peak_bytes"] is not None]
+        size = way.merge_size
+        ratio = None if size is None else round(predicted(gmsa, size, way.method == "gmsa-stored"), 3)
+        yield (
+            {
+                "task": "latency",
+                "method": way.method,
+                "merge_size": size,
+                "length": length,
+                "new_tokens": new,
+                "n": len(found),
+                "metrics": {
+                    "ratio_to_original": round(original / total, 3),
+                    "predicted_ratio": ratio,
+                    "peak_bytes": int(median(peaks)) if peaks else None,
+                },
+                "tokens": {"context": tokens, "soft": found[0]["soft"], "prompt": found[0]["prompt"]},
+                "seconds": {
+                    name: round(median(figures[name] for figures in found), 4)
+                    for name in ("compress", "first_token", "decode", "total")
+                },
+            },
+            [{"method": way.method, "merge_size": size, "length": length, "new_tokens": new, **f} for f in found],
+        )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset_peak(device: torch.device) -> None:
+    """Begin to measure the peak anew; on Linux the kernel does so when asked."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: torch.device) -> int | None:
+    """The most memory held since `_reset_peak`: of the GPU, or of the process; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

@@ -1,0 +1,91 @@
+"""Methods that `gmsa eval qa` compares: what the decoder reads in place of a context. docs/baselines.md lists them."""
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from gmsa.errors import InputError
+
+if TYPE_CHECKING:
+    from gmsa.evaluate.methods.base import Method, Models
+
+# Where each method's class is; it is imported, and what it needs loaded, only when the method is asked for.
+METHODS = {
+    "gmsa": "soft_tokens:SoftTokens",
+    "original-prompt": "original_prompt:OriginalPrompt",
+    "closed-book": "closed_book:ClosedBook",
+    "truncate-head": "truncate:TruncateHead",
+    "truncate-tail": "truncate:TruncateTail",
+    "truncate-middle": "truncate:TruncateMiddle",
+    "bm25-sentences": "bm25_sentences:Bm25Sentences",
+    "embedding-sentences": "embedding_sentences:EmbeddingSentences",
+    "llmlingua": "llmlingua:LLMLingua",
+    "longllmlingua": "llmlingua:LongLLMLingua",
+    "llmlingua-2": "llmlingua2:LLMLingua2",
+    "provence": "provence:Provence",
+    "exit": "exit:Exit",
+    "snapkv": "kv_cache:SnapKV",
+    "streaming-llm": "kv_cache:StreamingLLM",
+}
+TRAINED = "-trained"  # after a method's name: read by the decoder that was trained on text
+
+
+def check_methods(names: Sequence[str], checkpoints_only: bool = False) -> None:
+    """Raise InputError if one is no method, naming the nearest, or a checkpoint's name cannot be told from another's.
+
+    Args:
+        names: as for `load_methods`.
+        checkpoints_only: whether soft tokens alone make sense: gmsa and NAME=FOLDER.
+    """
+    known = [*METHODS, *(name + TRAINED for name in METHODS if name != "gmsa")]
+    for name in names:
+        label, given, folder = name.partition("=")
+        if given:
+            if label in known or not re.fullmatch(r"[\w.+-]+", label) or not folder:
+                raise InputError(f"{name!r} must be NAME=FOLDER, with a name of letters and digits, no method's")
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise InputError(
+                f"unknown method {name!r}: did you mean {near!r}? There are {', '.join(METHODS)}, and NAME=FOLDER "
+                "for a checkpoint"
+            )
+        elif checkpoints_only and name != "gmsa":
+            raise InputError(f"{name} has no soft tokens to restore a text from: give gmsa or NAME=FOLDER")
+    labels = [name.partition("=")[0] for name in names]
+    if doubled := [label for label in labels if labels.count(label) > 1]:
+        raise InputError(f"the method {doubled[0]!r} is named twice")
+
+
+def load_methods(names: Sequence[str], models: "Models", note: Callable[[str], None]) -> "list[Method]":
+    """The methods of these names, in order, without those that are not at hand.
+
+    Args:
+        names: of METHODS, where all but gmsa may end in "-trained"; or NAME=FOLDER, another GMSA checkpoint.
+        models: what they read with.
+        note: told in one line of each method that is left out and why, and what others were made with.
+
+    Raises:
+        InputError: there is no such method.
+        CheckpointError: a folder holds no model.
+    """
+    from gmsa.evaluate.methods.base import MethodUnavailable
+
+    check_methods(names)
+    methods = []
+    for name in names:
+        label, _, folder = name.partition("=")
+        plain = "gmsa" if folder else name.removesuffix(TRAINED)
+        module, _, class_name = METHODS[plain].partition(":")
+        try:
+            reader = models.reader(plain, label.endswith(TRAINED), folder)
+            method = getattr(importlib.import_module(f"gmsa.evaluate.methods.{module}"), class_name)(models, reader)
+        except MethodUnavailable as error:
+            note(f"{name} is skipped: {error}")
+            continue
+        method.name = label
+        if method.made_with:
+            note(f"{name} uses {method.made_with}")
+        methods.append(method)
+    return methods

@@ -1,0 +1,77 @@
+"""Sentences by EXIT (https://arxiv.org/abs/2412.12559): a language model says of every sentence whether it is useful.
+
+As published, the model reads the question, the whole context and one sentence, and a sentence is worth the probability
+of "Yes" against "No". There a threshold decides how many stay; here the budget does, as for all methods. The context
+that is shown is cut at its end where the prompt would exceed 4,096 tokens.
+"""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gmsa.api import GMSA
+from gmsa.evaluate.methods.base import MethodUnavailable, Models
+from gmsa.evaluate.methods.minilm import hub_answers
+from gmsa.evaluate.methods.sentences import SentenceMethod
+from gmsa.io.backbones import quiet_transformers
+from gmsa.model.padding import pad_left, positions
+
+BASE = "google/gemma-2b-it"
+ADAPTER = "doubleyyh/exit-gemma-2b"
+LONGEST = 4096  # tokens of a prompt
+BATCH = 8  # prompts
+BEFORE = "<start_of_turn>user\nQuery:\n{question}\nFull context:\n"
+AFTER = (
+    '\nSentence:\n{sentence}\nIs this sentence useful in answering the query? Answer only "Yes" or "No".<end_of_turn>\n'
+    "<start_of_turn>model\n"
+)
+
+
+class Exit(SentenceMethod):
+    """The decoder reads the sentences that a language model, asked one by one, finds useful."""
+
+    name = "exit"
+    made_with = f"{ADAPTER} on {BASE}"
+
+    def __init__(self, models: Models, reader: GMSA) -> None:
+        super().__init__(models, reader)
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise MethodUnavailable("it needs peft: pip install 'gmsa[train]'") from error
+        options = {"local_files_only": not hub_answers()}
+        try:
+            with quiet_transformers():
+                self.tokenizer = AutoTokenizer.from_pretrained(BASE, **options)
+                base = AutoModelForCausalLM.from_pretrained(BASE, dtype=reader.model.dtype, **options)
+                self.model = PeftModel.from_pretrained(base, ADAPTER, **options).merge_and_unload()
+        except (OSError, ValueError) as error:
+            raise MethodUnavailable(
+                f"it needs {BASE} and {ADAPTER} from the hub (hf auth login, then hf download; the first is gated)"
+            ) from error
+        self.model.to(reader.model.device).eval()
+        self.choices = [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No")]
+
+    def rank(self, sentences: list[str], question: str) -> list[float]:
+        """See `SentenceMethod.rank`."""
+        prompts = [self.prompt(sentence, question, "".join(sentences)) for sentence in sentences]
+        scores: list[float] = []
+        for start in range(0, len(prompts), BATCH):
+            scores += self.useful(prompts[start : start + BATCH])
+        return scores
+
+    def prompt(self, sentence: str, question: str, context: str) -> list[int]:
+        """Token ids of what is asked of one sentence."""
+        before = self.tokenizer.encode(BEFORE.format(question=question))
+        after = self.tokenizer.encode(AFTER.format(sentence=sentence.strip()), add_special_tokens=False)
+        shown = self.tokenizer.encode(context, add_special_tokens=False, verbose=False)
+        return [*before, *shown[: max(0, LONGEST - len(before) - len(after))], *after]
+
+    @torch.no_grad()
+    def useful(self, prompts: list[list[int]]) -> list[float]:
+        """Probability of "Yes" against "No" after each prompt."""
+        rows, mask = pad_left([torch.tensor(prompt)[:, None] for prompt in prompts])
+        ids, mask = rows[..., 0].to(self.model.device), mask.to(self.model.device)
+        logits = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1
+        ).logits[:, -1]
+        return logits[:, self.choices].float().softmax(dim=-1)[:, 0].tolist()

@@ -1,0 +1,253 @@
+"""Methods that read the whole text and keep a part of the decoder's key-value cache.
+
+SnapKV (https://arxiv.org/abs/2404.14469) keeps, in every layer and head, the positions that the question attends to.
+StreamingLLM (https://arxiv.org/abs/2309.17453) keeps the first tokens and the last ones.
+
+The prompt is read in full once; of the context as many positions stay in each layer as the budget has tokens, at the
+places where they stood. The question is then read anew on what is left, so that nothing the decoder saw of the whole
+text reaches the answer but through these positions.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from gmsa.api import GMSA
+from gmsa.decode.prompt import Prompt
+from gmsa.errors import ContextTooLongError
+from gmsa.evaluate.methods.base import Method, MethodUnavailable, Models, Question, Reading
+from gmsa.model.backbone import body_of, cache_argument
+from gmsa.model.padding import positions
+
+ROWS = 8  # prompts read in full at once
+OBSERVED = "gmsa_observed_sdpa"
+Observer = Callable[[int, Tensor, Tensor, float], None]  # layer, queries (B, Hq, T, D), keys (B, H, T, D), scaling
+
+
+@dataclass(frozen=True)
+class KeptCache:
+    """What is left of one prompt's cache.
+
+    Attributes:
+        layers: keys and values of each layer, (H, P + K, D) each: what stands before the context, then K positions of
+            it, which differ from head to head.
+        context: K.
+        position: of the next token.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    context: int
+    position: int
+
+    def __len__(self) -> int:
+        return self.context
+
+
+def _observed_attention(
+    module: Any, query: Tensor, key: Tensor, *rest: Any, observe: Observer | None = None, **options: Any
+) -> Any:
+    """Transformers' SDPA, whose queries and keys an observer gets to see."""
+    if observe is not None:
+        observe(module.layer_idx, query, key, options.get("scaling") or query.shape[-1] ** -0.5)
+    return sdpa_attention_forward(module, query, key, *rest, **options)
+
+
+AttentionInterface.register(OBSERVED, _observed_attention)
+AttentionMaskInterface.register(OBSERVED, sdpa_mask)
+
+
+class KeptCacheMethod(Method):
+    """Keeps a part of the cache of the whole prompt; which part is what its subclasses say."""
+
+    def __init__(self, models: Models, reader: GMSA) -> None:
+        super().__init__(models, reader)
+        if any(layer.is_sliding for layer in DynamicCache(config=reader.model.decoder.config).layers):
+            raise MethodUnavailable("it needs a decoder that attends to everything in every layer, without windows")
+
+    @abstractmethod
+    def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
+        """Which positions of the context stay in one layer: (H, budget) indices, ascending in each head.
+
+        Args:
+            attention: (H, L) how much the question attends to each of the L tokens, the mean of the queries that share
+                a key.
+            before: tokens in front of the context, which all stay.
+            budget: at most L.
+        """
+
+    @torch.no_grad()
+    def read(self, questions: Sequence[Question], merge_size: int) -> list[Reading]:
+        """See `Method.read`."""
+        readings: list[Reading] = []
+        for start in range(0, len(questions), ROWS):
+            part = questions[start : start + ROWS]
+            contexts = [self.reader.template.encode(q.context) for q in part]
+            prompts = [self.reader.template(q.prompt) for q in part]
+            readings += [Reading(kept) for kept in self._keep(contexts, prompts, merge_size)]
+        return readings
+
+    def _keep(self, contexts: list[list[int]], prompts: list[Prompt], merge_size: int) -> list[KeptCache]:
+        model = self.reader.model
+        rows = [
+            torch.cat([prompt.before, torch.tensor(ids, dtype=torch.long), prompt.after])
+            for ids, prompt in zip(contexts, prompts, strict=True)
+        ]
+        for row in rows:
+            check_fits(self.reader, len(row))
+        # Padding on the right: attention is causal, so no real token sees it and no mask is needed.
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+        spans = [(len(p.before), len(p.before) + len(ids)) for ids, p in zip(contexts, prompts, strict=True)]
+        budgets = [math.ceil(len(ids) / merge_size) for ids in contexts]
+        chosen: list[list[Tensor]] = [[] for _ in rows]  # by row and layer
+
+        def observe(layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+            for i, ((start, end), budget) in enumerate(zip(spans, budgets, strict=True)):
+                attention = attention_to_context(query[i], key[i], scaling, (start, end, len(rows[i])))
+                chosen[i].append(start + self.choose(attention, start, budget))
+
+        cache = DynamicCache()
+        body = body_of(model.decoder)
+        before = body.config._attn_implementation
+        try:
+            body.config._attn_implementation = OBSERVED
+            body(input_ids=padded, use_cache=True, observe=observe, **cache_argument(body, cache))
+        finally:
+            body.config._attn_implementation = before
+        return [
+            KeptCache(
+                [
+                    (_take(layer.keys[i], start, index), _take(layer.values[i], start, index))
+                    for layer, index in zip(cache.layers, chosen[i], strict=True)
+                ],
+                budget,
+                end,
+            )
+            for i, ((start, end), budget) in enumerate(zip(spans, budgets, strict=True))
+        ]
+
+    def answer(
+        self, questions: Sequence[Question], readings: Sequence[Reading], max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        """See `Method.answer`."""
+        kept = [reading.content for reading in readings]
+        answers: list[str] = []
+        for start in range(0, len(kept), batch_size):
+            part = [cache for cache in kept[start : start + batch_size] if isinstance(cache, KeptCache)]
+            prompts = [self.reader.template(q.prompt).after for q in questions[start : start + batch_size]]
+            answers += generate(self.reader, part, prompts, max_new_tokens)
+        return answers
+
+
+def attention_to_context(query: Tensor, key: Tensor, scaling: float, span: tuple[int, int, int]) -> Tensor:
+    """How much the tokens after a context attend to each of its tokens.
+
+    Args:
+        query: (Hq, T, D). key: (H, T, D), each serving Hq / H queries.
+        scaling: of the products.
+        span: where the context begins, where it ends, and where the prompt ends.
+
+    Returns:
+        (H, L), means over the queries that share a key and over the tokens after the context.
+    """
+    start, end, stop = span
+    queries = query[:, end:stop].unflatten(0, (len(key), -1))  # (H, Hq / H, Q, D)
+    products = (queries @ key[:, None, :stop].transpose(-1, -2)).float() * scaling  # (H, Hq / H, Q, stop)
+    later = torch.arange(stop, device=key.device)[None] > torch.arange(end, stop, device=key.device)[:, None]
+    weights = products.masked_fill(later, -math.inf).softmax(-1)
+    return weights[..., start:end].mean(dim=(1, 2))
+
+
+def _take(states: Tensor, before: int, index: Tensor) -> Tensor:
+    """What stands before the context and the chosen positions of each head: (H, T, D) -> (H, before + K, D)."""
+    chosen = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+    return torch.cat([states[:, :before], chosen], dim=1)
+
+
+def check_fits(reader: GMSA, tokens: int) -> None:
+    """Raise ContextTooLongError unless a decoder has that many positions."""
+    limit = getattr(reader.model.decoder.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ContextTooLongError(f"a prompt of {tokens} tokens exceeds the decoder's {limit}")
+
+
+@torch.no_grad()
+def generate(reader: GMSA, kept: Sequence[KeptCache], prompts: Sequence[Tensor], max_new_tokens: int) -> list[str]:
+    """Greedy answers to prompts (T_i,) that stand after what is left of their caches.
+
+    Raises:
+        ContextTooLongError: more positions than the decoder has.
+    """
+    model, device = reader.model, reader.model.device
+    for row, prompt in zip(kept, prompts, strict=True):
+        check_fits(reader, row.position + len(prompt) + max_new_tokens)
+    cache = DynamicCache()
+    longest = max(row.layers[0][0].shape[1] for row in kept)
+    for layer in range(len(kept[0].layers)):
+        pairs = [row.layers[layer] for row in kept]
+        keys, values = (
+            torch.stack([F.pad(pair[side], (0, 0, longest - pair[side].shape[1], 0)) for pair in pairs])
+            for side in (0, 1)
+        )
+        cache.update(keys, values, layer)
+    # Both parts are padded on the left: [zeros, cache][zeros, prompt].
+    past = torch.tensor([row.layers[0][0].shape[1] for row in kept], device=device)
+    mask = _right_aligned(past, longest)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens = torch.stack([F.pad(p, (int(lengths.max()) - len(p), 0)) for p in prompts]).to(device)
+    real = _right_aligned(lengths, tokens.shape[1])
+    places = torch.tensor([row.position for row in kept], device=device)[:, None] + positions(real)
+    mask = torch.cat([mask, real], dim=1)
+    ends = torch.tensor(sorted(reader._ends()), device=device)
+    body = body_of(model.decoder)
+    made, going = [], torch.ones(len(kept), dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        out = body(
+            input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=True, **cache_argument(body, cache)
+        )
+        tokens = model.lm_logits(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
+        going = going & ~torch.isin(tokens[:, 0], ends)
+        if not going.any():
+            break
+        made.append(torch.where(going, tokens[:, 0], -1))
+        places = places[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+    columns = torch.stack(made, dim=1).tolist() if made else [[] for _ in kept]
+    return [reader._text([token for token in row if token >= 0]) for row in columns]
+
+
+def _right_aligned(lengths: Tensor, width: int) -> Tensor:
+    """(B,) lengths -> (B, width) mask, 1 where a row padded on the left is real."""
+    return (torch.arange(width, device=lengths.device)[None] >= width - lengths[:, None]).long()
+
+
+class SnapKV(KeptCacheMethod):
+    """Keeps what the question attends to, smoothed over 5 neighbours as in the authors' code."""
+
+    name = "snapkv"
+
+    def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
+        """See `KeptCacheMethod.choose`."""
+        smooth = F.avg_pool1d(attention[None], kernel_size=5, padding=2, stride=1)[0]
+        return smooth.topk(budget, dim=-1).indices.sort(dim=-1).values
+
+
+class StreamingLLM(KeptCacheMethod):
+    """Keeps the first 4 tokens of the prompt and the last of the context; blind to the question."""
+
+    name = "streaming-llm"
+
+    def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
+        """See `KeptCacheMethod.choose`."""
+        heads, length = attention.shape
+        sinks = min(budget, max(0, 4 - before))
+        index = torch.arange(length, device=attention.device)
+        return torch.cat([index[:sinks], index[length - (budget - sinks) :]]).expand(heads, -1)

@@ -1,0 +1,113 @@
+"""LLMLingua (https://arxiv.org/abs/2310.05736) and LongLLMLingua (https://arxiv.org/abs/2310.06839), package llmlingua.
+
+Tokens that a small language model finds easy to predict are dropped. The small model here is the untouched decoder
+backbone, already loaded. Documents are what stands between blank lines.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from gmsa.api import GMSA
+from gmsa.evaluate.methods.base import MethodUnavailable, Models, TextMethod
+from gmsa.model.backbone import cache_argument
+
+
+class TupleCaches:
+    """A causal LM that takes and gives its cache as (keys, values) per layer: llmlingua cuts them by hand."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any = None, use_cache: bool = True
+    ) -> SimpleNamespace:
+        """Logits (1, T, vocabulary) in fp32 of the tokens after the cached ones, and the cache with them in it."""
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(past_key_values or ()):
+            cache.update(keys, values, layer)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **cache_argument(self.model, cache)
+        )
+        caches = [(layer.keys, layer.values) for layer in cache.layers]
+        return SimpleNamespace(logits=out.logits.float(), past_key_values=caches)
+
+
+def make_compressor(lm: GMSA) -> Any:
+    """The package's PromptCompressor on a language model that is already loaded.
+
+    Raises:
+        MethodUnavailable: llmlingua is not installed.
+    """
+    try:
+        from llmlingua import PromptCompressor
+    except ImportError as error:
+        raise MethodUnavailable("it needs llmlingua: pip install 'gmsa[baselines]'") from error
+
+    class Compressor(PromptCompressor):
+        def __init__(self) -> None:  # its own would load weights again and fetch a tokenizer of OpenAI's
+            self.model_name = lm.model.decoder.name_or_path
+            self.use_llmlingua2 = False
+            self.cache_bos_num, self.prefix_bos_num = 10, 100  # as its own
+            self.context_idxs: list[list[int]] = []
+            self.model = TupleCaches(lm.model.decoder)
+            self.tokenizer = lm.tokenizer
+            self.oai_tokenizer = lm.tokenizer  # counts tokens in a summary that is not used
+            self.device = lm.model.device
+            self.max_position_embeddings = lm.model.decoder.config.max_position_embeddings
+
+        def iterative_compress_prompt(
+            self, context: list[str], target_token: float, iterative_size: int = 200, start: int = 0, **options: Any
+        ) -> Any:
+            # Its own leaves whatever remains after steps of iterative_size tokens as it is, so a text of 199 tokens
+            # would not be compressed at all. Steps that divide the text leave less tokens over than there are steps.
+            tokens = self.get_token_length("\n\n".join(context), False) - start
+            steps = max(1, tokens // iterative_size)
+            return super().iterative_compress_prompt(context, target_token, tokens // steps, start=start, **options)
+
+    return Compressor()
+
+
+class LLMLingua(TextMethod):
+    """Does not look at the question."""
+
+    name = "llmlingua"
+
+    def __init__(self, models: Models, reader: GMSA) -> None:
+        super().__init__(models, reader)
+        self.compressor = make_compressor(models.backbone)
+        self.made_with = f"llmlingua on backbone {(models.backbone.config.decoder or {}).get('fingerprint')}"
+
+    @torch.no_grad()
+    def shorten(self, context: str, question: str, budget: int) -> str:
+        """See `TextMethod.shorten`."""
+        if len(self.encode(context)) < 2:  # a token alone has no probability given others
+            return context
+        documents = [part for part in context.split("\n\n") if part.strip()]
+        options = {"target_token": budget, "concate_question": False, **self.options(question)}
+        return self.compressor.compress_prompt(documents, **options)["compressed_prompt"]
+
+    def options(self, question: str) -> dict[str, Any]:
+        """Arguments of compress_prompt; its defaults are LLMLingua."""
+        return {"rank_method": "llmlingua"}
+
+
+class LongLLMLingua(LLMLingua):
+    """Prefers documents and tokens that the question makes likelier, or that make the question likelier."""
+
+    name = "longllmlingua"
+
+    def options(self, question: str) -> dict[str, Any]:
+        """As its authors use it."""
+        return {
+            "question": question,
+            "rank_method": "longllmlingua",
+            "condition_in_question": "after_condition",
+            "condition_compare": True,
+            "reorder_context": "sort",
+            "dynamic_context_compression_ratio": 0.3,
+            "context_budget": "+100",
+        }

@@ -1,0 +1,90 @@
+"""Sentences by Provence (https://arxiv.org/abs/2501.16214): a DeBERTa tells which tokens the question needs.
+
+As published, a sentence is worth the mean probability of its tokens, read together with the question and the other
+sentences of a window of 512 tokens. There a threshold decides how many stay; here the budget does, as for all methods.
+The weights, CC BY-NC-ND 4.0, are read into transformers' own DeBERTa: none of the code beside them is run.
+"""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import nn
+from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast
+
+from gmsa.api import GMSA
+from gmsa.evaluate.methods.base import MethodUnavailable, Models
+from gmsa.evaluate.methods.minilm import hub_answers
+from gmsa.evaluate.methods.sentences import SentenceMethod
+from gmsa.io.backbones import quiet_transformers
+
+MODEL = "naver/provence-reranker-debertav3-v1"
+LONGEST = 512  # tokens of question and sentences together
+
+
+class Provence(SentenceMethod):
+    """The decoder reads the sentences that a trained pruner finds the question to need."""
+
+    name = "provence"
+    made_with = MODEL
+
+    def __init__(self, models: Models, reader: GMSA) -> None:
+        super().__init__(models, reader)
+        local = not hub_answers()
+        try:
+            with quiet_transformers():
+                # Not the Auto classes: its configuration names code of its own.
+                self.tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL, local_files_only=local)
+                config = DebertaV2Config.from_pretrained(MODEL, local_files_only=local)
+            weights = load_file(weights_of(MODEL, local))
+            self.body = DebertaV2Model(config)
+            self.head = nn.Linear(config.hidden_size, 2)  # drop, keep
+            parts: dict[str, nn.Module] = {"deberta.": self.body, "token_classifier.": self.head}
+            for prefix, part in parts.items():
+                part.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        except (OSError, ValueError, ImportError) as error:
+            raise MethodUnavailable(f"it needs {MODEL} from the hub (hf download {MODEL})") from error
+        except RuntimeError as error:
+            raise MethodUnavailable(f"the weights of {MODEL} are not those of a DeBERTa with a token head") from error
+        self.body.to(reader.model.device).eval()
+        self.head.to(reader.model.device)
+
+    @torch.no_grad()
+    def rank(self, sentences: list[str], question: str) -> list[float]:
+        """See `SentenceMethod.rank`."""
+        asked, *parts = self.tokenizer([question, *sentences], add_special_tokens=False, verbose=False)["input_ids"]
+        begin, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        asked = asked[: LONGEST // 2]
+        scores: list[float] = []
+        for window in windows(parts, LONGEST - len(asked) - 3):
+            ids = [begin, *asked, end, *(token for part in window for token in part), end]
+            states = self.body(input_ids=torch.tensor([ids], device=self.body.device)).last_hidden_state
+            keep = self.head(states)[0].softmax(dim=-1)[len(asked) + 2 : -1, 1]
+            scores += [float(part.mean()) if len(part) else 0.0 for part in keep.split([len(part) for part in window])]
+        return scores
+
+
+def windows(parts: list[list[int]], room: int) -> list[list[list[int]]]:
+    """Consecutive parts that fit into windows of `room` tokens; a longer part is cut and has a window of its own."""
+    found: list[list[list[int]]] = []
+    left = 0
+    for part in parts:
+        part = part[:room]
+        if not found or len(part) > left:
+            found.append([])
+            left = room
+        found[-1].append(part)
+        left -= len(part)
+    return found
+
+
+def weights_of(name: str, local_files_only: bool) -> Path:
+    """The safetensors file of a folder or a hub id.
+
+    Raises:
+        OSError: there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name) / "model.safetensors"
+    return Path(hf_hub_download(name, "model.safetensors", local_files_only=local_files_only))

@@ -1,0 +1,216 @@
+"""Question answering from what different methods give the decoder to read (paper section 5)."""
+
+import hashlib
+import json
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from gmsa.api import GMSA
+from gmsa.errors import ContextTooLongError, InputError
+from gmsa.evaluate import metrics
+from gmsa.evaluate.cache import AnswerCache
+from gmsa.evaluate.methods.base import Method, Models, Question
+from gmsa.evaluate.methods.soft_tokens import SoftTokens
+from gmsa.evaluate.statistics import interval
+from gmsa.io.rows import documents_of, read_rows
+
+BATCH_SIZE = 32
+# Characters of text that a batch may hold for the decoder to read, some 16,000 tokens: long contexts come in smaller
+# batches.
+BATCH_CHARACTERS = 65_536
+MEASURES = {
+    "acc": metrics.accuracy,
+    "em": metrics.exact_match,
+    "f1": metrics.f1,
+    "f1_first": metrics.f1_first,
+}
+
+
+def spread(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """`limit` rows evenly spaced over a file, so that they do not all ask about its first few contexts."""
+    count = min(limit, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def choose(rows: Sequence[dict[str, Any]], limit: int, seed: int | None = None) -> list[dict[str, Any]]:
+    """`limit` rows: drawn at random with a seed, in the file's order; spread evenly without."""
+    if seed is None:
+        return spread(rows, limit)
+    drawn = random.Random(seed).sample(range(len(rows)), min(limit, len(rows)))
+    return [rows[i] for i in sorted(drawn)]
+
+
+def evaluate_qa(
+    gmsa: GMSA,
+    path: str,
+    merge_sizes: Sequence[int],
+    limit: int = 200,
+    max_new_tokens: int = 32,
+    batch_size: int = BATCH_SIZE,
+    show_progress_bar: bool = False,
+    *,
+    methods: Sequence[Method] | None = None,
+    seed: int | None = None,
+    cache: AnswerCache | None = None,
+    note: Callable[[str], None] = warnings.warn,
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Measure the answers of each method, at each merge size where it has one.
+
+    Args:
+        gmsa: the model under test.
+        path: JSONL of {"input", "prompt", "answer"}.
+        merge_sizes: to compress at.
+        limit: questions.
+        max_new_tokens: longest answer.
+        batch_size: questions at once, at most; long contexts come in smaller batches.
+        show_progress_bar: on stderr.
+        methods: from `gmsa.evaluate.methods.load_methods`; None: the model under test alone.
+        seed: draw questions at random; None: spread over the file.
+        cache: answers found here are not made again.
+        note: told in one line of each method that cannot read these contexts; it is left out.
+
+    Yields:
+        One result row (docs/results.md) and its examples.
+
+    Raises:
+        InputError: the file has no questions.
+    """
+    numbered = [{**row, "index": i} for i, row in enumerate(read_rows(path)) if "text" not in row]
+    rows = choose(numbered, limit, seed)
+    if not rows:
+        raise InputError(f"{path} has no rows with input, prompt and answer")
+    questions = [Question(documents_of(row), row["prompt"]) for row in rows]
+    dataset = path.rsplit("/", 1)[-1]
+    cache = cache or AnswerCache(None, note)
+    if methods is None:
+        methods = [SoftTokens(Models(gmsa), gmsa)]
+    for method in methods:
+        for size in merge_sizes if method.compresses else [None]:
+            run = AnswerRun(method, size, max_new_tokens, batch_size, cache)
+            name = f"{method.name}, {size}x" if size else method.name
+            try:
+                with tqdm(total=len(rows), desc=name, disable=not show_progress_bar, unit="question") as bar:
+                    answers = run.answer(questions, bar.update)
+            except ContextTooLongError as error:
+                note(f"{dataset}, {name} is skipped: {error}")
+                continue
+            made = [example(row, answer, method.name, size) for row, answer in zip(rows, answers, strict=True)]
+            yield result(dataset, method.name, size, answers, made), made
+
+
+class AnswerRun:
+    """One method at one merge size: questions in, answers out, those already in a cache reused."""
+
+    def __init__(
+        self, method: Method, merge_size: int | None, max_new_tokens: int, batch_size: int, cache: AnswerCache
+    ) -> None:
+        self.method = method
+        self.merge_size = merge_size
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.cache = cache
+
+    def key(self, question: Question) -> str:
+        """Identifies an answer by everything it depends on."""
+        prompt = self.method.reader.template.text("", question.prompt)
+        parts = [self.method.fingerprint, self.merge_size, self.max_new_tokens, question.documents, prompt]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def answer(self, questions: Sequence[Question], done: Callable[[int], Any]) -> list[dict[str, Any]]:
+        """An entry of the cache per question, in order; `done` is called with how many more are there.
+
+        Raises:
+            ContextTooLongError: the decoder cannot read that much.
+        """
+        keys = [self.key(question) for question in questions]
+        missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.cache.answers}
+        done(len(keys) - len(missing))
+        for part in self._batches(missing):
+            for key, entry in zip(part, self._answer([missing[key] for key in part]), strict=True):
+                self.cache.add(key, entry)
+            done(len(part))
+        return [self.cache.answers[key] for key in keys]
+
+    def _batches(self, missing: dict[str, Question]) -> Iterator[list[str]]:
+        """Keys in batches of like context length: less padding. The longest first: too long a one fails at once."""
+        lengths = {key: len(question.context) for key, question in missing.items()}
+        order = sorted(missing, key=lambda key: -lengths[key])
+        while order:
+            read = max(1, lengths[order[0]] // (self.merge_size or 1))
+            rows = max(1, min(self.batch_size, BATCH_CHARACTERS // read))
+            yield order[:rows]
+            order = order[rows:]
+
+    def _answer(self, questions: list[Question]) -> list[dict[str, Any]]:
+        reader = self.method.reader
+        started = time.perf_counter()
+        readings = self.method.read(questions, self.merge_size or 1)
+        read = time.perf_counter()
+        answers = self.method.answer(questions, readings, self.max_new_tokens, len(questions))
+        answered = time.perf_counter()
+        seconds = {
+            "compress": (read - started) / len(questions),
+            "answer": (answered - read) / len(questions),
+        }
+        entries = []
+        for question, reading, answer in zip(questions, readings, answers, strict=True):
+            around = reader.template(question.prompt)
+            entries.append(
+                {
+                    "predicted": answer,
+                    "answer_tokens": len(reader.template.encode(answer)),
+                    "context": len(reader.template.encode(question.context)),
+                    "read": len(reading),
+                    "cut": reading.cut,
+                    "prompt": len(around.before) + len(reading) + len(around.after),
+                    "seconds": seconds,
+                }
+            )
+        return entries
+
+
+def example(row: dict[str, Any], answer: dict[str, Any], method: str, merge_size: int | None) -> dict[str, Any]:
+    """A line of examples.jsonl."""
+    values = {name: measure(answer["predicted"], row["answer"]) for name, measure in MEASURES.items()}
+    return {
+        "id": row.get("id", row["index"]),
+        "method": method,
+        "merge_size": merge_size,
+        "prompt": row["prompt"],
+        "answer": row["answer"],
+        "predicted": answer["predicted"],
+        **values,
+        "answer_tokens": answer["answer_tokens"],
+        "tokens": {"context": answer["context"], "soft": answer["read"], "prompt": answer["prompt"]},
+        "cut": answer["cut"],
+    }
+
+
+def result(
+    dataset: str,
+    method: str,
+    merge_size: int | None,
+    answers: Sequence[dict[str, Any]],
+    examples: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """A result row: means over the examples, and where they are metrics of answers, their intervals."""
+    intervals = {name: interval([e[name] for e in examples]) for name in MEASURES}
+    return {
+        "task": "qa",
+        "dataset": dataset,
+        "method": method,
+        "merge_size": merge_size,
+        "n": len(examples),
+        "metrics": {name: round(fmean(e[name] for e in examples), 2) for name in (*MEASURES, "answer_tokens")},
+        "ci": {name: [round(bound, 2) for bound in bounds] for name, bounds in intervals.items()},
+        "tokens": {
+            name: round(fmean(e["tokens"][name] for e in examples), 1) for name in ("context", "soft", "prompt")
+        },
+        "seconds": {name: round(fmean(a["seconds"][name] for a in answers), 4) for name in ("compress", "answer")},
+    }

@@ -1,0 +1,249 @@
+"""How much of a text comes back from its soft tokens (paper section 5)."""
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from gmsa.api import GMSA, Score
+from gmsa.decode.checked import CANDIDATES, CheckedText
+from gmsa.errors import InputError
+from gmsa.evaluate.bertscore import BertScorer
+from gmsa.evaluate.cache import AnswerCache
+from gmsa.evaluate.metrics import ROUGE, bleu, prefix_exact_match, rouge
+from gmsa.evaluate.statistics import interval
+from gmsa.io.backbones import fingerprint_of
+from gmsa.io.rows import read_rows
+from gmsa.model.padding import embed_rows
+from gmsa.model.windows import split_windows
+
+PER_EXAMPLE = ("prefix_em", "token_accuracy", *ROUGE, "bertscore_f1")  # metrics that have an interval
+
+
+def texts_of_length(gmsa: GMSA, path: str, length: int, limit: int) -> list[str]:
+    """The beginnings, `length` tokens long, of the first `limit` rows that have so many.
+
+    Raises:
+        InputError: no row is that long.
+    """
+    texts = []
+    for row in read_rows(path):
+        if "text" not in row:
+            continue
+        tokens = gmsa.tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) >= length:
+            texts.append(gmsa.tokenizer.decode(tokens[:length]))
+            if len(texts) == limit:
+                break
+    if not texts:
+        raise InputError(f"{path} has no text of {length} tokens")
+    return texts
+
+
+@torch.no_grad()
+def score_given_text(gmsa: GMSA, text: str) -> Score | None:
+    """How well the decoder predicts a text that it has just read as text: the bound that soft tokens aim at.
+
+    The decoder is the model's own, as trained, and the windows are those of `GMSA.score`, so the two compare.
+    None where a window does not fit the decoder twice.
+    """
+    prompt = gmsa.template.restore()
+    ids = gmsa.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    device = gmsa.model.device
+    windows = [torch.tensor(window, device=device) for window in split_windows(ids, gmsa.config.window_size)]
+    before, after = prompt.before.to(device), prompt.after.to(device)
+    limit = getattr(gmsa.model.decoder.config, "max_position_embeddings", None)
+    if limit is not None and len(before) + len(after) + 2 * max(map(len, windows)) > limit:
+        return None
+    read = embed_rows(gmsa.model.get_input_embeddings(), windows)
+    out = gmsa.model.score(read, [before] * len(windows), [after] * len(windows), windows, keep_logits=False)
+    return Score(len(ids), int(out["correct"]), float(out["loss"]) * len(ids))
+
+
+def total(scores: Sequence[Score | None]) -> Score | None:
+    """All texts as one; None where one has no score."""
+    found = [score for score in scores if score is not None]
+    if len(found) < len(scores):
+        return None
+    return Score(sum(s.tokens for s in found), sum(s.right for s in found), sum(s.nll for s in found))
+
+
+def perplexity(scores: Sequence[Score | None]) -> float | None:
+    """Over all tokens of all texts; None where one has no score."""
+    whole = total(scores)
+    return math.exp(whole.nll / whole.tokens) if whole else None
+
+
+def token_accuracy(scores: Sequence[Score | None]) -> float | None:
+    """Over all tokens of all texts; None where one has no score."""
+    whole = total(scores)
+    return whole.right / whole.tokens if whole else None
+
+
+def evaluate_restoration(
+    gmsa: GMSA,
+    path: str,
+    lengths: Sequence[int],
+    merge_sizes: Sequence[int],
+    limit: int = 100,
+    batch_size: int = 32,
+    show_progress_bar: bool = False,
+    scorer: BertScorer | None = None,
+    seed: int = 0,
+    method: str = "gmsa",
+    cache: AnswerCache | None = None,
+    check: bool = False,
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Measure each length at each merge size.
+
+    Args:
+        gmsa: the model.
+        path: JSONL of {"text"}.
+        lengths: of the texts, in tokens.
+        merge_sizes: to compress at.
+        limit: texts per length.
+        batch_size: texts compressed and windows restored at once; with `check` it is `GMSA.restore_checked`'s own.
+        show_progress_bar: on stderr.
+        scorer: of BERTScore; None leaves that out.
+        seed: of the bootstrap behind the intervals.
+        method: what the rows call the model.
+        cache: texts found here are not restored again.
+        check: restore with `GMSA.restore_checked`; rows are named METHOD-checked and have "confirmed", the share of
+            soft tokens that are.
+
+    Yields:
+        One result row (docs/results.md) and its examples: text, restored text and the metrics of each. Where encoder
+        and decoder have tokenizers of their own nothing is scored: token accuracy and perplexity are None.
+    """
+    run = RestorationRun(gmsa, batch_size, cache or AnswerCache(None, warnings.warn), check)
+    method += "-checked" if check else ""
+    for length in lengths:
+        texts = texts_of_length(gmsa, path, length, limit)
+        given_text = perplexity(run.score_texts(texts))  # the same at every merge size
+        for size in merge_sizes:
+            with tqdm(
+                total=len(texts), desc=f"{method}, {length} tokens, {size}x", disable=not show_progress_bar, unit="text"
+            ) as bar:
+                entries = run.restore(texts, size, bar.update)
+            restored = [entry["restored"] for entry in entries]
+            scores = [Score(*entry["score"]) if entry["score"] else None for entry in entries]
+            examples = [_example(gmsa, *found) for found in zip(texts, restored, scores, strict=True)]
+            if scorer is not None:
+                found_f1 = scorer.f1([text.strip() for text in texts], restored)
+                for example, value in zip(examples, found_f1, strict=True):
+                    example["bertscore_f1"] = value
+            means = {name: fmean(e[name] for e in examples) for name in PER_EXAMPLE if name in examples[0]}
+            metrics = {
+                "bleu": bleu([t.strip() for t in texts], restored),
+                **{name: means.get(name) for name in (*ROUGE, "bertscore_f1", "prefix_em")},
+                "token_accuracy": token_accuracy(scores),
+                "perplexity": perplexity(scores),
+                "perplexity_text": given_text,
+            }
+            if check:
+                metrics["confirmed"] = sum(e["confirmed"] for e in entries) / sum(e["soft"] for e in entries)
+            intervals = {name: interval([e[name] for e in examples], seed=seed) for name in means}
+            yield (
+                {
+                    "task": "restoration",
+                    "dataset": path.rsplit("/", 1)[-1],
+                    "method": method,
+                    "merge_size": size,
+                    "length": length,
+                    "n": len(texts),
+                    "metrics": {name: None if v is None else round(v, 4) for name, v in metrics.items()},
+                    "ci": {name: [round(bound, 4) for bound in bounds] for name, bounds in intervals.items()},
+                    "tokens": {name: round(fmean(entry[name] for entry in entries), 1) for name in ("context", "soft")},
+                },
+                examples,
+            )
+
+
+class RestorationRun:
+    """One model: texts in, what came of them out; what is in a cache already is reused."""
+
+    def __init__(self, gmsa: GMSA, batch_size: int, cache: AnswerCache, check: bool = False) -> None:
+        self.gmsa = gmsa
+        self.batch_size = batch_size
+        self.cache = cache
+        self.check = check
+        prompt = gmsa.template.restore()
+        # All that a restored text depends on, beside text and merge size.
+        self._made_with = [
+            gmsa.fingerprint,
+            fingerprint_of(gmsa.model),
+            str(gmsa.model.dtype),
+            gmsa.config.window_size,
+            prompt.before.tolist(),
+            prompt.after.tolist(),
+            *([CANDIDATES] if check else []),
+        ]
+
+    def key(self, text: str, merge_size: int | None) -> str:
+        """Identifies an entry; without a merge size it is how well the text itself is predicted."""
+        return hashlib.sha256(json.dumps(["restoration", *self._made_with, merge_size, text]).encode()).hexdigest()
+
+    def score_texts(self, texts: Sequence[str]) -> list[Score | None]:
+        """`score_given_text` of each text; None where the texts' memories have no score either."""
+        if not self.gmsa.shares_tokenizer:
+            return [None] * len(texts)
+        found = []
+        for text in texts:
+            key = self.key(text, None)
+            if key not in self.cache.answers:
+                score = score_given_text(self.gmsa, text)
+                self.cache.add(key, {"score": score and [score.tokens, score.right, score.nll]})
+            values = self.cache.answers[key]["score"]
+            found.append(values and Score(*values))
+        return found
+
+    def restore(self, texts: Sequence[str], merge_size: int, done: Callable[[int], Any]) -> list[dict[str, Any]]:
+        """An entry of the cache per text, in order; `done` is called with how many more are there."""
+        gmsa, size = self.gmsa, self.batch_size
+        keys = [self.key(text, merge_size) for text in texts]
+        missing = [key not in self.cache.answers for key in keys]
+        # Batches are those of a run that was never interrupted, so that rounding is the same, too.
+        memories = gmsa.compress(texts, merge_size, batch_size=size) if any(missing) else []
+        for start in range(0, len(texts), size):
+            part = slice(start, start + size)
+            if any(missing[part]):
+                checked: Sequence[CheckedText | None] = [None] * len(keys[part])
+                if self.check:
+                    checked = gmsa.restore_checked(memories[part])
+                    restored = [found.text.strip() for found in checked if found]
+                else:
+                    restored = gmsa.restore(memories[part], batch_size=size)
+                parts = zip(keys[part], texts[part], memories[part], restored, checked, strict=True)
+                for key, text, memory, found, proof in parts:
+                    if key in self.cache.answers:
+                        continue
+                    score = gmsa.score(memory, text) if gmsa.shares_tokenizer else None
+                    self.cache.add(
+                        key,
+                        {
+                            "restored": found,
+                            "score": score and [score.tokens, score.right, score.nll],
+                            "context": memory.origin_tokens,
+                            "soft": len(memory),
+                            **({"confirmed": proof.confirmed} if proof else {}),
+                        },
+                    )
+            done(len(keys[part]))
+        return [self.cache.answers[key] for key in keys]
+
+
+def _example(gmsa: GMSA, text: str, restored: str, score: Score | None) -> dict[str, Any]:
+    reference, found = (gmsa.tokenizer(t.strip(), add_special_tokens=False)["input_ids"] for t in (text, restored))
+    return {
+        "text": text,
+        "restored": restored,
+        "prefix_em": prefix_exact_match(reference, found),
+        **({"token_accuracy": score.right / score.tokens} if score else {}),
+        **rouge(restored, [text]),
+    }

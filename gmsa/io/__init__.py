@@ -1,0 +1,1 @@
+"""Names become weights, weights become files."""

@@ -1,0 +1,282 @@
+"""Reading and writing models: only what training changed, plus a pointer to the untouched backbones.
+
+Two forms of the same tensors:
+- "exact": as they are, in fp32 or bf16; what training resumes from.
+- "int8": the difference from the backbone's own weight, in 8 bits with one scale per output channel. Differences are
+  small, so the error is about 1/250 of the *change*, far below bf16's error on the weight itself.
+Vectors (norm gains) always stay exact; matrices that were drawn at random, so that there is nothing to differ from,
+are stored in bf16.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gmsa.config import GmsaConfig
+from gmsa.errors import BackboneError, CheckpointError
+from gmsa.io.backbones import Backbone, fingerprint_of, load_backbone, sha256_of
+from gmsa.model.gmsa import GmsaNetwork
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FORMS = ("exact", "int8")
+APPENDED = "compressor.appended"  # learnable tokens, as files have called them from the first
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes `folder`'s place only once the block is done; on an error nothing changes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield scratch
+        for path in scratch.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        folder.mkdir(exist_ok=True)
+        for path in sorted(scratch.iterdir(), key=lambda p: p.name == CONFIG):  # the config last: it names the rest
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def stored_parameters(model: GmsaNetwork) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint of this model holds, in order, by the name they have in it.
+
+    LoRA wraps the linears it is put on; names in files are those without it, so that it can be added later.
+    """
+    groups = {"lsa", *model.config.trained}
+    found = {name: p for group in groups for name, p in model.group_parameters(group).items()}
+    return {stored_name(name): found[name] for name in sorted(found)}
+
+
+def stored_name(name: str) -> str:
+    """A parameter's name in a file."""
+    return APPENDED if name == "compressor.merging.tokens" else name.replace(".base_layer.", ".")
+
+
+def save_model(
+    model: GmsaNetwork, folder: Path, form: str = "exact", gathered: dict[str, Tensor] | None = None
+) -> None:
+    """Write config and changed tensors, all or nothing.
+
+    Args:
+        model: what to save.
+        folder: where to.
+        form: see the module.
+        gathered: the tensors by the names they are stored under, where the model holds only a part of them (FSDP).
+
+    Raises:
+        CheckpointError: an unknown form, or the disk is full or read-only.
+    """
+    if form not in FORMS:
+        raise CheckpointError(f"checkpoint form must be one of {', '.join(FORMS)}, got {form!r}")
+    origins = _origins(model) if form == "int8" else {}
+    whole = gathered or {}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in stored_parameters(model).items():
+        value = whole.get(name, parameter).detach().to("cpu")
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"not saved: {name} holds values that are not finite; lower learning_rate or clip")
+        if form == "exact":
+            tensors[name] = value.contiguous()
+        elif value.dim() == 2 and name in origins:
+            tensors[f"{name}:int8"], tensors[f"{name}:scale"] = _to_int8(value.float() - origins[name].float())
+        else:
+            tensors[name] = value if value.dim() == 1 else value.to(torch.bfloat16)
+    try:
+        with written_whole(folder) as scratch:
+            save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt", "form": form})
+            config = model.config.to_diff_dict()
+            config["sha256"] = sha256_of(scratch / WEIGHTS)
+            config["architectures"] = ["GmsaModel"]
+            (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot save to {folder}: {reason}") from error
+
+
+def _origins(model: GmsaNetwork) -> dict[str, Tensor]:
+    """The tensors an untrained model of the same configuration takes from its backbones, read anew from them.
+
+    Tensors it draws at random are left out: they are not the same twice, so a difference from them says nothing.
+    """
+    decoder, encoder = load_backbones(model.config, torch.float32)
+    fresh = GmsaNetwork(model.config, decoder.model, encoder.model if encoder else None)
+    drawn = ["lora_", APPENDED, *(f"compressor.lsa.{prefix}" for prefix in model.compressor.lsa.drawn)]
+    named = {stored_name(n): p.detach() for n, p in fresh.named_parameters()}
+    return {n: p for n, p in named.items() if not any(part in n for part in drawn)}
+
+
+def _to_int8(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, in) -> int8 values and one fp32 scale per output channel."""
+    scale = (difference.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
+    return (difference / scale).round().to(torch.int8), scale
+
+
+def find_folder(name: str, revision: str | None, token: str | None, local_files_only: bool) -> Path:
+    """The local folder of a checkpoint: `name` itself, or a download of the hub repository of that name.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"unknown model {name!r}: give an existing folder or a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    try:
+        # The folders are those of a compressor alone (gmsa/io/compressor.py).
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, "decoder/*", "encoder/*"], **options))
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"cannot get model {name!r} from the hub: {reason}") from error
+
+
+def read_config(folder: Path) -> GmsaConfig:
+    """The configuration in a model folder.
+
+    Raises:
+        CheckpointError: there is none, or it is not one of ours.
+    """
+    try:
+        raw = json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a model folder: it has no {CONFIG}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
+    if not isinstance(raw, dict) or raw.get("model_type") != GmsaConfig.model_type:
+        raise CheckpointError(f"{folder} holds another kind of model, not a GMSA one")
+    return GmsaConfig.from_dict(raw)
+
+
+def load_backbones(config: GmsaConfig, dtype: torch.dtype, **options: Any) -> tuple[Backbone, Backbone | None]:
+    """The decoder's backbone and, where it differs, the encoder's, each checked against its fingerprint.
+
+    Raises:
+        BackboneError: one cannot be had, or its weights are not the ones the checkpoint was trained on.
+    """
+
+    def load(pointer: dict[str, Any]) -> Backbone:
+        backbone = load_backbone(pointer["name"], revision=pointer.get("revision"), dtype=dtype, **options)
+        expected = pointer.get("fingerprint")
+        if expected and backbone.pointer["fingerprint"] != expected:
+            raise BackboneError(
+                f"backbone {pointer['name']!r} has other weights than the checkpoint was trained on "
+                f"(fingerprint {backbone.pointer['fingerprint']}, expected {expected}): pin its revision or fetch anew"
+            )
+        return backbone
+
+    if config.decoder is None:
+        raise CheckpointError("the configuration names no decoder backbone")
+    return load(config.decoder), load(config.encoder) if config.encoder else None
+
+
+def load_weights(model: GmsaNetwork, folder: Path) -> None:
+    """Put a checkpoint's tensors into a model that holds the untouched backbones. Strict.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its tensors are not the model's (each is named).
+    """
+    path = folder / WEIGHTS
+    try:
+        recorded = json.loads((folder / CONFIG).read_text()).get("sha256")
+        if recorded and sha256_of(path) != recorded:
+            raise CheckpointError(f"{path} is damaged (SHA-256 differs from the one in {CONFIG}): fetch it anew")
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no {WEIGHTS}") from error
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+    parameters = stored_parameters(model)
+    expected = set(parameters)
+    present = {name.split(":")[0] for name in tensors}
+    if missing := sorted(expected - present):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensor(s): {', '.join(missing)}")
+    if unexpected := sorted(present - expected):
+        raise CheckpointError(f"{path} has {len(unexpected)} unexpected tensor(s): {', '.join(unexpected)}")
+    with torch.no_grad():
+        for name in sorted(expected):
+            difference = tensors.get(f"{name}:int8")  # from what the model holds now
+            value = tensors[name] if difference is None else difference
+            if value.shape != parameters[name].shape:
+                raise CheckpointError(
+                    f"{path}: {name} has shape {tuple(value.shape)}, the model {tuple(parameters[name].shape)}"
+                )
+            if difference is not None:
+                value = parameters[name].float().to("cpu") + difference.float() * tensors[f"{name}:scale"]
+            parameters[name].copy_(value)
+
+
+def compressor_fingerprint(compressor: nn.Module) -> str:
+    """Identifies what makes soft tokens: all its weights and the choices that steer it. Memories carry it."""
+    config: GmsaConfig = compressor.config  # type: ignore[assignment]
+    choices = (config.encoder_sink, config.merging, config.lsa, config.window_size)
+    text = f"{fingerprint_of(compressor)}{choices}"
+    if config.encoder_lora:  # its scaling is no weight
+        text += json.dumps(config.encoder_lora, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name: bfloat16, float32, or short bf16, fp32.
+
+    Raises:
+        CheckpointError: unknown.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    short = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}.get(name, name)
+    found = getattr(torch, short, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"dtype must be one of bfloat16, float16, float32, got {name!r}")
+    return found
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a model folder holds, without loading any backbone.
+
+    Raises:
+        CheckpointError: it is not a model folder, or is damaged.
+    """
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            form = (file.metadata() or {}).get("form", "exact")
+            names = [name for name in file.keys() if not name.endswith(":scale")]  # noqa: SIM118 (not a dict)
+            parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error}") from error
+    decoder = config.decoder or {}
+    return {
+        "folder": str(folder),
+        "decoder": decoder.get("name"),
+        "encoder": (config.encoder or decoder).get("name"),
+        "encoder_layers": config.encoder_layers,
+        "merging": config.merging,
+        "lsa": f"{config.lsa} x {config.lsa_layers}" if config.lsa in ("decoder", "random") else config.lsa,
+        "window_size": config.window_size,
+        "prompt": config.prompt,
+        "trained": ", ".join(config.trained),
+        "parameters": parameters,
+        "form": form,
+        "bytes": path.stat().st_size,
+    }

@@ -1,0 +1,165 @@
+"""A model in two parts: its decoder as a plain Hugging Face folder, its compressor as a small GMSA one."""
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gmsa import __version__
+from gmsa.errors import CheckpointError
+from gmsa.io import checkpoint
+from gmsa.io.backbones import quiet_transformers, sha256_of
+from gmsa.io.compressor import KIND, CompressorModel, tensors_of
+from gmsa.model.gmsa import GmsaNetwork
+
+Part = tuple[PreTrainedConfig, PreTrainedTokenizerBase]  # of a backbone
+DECODER_FORMAT = "gmsa-decoder-1"
+NOTE = "gmsa.json"  # in a decoder's folder: which compressor's soft tokens it reads
+
+
+def export_decoder(
+    model: GmsaNetwork, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], fingerprint: str, folder: Path
+) -> None:
+    """Write the decoder, its training merged in, as a folder that transformers, vLLM, SGLang and TGI load as it is.
+
+    Args:
+        model: the whole one; weights are written in the dtype it was loaded in, and it is left as it was.
+        tokenizer: the decoder's.
+        ends: tokens that end an answer.
+        fingerprint: of the compressor.
+        folder: a new one. Beside the checkpoint (safetensors, tokenizer, chat template, generation configuration) it
+            gets `gmsa.json`: the fingerprint of the compressor whose soft tokens this decoder reads.
+
+    Raises:
+        CheckpointError: the model has no decoder, or the folder exists or cannot be written.
+    """
+    _check_whole(model)
+    decoder = model.decoder
+    if model.config.decoder_lora is not None:
+        decoder = merge_lora(copy.deepcopy(decoder))
+    generation = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id
+    )
+    with new_folder(folder) as scratch, quiet_transformers(), _generates(decoder, generation):
+        decoder.save_pretrained(scratch, max_shard_size="5GB")
+        tokenizer.save_pretrained(scratch)
+        facts = {"format": DECODER_FORMAT, "compressor": fingerprint, "gmsa": __version__}
+        _write_json(scratch / NOTE, facts)
+
+
+def export_compressor(model: GmsaNetwork, decoder: Part, encoder: Part, fingerprint: str, folder: Path) -> None:
+    """Write the compressor alone (see compressor.py); `GMSA.from_pretrained(folder)` then compresses without a decoder.
+
+    Values are kept exactly: each tensor in bf16 where that loses nothing, else as it was loaded.
+
+    Args:
+        model: the whole one.
+        decoder, encoder: configuration and tokenizer of the backbones.
+        fingerprint: of the compressor.
+        folder: a new one.
+
+    Raises:
+        CheckpointError: the model is a compressor already, or the folder exists or cannot be written.
+    """
+    _check_whole(model)
+    config = model.config.to_diff_dict()
+    config |= {"kind": KIND, "architectures": ["CompressorModel"], "fingerprint": fingerprint}
+    config.pop("decoder_lora", None)
+    tensors = {name: _smallest(value.detach().to("cpu")) for name, value in tensors_of(model).items()}
+    with new_folder(folder) as scratch:
+        save_file(tensors, scratch / checkpoint.WEIGHTS, metadata={"format": "pt", "form": KIND})
+        parts = {"decoder": decoder} if model.config.encoder is None else {"decoder": decoder, "encoder": encoder}
+        with quiet_transformers():
+            for name, (backbone, tokenizer) in parts.items():
+                backbone.save_pretrained(scratch / name)
+                tokenizer.save_pretrained(scratch / name)
+        config["sha256"] = sha256_of(scratch / checkpoint.WEIGHTS)
+        _write_json(scratch / checkpoint.CONFIG, config)
+
+
+def decoder_fingerprint(folder: Path) -> str | None:
+    """The fingerprint of the compressor that an exported decoder belongs to; None for any other folder."""
+    try:
+        note = json.loads((folder / NOTE).read_text())
+    except (OSError, ValueError):
+        return None
+    return note.get("compressor") if isinstance(note, dict) and note.get("format") == DECODER_FORMAT else None
+
+
+def merge_lora(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every linear that peft wrapped by the one linear that does the same, in place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in wrapped:
+        module.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
+    for part in model.modules():
+        part.__dict__.pop("peft_config", None)
+    return model
+
+
+@contextlib.contextmanager
+def _generates(model: PreTrainedModel, generation: GenerationConfig) -> Iterator[None]:
+    """Stand in for a model's generation configuration, which may hold sampling defaults or not even be valid."""
+    own = model.generation_config
+    model.generation_config = generation
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` once the block is done; on an error nothing is left.
+
+    Raises:
+        CheckpointError: the folder exists and is not empty, or cannot be written.
+    """
+    scratch: Path | None = None
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder} exists already: name a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        yield scratch
+        scratch.chmod(0o755)
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # a server may run as somebody else; weights are written for their owner alone
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        scratch.replace(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_whole(model: GmsaNetwork) -> None:
+    if isinstance(model, CompressorModel):
+        raise CheckpointError("this model folder holds the compressor alone: export from the whole model")
+
+
+def _smallest(value: Tensor) -> Tensor:
+    """In bf16 if that holds every value exactly."""
+    short = value.to(torch.bfloat16)
+    return (short if torch.equal(short.to(value.dtype), value) else value).contiguous()
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
+    path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,154 @@
+"""Rows of JSONL files.
+
+A row is {"text"} (restore it) or {"input": str | [str], "prompt", "answer": str | [str]} (answer from it; a list of
+inputs is that many documents, each a memory of its own).
+"""
+
+import contextlib
+import glob
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gmsa.errors import InputError
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is not a row, and why."""
+
+    path: str
+    number: int  # from 1
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.number}: {self.reason}"
+
+
+def find_files(pattern: str) -> list[str]:
+    """The files a path, a glob or "-" (standard input) stands for, sorted.
+
+    Raises:
+        InputError: there is none.
+    """
+    given = str(Path(pattern).expanduser())
+    # A file whose own name holds a bracket or star is that file, not a pattern.
+    paths = [given] if pattern == "-" or Path(given).exists() else sorted(glob.glob(given))  # noqa: PTH207 (absolute patterns)
+    if not paths:
+        raise InputError(f"no file matches {pattern}")
+    return paths
+
+
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """(byte offset, line) of a file, unpacked where it ends in .gz; "-" is standard input.
+
+    Raises:
+        InputError: the file cannot be read; names the line.
+    """
+    offset, number = 0, 0
+    try:
+        with _open_bytes(path) as lines:
+            for number, line in enumerate(lines, start=1):  # noqa: B007 (named in errors)
+                yield offset, line
+                offset += len(line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}, after line {number}: {error}" if number else f"{path}: {error}") from None
+
+
+def read_rows(
+    pattern: str, skip: Callable[[BadLine], None] | None = None, texts_only: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Rows of JSONL files: a path, a glob or "-" for standard input; .gz is unpacked.
+
+    Args:
+        pattern: what to read.
+        skip: called with each line that is not a row, which is then left out; None: the first such line is an error.
+        texts_only: every row is a text to restore (see `check_row`).
+
+    Raises:
+        InputError: no such file, or a line that is not a row; names file and line.
+    """
+    for path in find_files(pattern):
+        for _, _, row in placed_rows(path, skip, texts_only):
+            yield row
+
+
+def placed_rows(
+    path: str, skip: Callable[[BadLine], None] | None = None, texts_only: bool = False
+) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """(byte offset, line, row) of each row of one file; arguments and errors as for `read_rows`."""
+    for number, (offset, line) in enumerate(read_lines(path), start=1):
+        try:
+            row = parse_row(line, texts_only)
+        except ValueError as error:
+            bad = BadLine(path, number, str(error))
+            if skip is None:
+                raise InputError(str(bad)) from None
+            skip(bad)
+        else:
+            if row is not None:
+                yield offset, line, row
+
+
+def parse_row(line: bytes, texts_only: bool = False) -> dict[str, Any] | None:
+    """One line of a JSONL file as a row; None for an empty line.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON or not a row.
+    """
+    # Decoded line by line: text files are decoded in blocks, so a bad byte would be blamed on another line.
+    text = line.decode("utf-8-sig").strip()
+    if not text:
+        return None
+    try:
+        row = json.loads(text)
+    except RecursionError:
+        raise InputError("nested too deeply") from None
+    if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, but no text
+        json.dumps(row, ensure_ascii=False).encode()
+    return check_row(row, texts_only)
+
+
+def _open_bytes(path: str) -> Any:
+    if path == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)  # not ours to close
+    return gzip.open(path) if path.endswith(".gz") else Path(path).open("rb")
+
+
+def check_row(row: Any, texts_only: bool = False) -> dict[str, Any]:
+    """Return the row, its answer as a list, or raise InputError saying which field is wrong.
+
+    Args:
+        row: what a line of JSON holds.
+        texts_only: every row is a text to restore: {"text"}, or {"input"} whatever else it has, returned as {"text"}.
+    """
+    if not isinstance(row, dict):
+        raise InputError("a row must be a JSON object")
+    if isinstance(row.get("text"), str) and row["text"].strip():
+        return row
+    row = {key: value for key, value in row.items() if key != "text"}  # an empty one: what counts is the question
+    documents = row.get("input")
+    documents = [documents] if isinstance(documents, str) else documents
+    if not isinstance(documents, list) or not documents or not all(isinstance(d, str) and d.strip() for d in documents):
+        raise InputError('a row needs "text", or "input", "prompt" and "answer"; \'input\' is missing or empty')
+    if texts_only:
+        return {**row, "text": "\n\n".join(documents)}
+    if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise InputError('a row needs "text", or "input", "prompt" and "answer"; \'prompt\' is missing or empty')
+    answer = row.get("answer")
+    answers = [answer] if isinstance(answer, str) else answer
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise InputError("'answer' must be a non-empty text or a list of them")
+    return {**row, "answer": answers}
+
+
+def documents_of(row: dict[str, Any]) -> list[str]:
+    """The documents a question is about: its `input`, one text or several."""
+    return [row["input"]] if isinstance(row["input"], str) else row["input"]

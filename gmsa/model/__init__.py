@@ -1,0 +1,1 @@
+"""The paper: encoder, group merging, LSA, decoder. Imports nothing of gmsa but config and errors."""

@@ -1,0 +1,542 @@
+"""What stands behind the routes: from a request to the rows of an answer, and nothing about HTTP.
+
+Four threads do the work, so that the event loop never waits: one makes prompts (look-ups, templates, tokens), one
+compresses, one decodes (scheduler.py) or asks decoders elsewhere (workers.py), one restores with proof. Each has
+tokenizers of its own, as fast tokenizers are not made to be shared.
+"""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import copy
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gmsa.api import GMSA
+from gmsa.decode.checked import CheckedPiece
+from gmsa.decode.stream import TextPieces
+from gmsa.errors import ContextTooLongError, InputError, MemoryFileError
+from gmsa.io.memory import Memory
+from gmsa.serve.chat import Turn, render, split_question
+from gmsa.serve.errors import ApiError
+from gmsa.serve.generation import Sampling
+from gmsa.serve.metrics import Metrics
+from gmsa.serve.scheduler import Decoding, Piece, Row, Scheduler
+from gmsa.serve.schemas import ChatRequest, CompletionRequest, Generation, MemoryPart
+from gmsa.serve.settings import Settings
+from gmsa.store import MemoryStore, StoredMemory
+
+T = TypeVar("T")
+RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other requests
+CHECKS_AT_MOST = 4  # running or waiting; they take long, and each holds a place among the open requests
+LARGEST_CHECKED = 16  # merge size; what a group may cost grows with it, and little is confirmed beyond
+MAX_ANSWERS = 32  # of one request, which counts as one of the queue
+CHARACTERS_PER_TOKEN = 16  # more than texts have; only how much is tokenized first depends on it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the decoder is to read: `embeds` (T, d), of which `soft_tokens` stand for `origin_tokens`."""
+
+    embeds: Tensor
+    soft_tokens: int
+    origin_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+
+@dataclass(frozen=True)
+class LongText:
+    """A text to be compressed where it stands."""
+
+    text: str
+
+
+Part = str | LongText | MemoryPart
+
+
+class Job:
+    """An admitted request: its place among the open ones, and its rows. Close it, whatever happens."""
+
+    def __init__(self, service: "Service") -> None:
+        self.service = service
+        self.started = time.perf_counter()
+        self.rows: list[Row] = []
+        self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._left = 0
+        self._first = True
+        self.closed = False
+        self.checks = False
+
+    def submit(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling, stops: tuple[str, ...] = ()) -> None:
+        """Queue one more answer; they are numbered in the order they were submitted."""
+        number = len(self.rows)
+
+        def emit(piece: Piece) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
+
+        row = Row(prompt.embeds, max_new_tokens, emit, sampling, stops)
+        self.rows.append(row)
+        self._left += 1
+        self.service.scheduler.submit(row)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Numbers of answers and what is new of them, until all have ended.
+
+        Raises:
+            ApiError: the decoder failed, or the server is stopping.
+        """
+        metrics = self.service.metrics
+        while self._left:
+            number, piece = await self._pieces.get()
+            if piece.finish == "error":
+                raise given_up()
+            self.note_first()
+            if piece.finish is not None:
+                self._left -= 1
+                metrics.tokens.labels("generated").inc(piece.tokens)
+            yield number, piece
+
+    def note_first(self) -> None:
+        """There is something to show; only the first time counts."""
+        if self._first:
+            self._first = False
+            self.service.metrics.first_token.observe(time.perf_counter() - self.started)
+
+    def close(self) -> None:
+        """Give up what is still running, and the place."""
+        if not self.closed:
+            self.closed = True
+            for row in self.rows:
+                self.service.scheduler.cancel(row)
+            self.service.metrics.open.dec()
+            self.service.open -= 1
+            self.service.checks -= self.checks
+
+
+class Service:
+    """A model, its memories, and the threads that use them.
+
+    Args:
+        gmsa: the model; it belongs to this service from now on. A compressor alone will do where `decoding` is given.
+        settings: limits and defaults.
+        decoding: what makes the answers; None: the model's own decoder, in this process.
+        metrics: those that `decoding` counts in.
+    """
+
+    def __init__(
+        self, gmsa: GMSA, settings: Settings, decoding: Decoding | None = None, metrics: Metrics | None = None
+    ) -> None:
+        self.gmsa = gmsa
+        self.settings = settings
+        self.metrics = metrics or Metrics()
+        self.created = int(time.time())
+        self.draining = False
+        self.open = 0
+        self.store = MemoryStore(settings.store, max_bytes=settings.max_store)
+        self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(gmsa.tokenizer)
+        self.counter: PreTrainedTokenizerBase = copy.deepcopy(gmsa.encoder_tokenizer)
+        self.restorer: PreTrainedTokenizerBase = copy.deepcopy(gmsa.tokenizer)  # the event loop's
+        self.prompting = ThreadPoolExecutor(1, "gmsa-prompts")
+        self.compressing = ThreadPoolExecutor(1, "gmsa-compress")
+        self.checking = ThreadPoolExecutor(1, "gmsa-check")
+        self.scheduler = decoding or _own_decoder(gmsa, settings, self.metrics)
+        self._checker = gmsa.twin() if decoding is None else None  # for that thread alone
+        self.checks = 0
+        self._stopping = False
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """What prompt and answer may have together; it may shrink when a decoder elsewhere is first heard of."""
+        limits = (self.settings.max_prompt_tokens, self.scheduler.max_length)
+        return min(limit for limit in limits if limit is not None)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self.scheduler.start()
+
+    def stop(self) -> None:
+        """End the threads and let go of the store. What is under way ends with an error."""
+        self._stopping = True
+        for pool in (self.prompting, self.compressing, self.checking):
+            pool.shutdown(cancel_futures=True)
+        self.scheduler.stop()
+        self.store.close()
+
+    def admit(self, answers: bool = True) -> Job:
+        """A place for one request.
+
+        Args:
+            answers: whether it needs the decoder.
+
+        Raises:
+            ApiError: 429, there is none; 503, the server is stopping, or its decoder has died or cannot be reached.
+        """
+        if self.draining or not self.scheduler.alive:
+            raise ApiError(503, "the server is stopping; try another or later", "unavailable")
+        if answers and not self.scheduler.ready:
+            raise ApiError(503, "no decoder can be reached; try again later", "unavailable")
+        if self.open >= self.settings.max_batch + self.settings.max_queue:
+            raise ApiError(429, "too many requests are waiting; try again later", "queue_full")
+        self.open += 1
+        self.metrics.open.inc()
+        return Job(self)
+
+    # -- memories --------------------------------------------------------------------------------------------------
+
+    async def remember(
+        self, text: str, merge_size: int | None, label: str | None = None, metadata: dict[str, Any] | None = None
+    ) -> tuple[StoredMemory, Memory, bool]:
+        """The memory of a text, from the store or made; see `MemoryStore.get_or_compress`.
+
+        Raises:
+            ApiError: 413, the text is too long.
+        """
+        size = merge_size or self.settings.merge_size
+        # Looked up first, so that a text that is there does not wait behind one that is being compressed.
+        held = await self._prompting(lambda: self.store.find(text, self.gmsa.fingerprint, size))
+        pool = self.prompting if held is not None else self.compressing
+        entry, memory, there = await self._in(pool, lambda: self._get_or_compress(text, size, label, metadata, held))
+        self.metrics.memories.labels("found" if there else "made").inc()
+        return entry, memory, there
+
+    def _get_or_compress(
+        self,
+        text: str,
+        size: int,
+        label: str | None,
+        metadata: dict[str, Any] | None,
+        held: StoredMemory | None,
+    ) -> tuple[StoredMemory, Memory, bool]:
+        if held is None and exceeds(self.gmsa.encoder_tokenizer, text, self.settings.max_context_tokens):
+            raise ApiError(
+                413,
+                f"the text has more than {self.settings.max_context_tokens} tokens, the most this server compresses",
+                "text_too_long",
+            )
+        started = time.perf_counter()
+        made = self.store.get_or_compress(self.gmsa, text, size, label=label, metadata=metadata)
+        if not made[2]:
+            self.metrics.compressed.inc(made[0].origin_tokens)
+            self.metrics.compress_seconds.inc(time.perf_counter() - started)
+        return made
+
+    async def load(self, id: str) -> Memory:
+        """A stored memory that this model can read."""
+        return await self._prompting(lambda: self.store.load(id, self.gmsa.fingerprint))
+
+    async def call_store(self, work: Callable[[MemoryStore], T]) -> T:
+        """Do something with the store."""
+        return await self._prompting(lambda: work(self.store))
+
+    # -- prompts ---------------------------------------------------------------------------------------------------
+
+    async def chat_prompt(self, request: ChatRequest) -> Prompt:
+        """What the decoder reads for a chat; long texts are compressed, memories looked up."""
+        plan = await self._prompting(lambda: self._plan(request))
+        turns = [Turn(role, [await self._resolve(part, request) for part in parts]) for role, parts in plan]
+        return await self._prompting(lambda: self._prompt(render(turns, self.tokenizer, self.gmsa.config), bos=False))
+
+    async def completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
+        """What the decoder reads for each prompt of a completion request: memories, then text to go on with."""
+        memories = [await self.load(id) for id in request.memory_ids]
+        prompts = []
+        for text in request.prompts():
+            parts = await self._prompting(lambda text=text: self._shorten(text, request, last=True))  # type: ignore[misc]
+            pieces = [await self._resolve(part, request) for part in parts]
+            prompts.append(await self._prompting(lambda pieces=pieces: self._prompt([*memories, *pieces], bos=True)))  # type: ignore[misc]
+        return prompts
+
+    async def restore_prompts(self, memory: Memory) -> list[tuple[Prompt, int]]:
+        """For each window of a memory the prompt that restores it, and the most tokens that can take."""
+        return await self._prompting(lambda: list(self._restore_prompts(memory)))
+
+    def _restore_prompts(self, memory: Memory) -> list[tuple[Prompt, int]]:
+        window = self.gmsa.config.window_size or memory.origin_tokens
+        around = self.gmsa.template.restore()
+        made = []
+        for number, soft in enumerate(memory.soft_tokens.split(-(-window // memory.merge_size))):
+            tokens = min(window, memory.origin_tokens - number * window)
+            part = Memory(soft, memory.merge_size, tokens, memory.fingerprint)
+            limit = self.gmsa.longest_restoration(tokens)
+            made.append((self._joined([around.before, part, around.after]), limit))
+        return made
+
+    def _plan(self, request: ChatRequest) -> list[tuple[str, list[Part]]]:
+        """Each message's role and parts, long texts marked."""
+        turns: list[tuple[str, list[Part]]] = []
+        for message in request.messages:
+            content = message.content
+            given = (
+                [content] if isinstance(content, str) else [p if isinstance(p, MemoryPart) else p.text for p in content]
+            )
+            last = message is request.messages[-1]
+            parts: list[Part] = []
+            for number, part in enumerate(given):
+                at_end = last and number == len(given) - 1
+                parts += [part] if isinstance(part, MemoryPart) else self._shorten(part, request, at_end)
+            turns.append((message.role, parts))
+        return turns
+
+    def _shorten(self, text: str, request: Generation, last: bool) -> list[Part]:
+        """A text as it is or, if it is long, as what is to be compressed and what stays text."""
+        limit = request.auto_compress if request.auto_compress is not None else self.settings.auto_compress
+        if not limit or not exceeds(self.counter, text, limit) or not text.strip():
+            return [text]
+        document, question = split_question(text, lambda t: count(self.counter, t), limit) if last else (text, "")
+        return [LongText(document), question] if question else [LongText(document)]
+
+    async def _resolve(self, part: Part, request: Generation) -> str | Memory:
+        if isinstance(part, str):
+            return part
+        if isinstance(part, LongText):
+            return (await self.remember(part.text, request.merge_size))[1]
+        if (part.memory_id is None) == (part.safetensors is None):
+            raise InputError("a memory part has either a memory_id or safetensors")
+        if part.memory_id is not None:
+            return await self.load(part.memory_id)
+        assert part.safetensors is not None
+        raw = part.safetensors
+        return await self._prompting(lambda: self._received(raw))
+
+    def _received(self, encoded: str) -> Memory:
+        """Soft tokens from a request, checked before the decoder may see them.
+
+        Raises:
+            ApiError: this server takes none. InputError: they are none of this model's. MemoryMismatchError.
+        """
+        if not self.settings.accept_soft_tokens:
+            raise ApiError(400, "this server takes no soft tokens: store the text at /v1/memories", "not_enabled")
+        try:
+            raw = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InputError("safetensors is not base64") from error
+        width = self.gmsa.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr,index]
+        with tempfile.TemporaryDirectory(prefix="gmsa-") as folder:
+            path = os.path.join(folder, "received")  # noqa: PTH118
+            with open(path, "wb") as file:
+                file.write(raw)
+            try:
+                memory = Memory.load(path)  # checks format, SHA-256, dtype, two dimensions and finiteness
+            except MemoryFileError as error:
+                raise InputError("safetensors holds no whole memory file as `gmsa compress` writes it") from error
+        if memory.soft_tokens.shape[1] != width:
+            raise InputError(f"soft tokens are {memory.soft_tokens.shape[1]} wide, this model's {width}")
+        self.gmsa.check(memory)
+        return memory
+
+    def _prompt(self, pieces: Sequence[str | Memory], bos: bool) -> Prompt:
+        """Rendered text and memories as one prompt."""
+        ids: list[Tensor | Memory] = []
+        for piece in pieces:
+            if isinstance(piece, Memory):
+                self.gmsa.check(piece)
+                ids.append(piece)
+            else:
+                if exceeds(self.tokenizer, piece, self.max_prompt_tokens):
+                    raise self._too_long(f"more than {self.max_prompt_tokens}", 0)
+                ids.append(torch.tensor(tokens_of(self.tokenizer, piece), dtype=torch.long))
+        start = getattr(self.tokenizer, "bos_token_id", None)
+        if bos and start is not None and self._starts_with_bos():
+            ids.insert(0, torch.tensor([start]))
+        return self._joined(ids)
+
+    def _starts_with_bos(self) -> bool:
+        """Whether the tokenizer itself puts a first token before a text."""
+        return self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+
+    @torch.no_grad()
+    def _joined(self, parts: Sequence[Tensor | Memory]) -> Prompt:
+        """Token ids (T,) and memories, in order, as vectors."""
+        embeddings = self.gmsa.model.get_input_embeddings()
+        device, dtype = self.gmsa.model.device, embeddings.weight.dtype  # type: ignore[union-attr]
+        rows = [
+            part.soft_tokens.to(device, dtype) if isinstance(part, Memory) else embeddings(part.to(device))  # type: ignore[arg-type]
+            for part in parts
+        ]
+        memories = [part for part in parts if isinstance(part, Memory)]
+        embeds = torch.cat(rows)
+        if not len(embeds):
+            raise InputError("the prompt is empty")
+        return Prompt(embeds, sum(len(m) for m in memories), sum(m.origin_tokens for m in memories))
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def start_answers(self, job: Job, prompts: Sequence[Prompt], request: Generation) -> None:
+        """Queue the answers to each prompt, those of a prompt one after the other.
+
+        Raises:
+            ContextTooLongError: prompt and answer do not fit. InputError: these are too many answers.
+        """
+        if len(prompts) * (request.n or 1) > MAX_ANSWERS:
+            raise InputError(f"at most {MAX_ANSWERS} answers per request: send fewer prompts or a smaller n")
+        longest = [self._room(prompt, request.most_tokens) for prompt in prompts]
+        for prompt, tokens in zip(prompts, longest, strict=True):
+            self.metrics.tokens.labels("text").inc(len(prompt) - prompt.soft_tokens)
+            self.metrics.tokens.labels("soft").inc(prompt.soft_tokens)
+            self.metrics.tokens.labels("origin").inc(prompt.origin_tokens)
+            for number in range(request.n or 1):
+                job.submit(prompt, tokens, sampling_of(request, number), request.stops())
+
+    def _room(self, prompt: Prompt, asked: int | None) -> int:
+        """How many new tokens an answer may have."""
+        room = self.max_prompt_tokens - len(prompt)
+        if room < (asked or 1):
+            raise self._too_long(str(len(prompt)), asked or 1)
+        return asked or min(room, self.settings.max_new_tokens)
+
+    def _too_long(self, tokens: str, new: int) -> ContextTooLongError:
+        return ContextTooLongError(
+            f"{tokens} prompt tokens and {new} new tokens exceed the {self.max_prompt_tokens} that fit: compress "
+            "(auto_compress, memories), use a larger merge_size, or ask for fewer tokens"
+        )
+
+    async def restored(self, job: Job, memory: Memory) -> AsyncIterator[str]:
+        """The text of a memory in pieces, window by window; a few windows are restored at once."""
+        prompts = await self.restore_prompts(memory)
+        ready: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        text = TextPieces(self.restorer)  # one for all, as a character may stand in two windows
+        for prompt, _ in prompts:
+            if len(prompt) >= self.max_prompt_tokens:
+                raise self._too_long(str(len(prompt)), 1)
+
+        def submit() -> None:
+            if len(job.rows) < len(prompts):
+                prompt, tokens = prompts[len(job.rows)]
+                job.submit(prompt, min(tokens, self.max_prompt_tokens - len(prompt)), Sampling())
+
+        for _ in range(RESTORED_AT_ONCE):
+            submit()
+        shown = 0
+        async for number, piece in job.pieces():
+            if piece.token is not None:
+                ready[number].append(piece.token)
+            if piece.finish is not None:
+                ended[number] = True
+                submit()
+            fresh = ""
+            while shown < len(prompts):
+                fresh += "".join(text.add(token) for token in ready[shown])
+                ready[shown].clear()
+                if not ended[shown]:
+                    break
+                shown += 1
+            if shown == len(prompts):
+                fresh += text.finish()
+            if fresh:
+                yield fresh
+
+    def checked(self, job: Job, memory: Memory) -> AsyncIterator[CheckedPiece]:
+        """The text of a memory as `GMSA.stream_checked` gives it; one memory of all requests at a time.
+
+        Raises:
+            ApiError: the decoder is elsewhere, or too many checks are waiting. InputError: this model's restorations
+                cannot be checked, or none of so large a merge size.
+        """
+        if self._checker is None:
+            raise ApiError(
+                400, "a restoration is checked where the decoder is, and this server's is elsewhere", "not_enabled"
+            )
+        self.gmsa.require_checkable()
+        if memory.merge_size > LARGEST_CHECKED:
+            raise InputError(
+                f"merge size {memory.merge_size} is too large to be checked here: {LARGEST_CHECKED} at most"
+            )
+        if self.checks >= CHECKS_AT_MOST:
+            raise ApiError(429, "too many checks are waiting; try again later", "queue_full")
+        self.checks += 1
+        job.checks = True
+        return self._checked(job, memory, self._checker)
+
+    async def _checked(self, job: Job, memory: Memory, checker: GMSA) -> AsyncIterator[CheckedPiece]:
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[CheckedPiece | None] = asyncio.Queue()
+
+        def go_on() -> None:
+            if job.closed or self._stopping:
+                raise given_up()
+
+        def restore() -> None:
+            for piece in checker.stream_checked(memory, on_step=go_on):
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        def ended(future: asyncio.Future[None]) -> None:
+            if not future.cancelled():
+                future.exception()  # nobody else may be there to take it
+            pieces.put_nowait(None)
+
+        restoring = asyncio.ensure_future(self._in(self.checking, restore))
+        restoring.add_done_callback(ended)
+        while (piece := await pieces.get()) is not None:
+            job.note_first()
+            yield piece
+        await restoring
+        self.metrics.tokens.labels("generated").inc(memory.origin_tokens)
+
+    # -- threads ---------------------------------------------------------------------------------------------------
+
+    async def _prompting(self, work: Callable[[], T]) -> T:
+        return await self._in(self.prompting, work)
+
+    async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Decoding:
+    return Scheduler(
+        gmsa.model.decoder,
+        copy.deepcopy(gmsa.tokenizer),
+        {gmsa.template.end_id, gmsa.tokenizer.eos_token_id} - {None},
+        max_batch=settings.max_batch,
+        on_step=metrics.on_step,
+    )
+
+
+def given_up() -> ApiError:
+    """The decoder failed, or the server is stopping."""
+    return ApiError(503, "the answer was given up; try again", "generation_failed")
+
+
+def sampling_of(request: Generation, number: int) -> Sampling:
+    """How answer `number` of a prompt is chosen; given a seed, each has one of its own."""
+    return Sampling(
+        temperature=request.temperature or 0.0,
+        top_p=request.top_p if request.top_p is not None else 1.0,
+        seed=None if request.seed is None else (request.seed + number) % 2**63,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+    )
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, nothing around it."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of a text."""
+    return len(tokens_of(tokenizer, text))
+
+
+def exceeds(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> bool:
+    """Whether a text has more than `limit` tokens, looking at no more of it than it takes to know."""
+    if len(text) * 4 <= limit:  # at most four bytes a character, and no token is less than a byte
+        return False
+    beginning = text[: limit * CHARACTERS_PER_TOKEN]
+    if count(tokenizer, beginning) > limit + 1:  # cutting may split one token
+        return True
+    return count(tokenizer, text) > limit

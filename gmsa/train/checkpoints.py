@@ -1,0 +1,101 @@
+"""Checkpoints of a run: complete or not there, whatever happens while one is written.
+
+A checkpoint is written into a scratch folder, every file is flushed to the disk and listed with its hash in a manifest,
+and then the folder is renamed. Only a folder whose manifest fits its files is ever resumed from.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from gmsa.errors import CheckpointError
+from gmsa.io.backbones import sha256_of
+
+MANIFEST = "manifest.json"
+SCRATCH = ".saving"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def complete(scratch: Path, final: Path) -> None:
+    """Turn a folder that has been written into a checkpoint: flush, list, rename.
+
+    Args:
+        scratch: what has been written, on the same file system as `final`.
+        final: its place; what stands there is replaced.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    files = sorted(path for path in scratch.rglob("*") if path.is_file())
+    listed = {
+        str(path.relative_to(scratch)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+    }
+    manifest = scratch / MANIFEST
+    manifest.write_text(json.dumps(listed, indent=1) + "\n")
+    for path in [*files, manifest, *(p for p in scratch.rglob("*") if p.is_dir()), scratch]:
+        _flush(path)
+    if final.exists():  # a folder cannot be renamed onto another
+        old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=final.parent))
+        final.rename(old / final.name)
+        scratch.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        scratch.rename(final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())
+        for name, entry in listed.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                return f"{name} is missing or cut short"
+            if sha256_of(path) != entry["sha256"]:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return "it was never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def all_in(output: Path) -> list[Path]:
+    """Folders of checkpoints in a run's folder, oldest first, complete or not."""
+    found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_complete(output: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line on each newer one that is not.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none of them is whole.
+    """
+    notes: list[str] = []
+    for folder in reversed(all_in(output)):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder, notes
+        notes.append(f"{folder} is left out: {wrong}")
+    if notes:
+        raise CheckpointError(f"no checkpoint can be resumed from: {'; '.join(notes)}")
+    return None, notes
+
+
+def rotate(output: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what interrupted saves left behind."""
+    for folder in [*all_in(output)[:-keep], *output.glob(".replaced-*")]:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,465 @@
+"""Running a recipe with transformers' Trainer.
+
+Trained weights and optimiser state are fp32, compute is bf16 (autocast), frozen weights are bf16 throughout.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+
+from gmsa.config import GmsaConfig
+from gmsa.decode.malloc import keep_freed_memory, return_freed_memory
+from gmsa.decode.prompt import PromptTemplate
+from gmsa.errors import CheckpointError, ConfigError, GmsaError, InputError
+from gmsa.io import checkpoint
+from gmsa.io.backbones import Backbone, load_backbone
+from gmsa.io.loading import GmsaModel
+from gmsa.io.rows import BadLine
+from gmsa.model.backbone import body_of, layers_of
+from gmsa.model.compressor import rates_of
+from gmsa.model.losses import distilled
+from gmsa.train import checkpoints
+from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
+from gmsa.train.evaluation import RestorationProbe
+from gmsa.train.log import Progress, RunLog, draw_curve, tell
+from gmsa.train.recipe import Recipe, read_yaml
+from gmsa.train.rows import Conversations, Rows, index_rows
+from gmsa.train.stages import STAGES
+
+# LoRA on the decoder where a recipe trains it so and says no more: the paper's second release.
+DEFAULT_LORA = {"r": 128, "alpha": 32, "dropout": 0.05}
+
+
+class GmsaTrainer(Trainer):
+    """transformers' Trainer on batches that are made whole, with checkpoints that hold only what changed.
+
+    Args:
+        recipe: what is run.
+        probe: looks at restoration now and then, or None.
+        kwargs: of the Trainer.
+    """
+
+    def __init__(self, recipe: Recipe, probe: RestorationProbe | None, log: RunLog, **kwargs: Any) -> None:
+        super().__init__(
+            eval_dataset=probe.texts if probe else None,
+            data_collator=_inputs,
+            callbacks=[log],
+            **kwargs,
+        )
+        self.recipe = recipe
+        self.probe = probe
+        self.run_log = log
+        self.form = "exact"
+        self.model_accepts_loss_kwargs = False  # the loss is a mean per micro-batch; the Trainer averages those
+        # Since the last log, over the processes: targets predicted right, targets, contexts cut short.
+        self.counts = torch.zeros(3, dtype=torch.long, device=self.args.device)
+        self._run_dir: Path | None = None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy over the targets of one micro-batch, mixed with distillation where the recipe says so."""
+        number, truncated = inputs.pop("number"), inputs.pop("truncated")
+        texts = inputs.pop("texts")
+        distil = self.recipe.distil
+        if distil is not None:
+            with torch.no_grad():
+                teacher = model(**inputs, texts=texts)["logits"]
+        read = texts if self.recipe.reads == "text" else None
+        out = model(**inputs, texts=read, keep_logits=distil is not None)
+        loss = out["loss"]
+        if distil is not None:
+            learned = inputs["learned"]
+            counts = [int(row.sum()) for row in learned] if learned else [len(row) for row in inputs["targets"]]
+            loss = distilled(loss, out["logits"], teacher, counts, rates_of(inputs["merge_size"]), **distil)
+        if not bool(torch.isfinite(loss)):
+            last = checkpoints.all_in(Path(self.args.output_dir))
+            kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been saved yet"
+            raise GmsaError(
+                f"the loss of batch {number} (step {self.state.global_step}) is not finite: "
+                f"lower learning_rate or clip; {kept}"
+            )
+        with torch.no_grad():
+            found = out["correct"]
+            counted = [found, found.new_tensor(len(out["labels"])), found.new_tensor(truncated)]
+            self.counts += torch.stack(counted).to(self.counts.device)
+        return (loss, out) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the share of target tokens predicted right since the last log, and how many contexts were cut."""
+        if "loss" in logs:
+            correct, tokens, truncated = self.accelerator.reduce(self.counts, "sum").tolist()
+            logs["token_accuracy"] = correct / max(1, tokens)
+            logs["truncated"] = truncated
+            self.counts.zero_()
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The probe: token accuracy on held-out texts at each merge size, and one of them restored."""
+        if self.probe is None:
+            return {}
+        self.model.eval()
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            found = self.probe.accuracy(self.model)
+            if isinstance(self.model, FSDPModule):  # gathers its weights by itself only for `forward`
+                self.model.unshard()
+            found["sample"] = self.probe.sample(self.model)
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()
+        self.model.train()
+        if self.is_world_process_zero():
+            self.run_log.write({"step": self.state.global_step, "probe": found})
+            accuracies = "  ".join(f"{size}x {value:.3f}" for size, value in found["token_accuracy"].items())
+            tell(f"step {self.state.global_step}: restoration accuracy  {accuracies}")
+            tell(f"  a text restored at {self.probe.merge_sizes[0]}x: {' '.join(found['sample'].split())}")
+            draw_curve(self.run_log.folder)
+        metrics = {f"eval_token_accuracy_{size}x": value for size, value in found["token_accuracy"].items()}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._run_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the Trainer's, but into a scratch folder that takes its place only when it is complete."""
+        output = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        main = self.is_world_process_zero()
+        try:
+            self._run_dir = output / checkpoints.SCRATCH
+            if main:
+                shutil.rmtree(self._run_dir, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process has written its part
+            if main:
+                checkpoints.complete(self._run_dir / name, output / name)
+                checkpoints.rotate(output, self.recipe.keep)
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise CheckpointError(f"cannot save {output / name}: {reason}{self._last_kept()}") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{self._last_kept()}") from error
+        finally:
+            if main:
+                shutil.rmtree(output / checkpoints.SCRATCH, ignore_errors=True)
+            self._run_dir = None
+        return_freed_memory()  # a good moment for housekeeping
+
+    def _last_kept(self) -> str:
+        last = checkpoints.all_in(Path(self.args.output_dir))
+        return f"; the run can be resumed from {last[-1]}" if last else ""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what training changed. All processes take part: under FSDP each holds a piece of every tensor.
+
+        The Trainer's own would gather the frozen backbone too.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        gathered = {}
+        for name, parameter in checkpoint.stored_parameters(model).items():
+            if isinstance(parameter, DTensor):
+                whole = parameter.full_tensor()
+                if self.args.should_save:
+                    gathered[name] = whole.detach().clone().to("cpu")
+        if self.args.should_save:
+            checkpoint.save_model(model, Path(output_dir or self.args.output_dir), self.form, gathered)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str | os.PathLike[str]) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The Trainer's own would write the whole model besides, frozen backbone and all.
+        from accelerate.utils import save_fsdp_optimizer
+
+        state = self.accelerator.state
+        save_fsdp_optimizer(state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: `train` has loaded the weights, before anything wrapped or sharded the model."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)  # batches are already drawn at random
+
+
+def _inputs(items: list[NumberedBatch]) -> dict[str, Any]:
+    (item,) = items
+    return {**vars(item.batch), "number": item.number, "truncated": item.truncated}
+
+
+def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
+    """The model a recipe starts from, with its decoder's and encoder's backbones (the same one where they agree).
+
+    Raises:
+        GmsaError: a checkpoint, backbone or setting cannot be used.
+    """
+    fields = dict(recipe.model)
+    decoder_name, encoder_name = fields.pop("decoder", None), fields.pop("encoder", None)
+    if "decoder-lora" in recipe.trains:
+        fields.setdefault("decoder_lora", DEFAULT_LORA)
+    torch.manual_seed(recipe.seed)  # new weights (LoRA, random alignment) are drawn
+    if recipe.init:
+        folder = checkpoint.find_folder(recipe.init, None, None, False)
+        config = checkpoint.read_config(folder)
+        for key, value in fields.items():
+            setattr(config, key, value)
+        config.check()
+        decoder, encoder = checkpoint.load_backbones(
+            config, torch.bfloat16, attn_implementation=recipe.attn_implementation
+        )
+        model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
+        for parameter in checkpoint.stored_parameters(model).values():
+            parameter.data = parameter.data.float()  # what the first stage learned is not rounded
+        checkpoint.load_weights(model, folder)
+        return model, decoder, encoder or decoder
+    if decoder_name is None:
+        raise ConfigError("model.decoder: name the backbone to build on (or give init, a model folder)")
+    config = GmsaConfig(**fields)  # mistakes in it show before anything is loaded
+    decoder = load_backbone(decoder_name, attn_implementation=recipe.attn_implementation)
+    encoder = load_backbone(encoder_name, attn_implementation=recipe.attn_implementation) if encoder_name else None
+    config.decoder, config.encoder = decoder.pointer, encoder.pointer if encoder else None
+    return GmsaModel(config, decoder.model, encoder.model if encoder else None), decoder, encoder or decoder
+
+
+def training_batches(recipe: Recipe, config: GmsaConfig, encoder: Backbone, template: PromptTemplate,
+                     batches_per_step: int, skip: Any = None) -> TrainingBatches:  # fmt: skip
+    """Index the recipe's files and plan the run's batches.
+
+    Args:
+        recipe, config, encoder, template: of the run.
+        batches_per_step: micro-batches in one optimiser step, over all processes.
+        skip: called with each bad line; None: the first one is an error.
+
+    Raises:
+        InputError: a file cannot be read, holds a bad line, or no row of the kind the stage needs.
+    """
+    wanted = STAGES[recipe.stage].rows
+    sources: list[tuple[RowBatches, float]] = []
+    for entry in recipe.data:
+        texts, questions = index_rows(entry["path"], entry.get("where"), wanted == "texts", skip)
+        asked = (
+            Conversations(questions, recipe.questions_per_context) if recipe.questions_per_context > 1 else questions
+        )
+        chosen: list[tuple[Rows, list[int] | None]] = [(asked, None)]
+        if wanted != "questions":
+            chosen.append((texts, recipe.lengths))
+        if not any(len(rows) for rows, _ in chosen):
+            kind = {"texts": "texts", "questions": "questions", "both": "rows"}[wanted]
+            where = f" where {entry['where']}" if entry.get("where") else ""
+            raise InputError(f"{entry['path']} holds no {kind}{where}; stage {recipe.stage} needs them")
+        budget = int(entry.get("tokens_per_batch", recipe.tokens_per_batch))
+        count = entry.get("rows_per_batch", recipe.rows_per_batch)
+        weight = float(entry.get("weight", 1.0))
+        sources += [(RowBatches(rows, budget, lengths, count), weight) for rows, lengths in chosen if len(rows)]
+    return TrainingBatches(sources, recipe, batches_per_step, encoder.tokenizer, template, config.window_size)
+
+
+def prepare(recipe: Recipe) -> tuple[GmsaModel, Backbone, PromptTemplate]:
+    """The model with what the recipe trains opened and in fp32, its encoder's backbone, and the decoder's template.
+
+    Raises:
+        GmsaError: see `build_model`.
+    """
+    model, decoder, encoder = build_model(recipe)
+    template = PromptTemplate(decoder.tokenizer, model.config)
+    if not recipe.bf16:
+        model.float()
+    for parameter in model.set_trainable(recipe.trains):
+        parameter.data = parameter.data.float()  # the master weights
+    if recipe.gradient_checkpointing:
+        checkpoint_activations(model)
+    if recipe.compile:
+        compile_blocks(model)
+    return model, encoder, template
+
+
+def compile_blocks(model: GmsaModel) -> None:
+    """Compile the blocks one by one, in place: blocks of a kind share one graph, whatever the lengths in a batch.
+
+    Raises:
+        ConfigError: on CPU, without a C++ compiler.
+    """
+    if model.device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", os.environ.get("CXX", "")))):
+        raise ConfigError("compile needs a C++ compiler (g++ or clang++) on CPU: install one, or set compile=false")
+    # One graph per mode (training, probing), attention mask and dtype; past the limit torch would fall back for good.
+    torch._dynamo.config.recompile_limit = 64
+    parts = (model.compressor.encoder, model.compressor.lsa.blocks, body_of(model.decoder))
+    for part in parts:
+        for block in layers_of(part) if part is not None else ():
+            block.compile(dynamic=True)
+
+
+def checkpoint_activations(model: GmsaModel) -> None:
+    """Recompute activations in the backward pass; transformers is renaming this."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path:
+    """Run a recipe; returns the folder of the trained model.
+
+    Under torchrun or accelerate launch every process calls this, and they share the work.
+
+    Args:
+        recipe: what to do.
+        resume: continue from the newest complete checkpoint in `recipe.output`, if there is one.
+        overwrite: delete the checkpoints of an earlier run in `recipe.output` and start anew.
+
+    Raises:
+        GmsaError: a file, backbone or setting cannot be used, the loss is not finite any more, the disk is full, or the
+            folder holds another run's checkpoints.
+    """
+    keep_freed_memory(-1)
+    output = Path(recipe.output)
+    main = int(os.environ.get("RANK", "0")) == 0
+    last = _start_in(output, recipe, resume, overwrite, main)
+    if main and recipe.init is None and STAGES[recipe.stage].continues and recipe.reads == "memory":
+        tell(f"note: stage {recipe.stage} without a stage-1 model (init): this is the paper's 'no AE' ablation")
+    model, encoder, template = prepare(recipe)
+    if last is not None:
+        checkpoint.load_weights(model, last)
+    arguments = _arguments(recipe)
+    bad: list[BadLine] = []
+    skip = bad.append if recipe.on_error == "skip" else None
+    per_step = recipe.accumulate * arguments.world_size
+    batches = training_batches(recipe, model.config, encoder, template, per_step, skip)
+    if main and bad:
+        shown = "".join(f"\n  {line}" for line in bad[:5]) + ("\n  ..." if len(bad) > 5 else "")
+        tell(f"{len(bad)} bad line(s) skipped:{shown}")
+    probe = None
+    if recipe.evaluate:
+        options = {key: value for key, value in recipe.evaluate.items() if key != "every"}
+        probe = RestorationProbe.from_file(encoder.tokenizer, template, model.config.window_size, **options)
+    trainer = GmsaTrainer(
+        recipe, probe, RunLog(output), model=model, args=arguments, train_dataset=batches if recipe.steps else None
+    )
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ConfigError("FSDP1 is not supported: set fsdp_version to 2")
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage > 2:
+        raise ConfigError("DeepSpeed ZeRO-3 is not supported: use stage 1 or 2, or FSDP2")
+    for noisy in (ProgressCallback, PrinterCallback):  # both write to stdout, which is for data
+        trainer.remove_callback(noisy)
+    trainer.add_callback(Progress)
+    if recipe.steps:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    final = output / "model"
+    trainer.form = recipe.form
+    trainer.save_model(str(final))
+    if trainer.is_world_process_zero():
+        draw_curve(output)
+    return final
+
+
+def _start_in(output: Path, recipe: Recipe, resume: bool, overwrite: bool, main: bool) -> Path | None:
+    """Make a run's folder ready; the checkpoint to resume from, if any."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: cannot make {output}: {error.strerror}") from error
+    last = None
+    if resume:
+        last, notes = checkpoints.newest_complete(output)
+        for line in notes if main else ():
+            tell(line)
+        if main:
+            tell(f"resuming from {last}" if last else f"{output} holds no checkpoint: starting anew")
+            _tell_changes(output / "recipe.yaml", recipe)
+    elif checkpoints.all_in(output):
+        if not overwrite:
+            raise ConfigError(
+                f"{output} holds checkpoints of an earlier run: --resume to go on, --overwrite to start anew, "
+                "or output=another folder"
+            )
+        if main:
+            for folder in checkpoints.all_in(output):
+                shutil.rmtree(folder)
+    if main:
+        scratch = output / ".recipe.yaml"
+        scratch.write_text(recipe.dump())
+        scratch.replace(output / "recipe.yaml")
+    return last
+
+
+def _tell_changes(path: Path, recipe: Recipe) -> None:
+    """Say which settings differ from those the run was begun with."""
+    if not path.exists():
+        return
+    try:
+        before = read_yaml(path)
+    except ConfigError:
+        tell(f"note: {path} cannot be read, so nobody knows what changed since the run began")
+        return
+    now = yaml.safe_load(recipe.dump())
+    changed = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        tell(f"changed since the run began: {'; '.join(changed)}")
+
+
+def _arguments(recipe: Recipe) -> TrainingArguments:
+    evaluation: dict[str, Any] = {}
+    if recipe.evaluate:
+        every = recipe.evaluate.get("every", recipe.save_every)
+        evaluation = {"eval_strategy": "steps", "eval_steps": every}
+    try:
+        arguments = TrainingArguments(
+            output_dir=recipe.output,
+            max_steps=max(1, recipe.steps),
+            per_device_train_batch_size=1,  # one item of the dataset is one whole batch
+            gradient_accumulation_steps=recipe.accumulate,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type=recipe.schedule,
+            lr_scheduler_kwargs=recipe.schedule_options,
+            warmup_steps=recipe.warmup_steps if recipe.warmup_steps < 1 else int(recipe.warmup_steps),
+            weight_decay=recipe.weight_decay,
+            max_grad_norm=recipe.clip,
+            bf16=recipe.bf16,
+            optim="adamw_torch_fused",
+            save_steps=recipe.save_every,
+            logging_steps=recipe.log_every,
+            logging_nan_inf_filter=False,
+            report_to=recipe.report_to or "none",
+            seed=recipe.seed,
+            remove_unused_columns=False,
+            dataloader_num_workers=recipe.workers,
+            ddp_find_unused_parameters=False,
+            use_cpu=not torch.cuda.is_available(),
+            **evaluation,
+        )
+    except ValueError as error:
+        line = str(error).splitlines()[0]
+        raise ConfigError(f"schedule: {line}" if "scheduler" in line.lower() else line) from error
+    try:
+        get_reporting_integration_callbacks(arguments.report_to)
+    except ValueError as error:
+        raise ConfigError(f"report_to: {str(error).splitlines()[0]}") from error
+    try:  # the Trainer makes its own, after everything else is loaded
+        get_scheduler(
+            recipe.schedule,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
+            num_training_steps=arguments.max_steps,
+            scheduler_specific_kwargs=dict(recipe.schedule_options),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"schedule_options: {str(error).splitlines()[0]}") from error
+    if arguments.n_gpu > 1:  # DataParallel would take batches apart that belong together
+        arguments._n_gpu = 1
+        tell(f"training on one of {torch.cuda.device_count()} GPUs: for all of them start it with torchrun (docs)")
+    return arguments

@@ -1,0 +1,216 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gmsa import GMSA, Memory
+from gmsa.errors import ConfigError, ContextTooLongError, InputError, MemoryMismatchError
+from gmsa.io.backbones import Backbone
+from gmsa.io.loading import GmsaModel
+
+TEXTS = ["A short one.", "A second text that is a good deal longer than the first, over several windows.", "Third?"]
+
+
+@pytest.fixture(scope="module")
+def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
+    return GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+
+
+def test_one_text_gives_one_memory_and_a_list_gives_a_list(gmsa: GMSA) -> None:
+    one = gmsa.compress(TEXTS[0], 3)
+    many = gmsa.compress(TEXTS, 3)
+    assert isinstance(one, Memory)
+    assert [m.origin_tokens for m in many] == [len(t) for t in TEXTS]
+    torch.testing.assert_close(one.soft_tokens, many[0].soft_tokens, rtol=1e-4, atol=1e-4)
+    assert gmsa.compress([], 3) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 40])
+def test_a_batch_equals_its_members(gmsa: GMSA, size: int) -> None:
+    for batch_size in (1, 3, 8):
+        for together, text in zip(gmsa.compress(TEXTS, size, batch_size=batch_size), TEXTS, strict=True):
+            alone = gmsa.compress(text, size)
+            torch.testing.assert_close(together.soft_tokens, alone.soft_tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_windows_equal_their_parts_compressed_alone(gmsa: GMSA) -> None:
+    text = TEXTS[1]
+    parts = [text[i : i + 16] for i in range(0, len(text), 16)]  # one byte is one token, windows hold 16
+    whole = gmsa.compress(text, 3)
+    joined = torch.cat([gmsa.compress(p, 3).soft_tokens for p in parts])
+    torch.testing.assert_close(whole.soft_tokens, joined, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_in_a_batch_equal_answers_alone(gmsa: GMSA) -> None:
+    memories = gmsa.compress(TEXTS, 2)
+    questions = ["Who?", "And what about a longer question?", "Why"]
+    together = gmsa.answer(questions, [[m] for m in memories], max_new_tokens=12)
+    alone = [gmsa.answer(q, m, max_new_tokens=12) for q, m in zip(questions, memories, strict=True)]
+    assert together == alone
+    assert len(set(alone)) > 1  # the comparison above would mean nothing if all answers were the same
+    assert gmsa.answer(questions, [[m] for m in memories], max_new_tokens=12, batch_size=1) == alone
+
+
+def test_several_memories_are_read_in_order(gmsa: GMSA) -> None:
+    a, _, b = gmsa.compress(TEXTS, 2)
+    both = gmsa.answer("Who?", [a, b], max_new_tokens=12)
+    joined = Memory(torch.cat([a.soft_tokens, b.soft_tokens]), 2, a.origin_tokens + b.origin_tokens, a.fingerprint)
+    assert both == gmsa.answer("Who?", joined, max_new_tokens=12)
+    assert both != gmsa.answer("Who?", [b, a], max_new_tokens=12)
+
+
+def test_a_stream_is_the_answer_in_pieces(gmsa: GMSA) -> None:
+    memory = gmsa.compress(TEXTS[1], 2)
+    pieces = list(gmsa.answer("Who?", memory, max_new_tokens=20, stream=True))
+    assert "".join(pieces).strip() == gmsa.answer("Who?", memory, max_new_tokens=20)
+    assert gmsa.timings.prefill > 0
+
+
+def test_a_dropped_stream_writes_no_more(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = gmsa.compress(TEXTS[1], 2)
+    steps = []
+    real = type(gmsa.model.decoder).forward
+    monkeypatch.setattr(type(gmsa.model.decoder), "forward", lambda *a, **k: steps.append(1) or real(*a, **k))
+    stream = gmsa.answer("Who?", memory, max_new_tokens=400, min_new_tokens=400, stream=True)
+    next(stream)
+    stream.close()
+    assert len(steps) < 10
+    assert gmsa.answer("Who?", memory, max_new_tokens=3)
+
+
+def test_restoring_goes_window_by_window(gmsa: GMSA) -> None:
+    memory = gmsa.compress(TEXTS[1], 2)
+    parts = [part for _, part in gmsa._windows([memory])]
+    assert [p.origin_tokens for p in parts] == [16, 16, 16, 16, len(TEXTS[1]) - 64]
+    assert torch.equal(torch.cat([p.soft_tokens for p in parts]), memory.soft_tokens)
+    short = gmsa.compress(TEXTS[0], 2)
+    assert gmsa.restore([memory, short]) == [gmsa.restore(memory), gmsa.restore(short)]
+
+
+def test_a_restoration_is_no_longer_than_its_text(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    memories = gmsa.compress(TEXTS, 2)
+    asked: list[int] = []
+    read = gmsa._read
+    monkeypatch.setattr(gmsa, "_read", lambda rows, limit, size: asked.append(limit) or read(rows, limit, size))
+    monkeypatch.setattr(gmsa, "_ends", set)  # one that never comes to an end
+    restored = gmsa.restore(memories)
+    assert asked == [16]  # a whole window
+    for text, memory in zip(restored, memories, strict=True):
+        assert len(gmsa.template.encode(text)) <= 3 * memory.origin_tokens  # a byte that is no character becomes three
+
+
+def test_scores_agree_with_the_decoder_read_token_by_token(gmsa: GMSA) -> None:
+    text = TEXTS[0]
+    memory = gmsa.compress(text, 2)
+    score = gmsa.score(memory, text)
+    prompt = gmsa.template.restore()
+    ids = gmsa.template.encode(text)
+    embed = gmsa.model.get_input_embeddings()
+    right, nll = 0, 0.0
+    for i, token in enumerate(ids):
+        tail = embed(torch.cat([prompt.after, torch.tensor(ids[:i], dtype=torch.long)]))
+        row = torch.cat([embed(prompt.before), memory.soft_tokens, tail])
+        with torch.no_grad():
+            logits = gmsa.model.decoder(inputs_embeds=row[None]).logits[0, -1]
+        right += int(logits.argmax()) == token
+        nll -= float(torch.log_softmax(logits, -1)[token])
+    assert score.tokens == len(ids)
+    assert score.right == right
+    assert score.nll == pytest.approx(nll, rel=1e-4)
+
+
+def test_the_rate_may_change_from_call_to_call(gmsa: GMSA) -> None:
+    assert [len(gmsa.compress(TEXTS[0], s)) for s in (1, 2, 4, 12)] == [12, 6, 3, 1]
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, "four", True, None])
+def test_bad_merge_sizes(gmsa: GMSA, size: object) -> None:
+    with pytest.raises(ConfigError, match="merge_size must be a whole number >= 1"):
+        gmsa.compress("text", size)  # type: ignore[call-overload]
+
+
+def test_bad_input(gmsa: GMSA) -> None:
+    memory = gmsa.compress(TEXTS[0])
+    with pytest.raises(InputError, match="the context is empty"):
+        gmsa.compress("  \n")
+    with pytest.raises(InputError, match="at place 1 is empty"):
+        gmsa.compress(["a", ""])
+    with pytest.raises(InputError, match="the question is empty"):
+        gmsa.answer(" ", memory)
+    with pytest.raises(InputError, match="2 questions but 1"):
+        gmsa.answer(["a", "b"], [[memory]])
+    with pytest.raises(InputError, match="no memory"):
+        gmsa.answer("a", [])
+    with pytest.raises(InputError, match="one question"):
+        gmsa.answer(["a", "b"], memory, stream=True)  # type: ignore[call-overload]
+    with pytest.raises(InputError, match=f"of {len(TEXTS[0])} tokens, this one has {len(TEXTS[1])}"):
+        gmsa.score(memory, TEXTS[1])
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "8"])
+def test_bad_batch_sizes(gmsa: GMSA, size: Any) -> None:
+    memory = gmsa.compress(TEXTS[0])
+    for act in (
+        lambda: gmsa.compress(TEXTS, batch_size=size),
+        lambda: gmsa.answer("Who?", memory, batch_size=size),
+        lambda: gmsa.restore(memory, batch_size=size),
+        lambda: gmsa.restore_checked(memory, batch_size=size),
+    ):
+        with pytest.raises(InputError, match="batch_size must be a whole number >= 1, got"):
+            act()
+
+
+def test_memories_of_other_models_are_refused(gmsa: GMSA) -> None:
+    good = gmsa.compress(TEXTS[0])
+    other = Memory(good.soft_tokens, 4, 12, "0123456789abcdef")
+    for call in (lambda: gmsa.answer("q", other), lambda: gmsa.answer("q", [good, other]), lambda: gmsa.restore(other)):
+        with pytest.raises(MemoryMismatchError, match="another compressor"):
+            call()
+
+
+def test_the_fingerprint_follows_the_compressor_not_the_decoder(
+    gmsa: GMSA, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+) -> None:
+    model = tiny_model("llama", system_prompt="")
+    assert GMSA(model, tiny_backbone("llama")).fingerprint == gmsa.fingerprint
+    with torch.no_grad():
+        next(iter(model.group_parameters("decoder-qkv").values())).mul_(2)
+    assert GMSA(model, tiny_backbone("llama")).fingerprint == gmsa.fingerprint
+    with torch.no_grad():
+        next(iter(model.group_parameters("lsa").values())).mul_(2)
+    assert GMSA(model, tiny_backbone("llama")).fingerprint != gmsa.fingerprint
+
+
+def test_too_long_for_the_decoder(gmsa: GMSA) -> None:
+    memory = gmsa.compress("x" * 600, 1)
+    with pytest.raises(
+        ContextTooLongError, match=r"600 soft tokens .* exceed the decoder's 512: use a larger merge size"
+    ):
+        gmsa.answer("q", memory)
+    gmsa.answer("q", gmsa.compress("x" * 600, 4), max_new_tokens=2)
+
+
+def test_loading_what_was_saved(gmsa: GMSA, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("model") / "m"
+    gmsa.save_pretrained(folder)
+    again = GMSA.from_pretrained(folder, dtype="float32")
+    assert again.fingerprint == gmsa.fingerprint
+    memory = gmsa.compress(TEXTS[1], 2)
+    assert torch.equal(again.compress(TEXTS[1], 2).soft_tokens, memory.soft_tokens)
+    assert again.answer("Who?", memory, max_new_tokens=8) == gmsa.answer("Who?", memory, max_new_tokens=8)
+
+
+def test_a_twin_shares_the_weights_and_nothing_that_a_call_changes(gmsa: GMSA) -> None:
+    twin = gmsa.twin()
+    pairs = list(zip(gmsa.model.parameters(), twin.model.parameters(), strict=True))
+    assert pairs
+    assert all(mine is other for mine, other in pairs)
+    assert not {id(m) for m in gmsa.model.modules()} & {id(m) for m in twin.model.modules()}
+    assert twin.tokenizer is not gmsa.tokenizer
+    assert twin.fingerprint == gmsa.fingerprint
+    memory = gmsa.compress(TEXTS[1], 2)
+    spent = gmsa.timings
+    assert torch.equal(twin.compress(TEXTS[1], 2).soft_tokens, memory.soft_tokens)
+    assert gmsa.timings is spent
+    assert twin.answer("Who?", memory, max_new_tokens=12) == gmsa.answer("Who?", memory, max_new_tokens=12)

@@ -1,0 +1,346 @@
+"""Writing tokens: the same as transformers' `generate`, and the same when what was read once serves many questions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, random_ids
+from torch import Tensor
+
+from gmsa import GMSA, Memory
+from gmsa.decode import batch as generation
+from gmsa.decode.cpu import PackedLinears
+from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError
+from gmsa.io.backbones import Backbone
+from gmsa.io.loading import GmsaModel
+from gmsa.model.backbone import body_of
+
+LOCAL = {"mistral", "gemma2", "gemma3"}  # families whose attention is local in some layers
+QUESTIONS = ["Who?", "And what about a rather longer question?", "Why", "When was it, and where?", "How"]
+TEXT = "The mill was built in 1731 by two brothers."
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def any_gmsa(
+    request: pytest.FixtureRequest, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+) -> GMSA:
+    return GMSA(tiny_model(request.param, system_prompt=""), tiny_backbone(request.param))
+
+
+@pytest.fixture(scope="module")
+def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
+    return GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+
+
+@pytest.fixture
+def positions_read(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows times positions of every pass of the decoder, as they come."""
+    found: list[int] = []
+    body = body_of(gmsa.model.decoder)
+    real = body.forward
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        found.append(given.shape[0] * given.shape[1])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(body, "forward", note)
+    return found
+
+
+def tokens_of(gmsa: GMSA, contents: Sequence[Any], questions: Sequence[str] = QUESTIONS, **options: Any) -> Any:
+    """The tokens themselves: texts of a random model may hide differences."""
+    rows = [(content, gmsa.template(q)) for content, q in zip(contents, questions, strict=True)]
+    return gmsa._read(rows, 12, options.pop("batch_size", 8), **options)
+
+
+def generated(gmsa: GMSA, memory: Memory, question: str, **options: Any) -> list[int]:
+    """What transformers' `generate` writes, without what ends it."""
+    prompt = gmsa.template(question)
+    settings = gmsa._generation(12, options)
+    (row,) = gmsa.model.generate([memory.soft_tokens], [prompt.before], [prompt.after], **settings).tolist()
+    return gmsa._without_end(row)
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+# No token twice in an answer: random models like to repeat one, and what comes second and third is compared as well.
+VARIED = {"no_repeat_ngram_size": 1}
+
+
+@pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size`")
+def test_every_family_writes_what_generate_writes(any_gmsa: GMSA) -> None:
+    memories = any_gmsa.compress(["A short one.", TEXT, "Third?", TEXT[::-1], "x"], 2)
+    expected = [generated(any_gmsa, m, q, **VARIED) for m, q in zip(memories, QUESTIONS, strict=True)]
+    assert tokens_of(any_gmsa, [[m] for m in memories], **VARIED) == expected  # in one batch, padded
+    assert len({tuple(row) for row in expected}) > 1
+
+
+OPTIONS = {
+    "sampled": {"do_sample": True},
+    "hot": {"do_sample": True, "temperature": 3.0, "top_k": 0},
+    "nucleus": {"do_sample": True, "temperature": 0.8, "top_p": 0.7, "top_k": 30},
+    "min-p": {"do_sample": True, "min_p": 0.2},
+    "penalised": {"repetition_penalty": 1.7},
+    "no repeats": {"no_repeat_ngram_size": 2},
+    "long": {"min_new_tokens": 12},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Passing")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("seed", [0, 1])
+def test_options_do_what_they_do_in_generate(gmsa: GMSA, options: dict[str, Any], seed: int) -> None:
+    assert generation.OPTIONS.issuperset(options)
+    memory = gmsa.compress(TEXT, 2)
+    torch.manual_seed(seed)
+    expected = generated(gmsa, memory, "Who?", **options)
+    torch.manual_seed(seed)
+    assert tokens_of(gmsa, [[memory]], ["Who?"], **options) == [expected]
+    if "do_sample" not in options:
+        return
+    torch.manual_seed(seed + 100)
+    assert tokens_of(gmsa, [[memory]], ["Who?"], **options) != [expected]
+
+
+def test_other_options_are_left_to_generate(gmsa: GMSA) -> None:
+    memory = gmsa.compress(TEXT, 2)
+    expected = gmsa._text(generated(gmsa, memory, "Who?", num_beams=3))
+    assert gmsa.answer("Who?", memory, max_new_tokens=12, num_beams=3) == expected
+    assert gmsa.answer("Who?", gmsa.prefill(memory), max_new_tokens=12, num_beams=3) == expected
+    whole = list(gmsa.answer("Who?", memory, max_new_tokens=12, num_beams=3, stream=True))
+    assert "".join(whole).strip() == expected
+    assert gmsa.timings.prefill > 0
+
+
+def test_options_that_cannot_work(gmsa: GMSA) -> None:
+    memory = gmsa.compress(TEXT, 2)
+    for bad in ({"temperature": 0.0}, {"temperature": -1.0}, {"top_k": -5}, {"top_p": "much"}):
+        with pytest.raises(InputError, match="generation options: "):
+            gmsa.answer("Who?", memory, do_sample=True, **bad)
+    with pytest.raises(InputError, match="generation options: "):
+        gmsa.answer("Who?", memory, stream=True, repetition_penalty=-1.0)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2.0, True])
+def test_bad_numbers_of_tokens(gmsa: GMSA, bad: Any) -> None:
+    with pytest.raises(InputError, match="max_new_tokens must be a whole number >= 1"):
+        gmsa.answer("Who?", gmsa.compress(TEXT), max_new_tokens=bad)
+
+
+def test_rows_that_have_ended_do_not_change_the_others(gmsa: GMSA) -> None:
+    memories = gmsa.compress(["a", TEXT, "bc"], 1)
+    full = tokens_of(gmsa, [[m] for m in memories], QUESTIONS[:3], min_new_tokens=12)
+    assert [len(row) for row in full] == [12] * 3
+    cut = [full[0][:2], full[1], full[2][:5]]
+    before, after = ([getattr(gmsa.template(q), part) for q in QUESTIONS[:3]] for part in ("before", "after"))
+    start = generation.read_whole(gmsa.model, [m.soft_tokens for m in memories], before, after, 12)
+    choose = generation.Chooser(sorted(gmsa._ends()), gmsa.model.device, min_new_tokens=12)
+    *_, rows = generation.write(gmsa.model, start, choose, 12, lambda row: row in cut, 0)
+    assert rows == cut
+
+
+def test_buffers_grow_where_their_room_was_too_small() -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 3, n, 4) for n in (5, 1, 1, 30, 1)]
+    layer = generation.RoomyLayer(6)
+    for i, part in enumerate(parts):
+        keys, values = layer.update(part, 2 * part)
+        assert torch.equal(keys, torch.cat(parts[: i + 1], dim=2))
+        assert torch.equal(values, 2 * keys)
+        assert layer.get_seq_length() == keys.shape[2]
+
+
+# -- what was read once ------------------------------------------------------------------------------------------------
+
+
+def test_questions_on_one_memory_are_answered_as_if_alone(any_gmsa: GMSA, request: pytest.FixtureRequest) -> None:
+    memory = any_gmsa.compress(TEXT, 2)
+    alone = [tokens_of(any_gmsa, [[memory]], [q], **VARIED)[0] for q in QUESTIONS]
+    assert tokens_of(any_gmsa, [[memory]] * 5, **VARIED) == alone
+    prefix = any_gmsa.prefill(memory)
+    local = request.node.callspec.params["any_gmsa"] in LOCAL
+    assert bool(prefix.keys) is not local
+    assert generation.shares_prefixes(any_gmsa.model.decoder) is not local
+    for _ in range(2):  # what was read is not written to
+        assert tokens_of(any_gmsa, [prefix] * 5, **VARIED) == alone
+        assert [tokens_of(any_gmsa, [prefix], [q], **VARIED)[0] for q in QUESTIONS] == alone
+    assert len({tuple(row) for row in alone}) > 1
+
+
+def test_memories_of_unlike_length_share_batches(gmsa: GMSA) -> None:
+    a, b, c = gmsa.compress([TEXT, "A short one.", TEXT * 2], 2)
+    contents = [[a], [b], [a], [c, b], [b]]
+    questions = ["Who?", "Which of the two?", "And when?", "Why", "How"]
+    alone = [tokens_of(gmsa, [content], [q])[0] for content, q in zip(contents, questions, strict=True)]
+    for batch_size in (1, 2, 3, 8):
+        assert tokens_of(gmsa, contents, questions, batch_size=batch_size) == alone
+    prefixes = [gmsa.prefill(content) for content in contents]
+    mixed = [prefixes[0], contents[1], prefixes[2], contents[3], prefixes[4]]
+    assert tokens_of(gmsa, mixed, questions) == alone
+    answers = gmsa.answer(questions, [a, [b], prefixes[2], [c, b], b], max_new_tokens=12)  # type: ignore[list-item]
+    assert answers == [gmsa._text(row) for row in alone]
+
+
+def test_a_memory_is_read_once_for_all_questions(gmsa: GMSA, positions_read: list[int]) -> None:
+    memory = gmsa.compress(TEXT * 3, 1)
+    prompt = gmsa.template(QUESTIONS[0])
+    gmsa.answer(QUESTIONS, memory, max_new_tokens=1, batch_size=2)
+    assert positions_read[0] == len(prompt.before) + len(memory)
+    longest = max(len(gmsa.template(q).after) for q in QUESTIONS)
+    assert sum(positions_read[1:]) <= 5 * longest
+    assert len(positions_read) == 1 + 3  # the memory, then 2 + 2 + 1 questions
+
+
+def test_a_prefix_costs_only_the_question(gmsa: GMSA, positions_read: list[int]) -> None:
+    memory = gmsa.compress(TEXT * 3, 1)
+    prefix = gmsa.prefill(memory)
+    assert gmsa.timings.prefill > 0
+    assert len(prefix) == positions_read[0] == len(gmsa.template("q").before) + len(memory)
+    config = gmsa.model.decoder.config
+    width = 2 * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    assert prefix.nbytes == len(prefix) * width * config.num_hidden_layers * 4
+    positions_read.clear()
+    gmsa.answer("Who?", prefix, max_new_tokens=3, min_new_tokens=3)
+    assert positions_read == [len(gmsa.template("Who?").after), 1, 1]
+    assert "".join(gmsa.answer("Who?", prefix, max_new_tokens=9, stream=True)).strip() == gmsa.answer(
+        "Who?", memory, max_new_tokens=9
+    )
+
+
+def test_texts_are_read_once_too(gmsa: GMSA, positions_read: list[int]) -> None:
+    (text,) = random_ids(60)
+    alone = [gmsa.read([q], [text], max_new_tokens=6)[0] for q in QUESTIONS]
+    positions_read.clear()
+    assert gmsa.read(QUESTIONS, [text] * 5, max_new_tokens=6) == alone
+    assert positions_read[0] == 60 + len(gmsa.template("q").before)
+
+
+def test_nothing_at_all_is_read_for_many_questions(
+    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+) -> None:
+    gmsa = GMSA(tiny_model("llama", prompt="plain"), tiny_backbone("llama"))
+    gmsa.template.tokenizer.bos_token = None  # so that nothing stands before the context either
+    nothing = torch.zeros(0, dtype=torch.long)
+    assert len(gmsa.template("q").before) == 0
+    alone = [gmsa.read([q], [nothing], max_new_tokens=6)[0] for q in QUESTIONS]
+    assert gmsa.read(QUESTIONS, [nothing] * 5, max_new_tokens=6) == alone
+
+
+def test_prefixes_that_do_not_fit(gmsa: GMSA, tiny_backbone: Any, tiny_model: Any) -> None:
+    memory = gmsa.compress(TEXT, 2)
+    other = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+    with pytest.raises(MemoryMismatchError, match="read by another model: call prefill"):
+        other.answer("Who?", gmsa.prefill(memory))
+    with pytest.raises(MemoryMismatchError, match="another compressor"):
+        gmsa.prefill(Memory(memory.soft_tokens, 2, memory.origin_tokens, "0123456789abcdef"))
+    with pytest.raises(InputError, match="no memory to read"):
+        gmsa.prefill([])
+    long = gmsa.compress("x" * 490, 1)
+    with pytest.raises(ContextTooLongError, match="490 soft tokens"):
+        gmsa.answer("Who?", gmsa.prefill(long), max_new_tokens=128)
+
+
+def test_a_prefix_made_with_another_beginning_is_not_used(gmsa: GMSA, positions_read: list[int]) -> None:
+    memory = gmsa.compress(TEXT, 2)
+    made = gmsa.prefill(memory)
+    moved = generation.Prefix(made.content, made.before[1:], made.decoder, made.keys, made.values)
+    positions_read.clear()
+    assert gmsa.answer("Who?", moved, max_new_tokens=8) == gmsa.answer("Who?", memory, max_new_tokens=8)
+    assert positions_read[0] > len(memory)
+
+
+# -- the text of an answer ---------------------------------------------------------------------------------------------
+
+
+def test_an_answer_ends_before_a_stop(gmsa: GMSA) -> None:
+    memories = gmsa.compress([TEXT, "A short one."], 2)
+    full = [gmsa.answer("Who?", m, max_new_tokens=40, min_new_tokens=40) for m in memories]
+    stops = [full[0][10:13], full[1][20:22]]
+    assert all(stops)
+    expected = []
+    for text in full:
+        places = [text.find(stop) for stop in stops if stop in text]
+        expected.append(text[: min(places)].strip())
+    options: dict[str, Any] = {"max_new_tokens": 40, "min_new_tokens": 40, "stop": stops}
+    assert gmsa.answer(["Who?"] * 2, [[m] for m in memories], **options) == expected
+    for memory, text in zip(memories, expected, strict=True):
+        assert "".join(gmsa.answer("Who?", memory, stream=True, **options)).strip() == text
+    one = gmsa.answer(
+        "Who?", memories[0], max_new_tokens=40, min_new_tokens=40, stop=stops[0], renormalize_logits=False
+    )
+    assert one == full[0][: full[0].find(stops[0])].strip()  # transformers' own loop
+
+
+def test_writing_ends_with_a_stop(gmsa: GMSA, positions_read: list[int]) -> None:
+    memory = gmsa.compress(TEXT, 2)
+    full = gmsa.answer("Who?", memory, max_new_tokens=40, min_new_tokens=40)
+    positions_read.clear()
+    gmsa.answer("Who?", memory, max_new_tokens=40, min_new_tokens=40, stop=full[10:13])
+    assert len(positions_read) < 40
+
+
+@pytest.mark.parametrize("bad", ["", [""], ["a", 3]])
+def test_bad_stops(gmsa: GMSA, bad: Any) -> None:
+    with pytest.raises(InputError, match="stop must be"):
+        gmsa.answer("Who?", gmsa.compress(TEXT), stop=bad)
+
+
+def test_the_first_piece_does_not_wait_for_the_last(gmsa: GMSA, positions_read: list[int]) -> None:
+    stream = gmsa.answer("Who?", gmsa.compress(TEXT, 2), max_new_tokens=100, min_new_tokens=100, stream=True)
+    next(stream)
+    assert len(positions_read) < 10
+    assert len(list(stream)) > 20
+    assert len(positions_read) == 100
+
+
+# -- packed weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bf16_decoder(tiny_backbone: Callable[..., Backbone]) -> Any:
+    decoder = tiny_backbone("llama").model.bfloat16()
+    if not PackedLinears(decoder)._linears:
+        pytest.skip("this processor has no bf16 products, or torch no oneDNN")
+    return decoder
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (3, 7)])
+@torch.no_grad()
+def test_packed_weights_compute_the_same(bf16_decoder: Any, shape: tuple[int, int]) -> None:
+    ids = torch.randint(0, 256, shape)
+    plain = bf16_decoder(ids).logits
+    packed = PackedLinears(bf16_decoder)
+    assert packed.nbytes == 0
+    with packed.applied():
+        with packed.applied():  # two streams at once
+            assert torch.equal(bf16_decoder(ids).logits, plain)
+        assert torch.equal(bf16_decoder(ids).logits, plain)
+    linears = [m for m in bf16_decoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert packed.nbytes == sum(m.weight.nbytes for m in linears)
+    assert not any("forward" in vars(m) for m in linears)  # nothing of it stays on the model
+
+
+@torch.no_grad()
+def test_changed_weights_are_packed_anew(bf16_decoder: Any) -> None:
+    ids = torch.randint(0, 256, (1, 5))
+    packed = PackedLinears(bf16_decoder)
+    with packed.applied():
+        before: Tensor = bf16_decoder(ids).logits
+    weight = bf16_decoder.model.layers[1].mlp.up_proj.weight
+    weight.mul_(-1.5)
+    with packed.applied():
+        after = bf16_decoder(ids).logits
+    assert not torch.equal(after, before)
+    assert torch.equal(after, bf16_decoder(ids).logits)
+    bf16_decoder.float()  # another dtype altogether
+    with packed.applied():
+        assert torch.equal(bf16_decoder(ids).logits, bf16_decoder(ids).logits)
+
+
+def test_gradients_flow_past_packed_weights(bf16_decoder: Any) -> None:
+    with PackedLinears(bf16_decoder).applied():
+        bf16_decoder(torch.randint(0, 256, (1, 5))).logits.sum().backward()
+    assert bf16_decoder.model.layers[0].mlp.up_proj.weight.grad is not None

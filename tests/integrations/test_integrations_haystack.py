@@ -1,0 +1,121 @@
+"""Haystack's own classes over a tiny model."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("haystack")
+
+from haystack import Document, Pipeline
+from haystack.components.builders import AnswerBuilder
+from haystack.components.retrievers import InMemoryBM25Retriever
+from haystack.components.writers import DocumentWriter
+from haystack.dataclasses import ChatMessage, StreamingChunk
+from haystack.document_stores.in_memory import InMemoryDocumentStore
+
+from gmsa import GMSA, MemoryStore
+from gmsa.errors import InputError
+from gmsa.integrations import LocalReader, Message, Options, ServerReader, Source
+from gmsa.integrations.haystack import GmsaChatGenerator, MemoryAttacher
+from gmsa.io.backbones import Backbone
+from gmsa.io.loading import GmsaModel
+
+DOCUMENTS = ["The mill stood by the river.", "What stood here was a bridge of stone."]
+QUESTION = "What stood where?"
+SHORT = {"max_tokens": 8}
+
+
+def print_chunk(chunk: StreamingChunk) -> None:
+    print(chunk.content)
+
+
+@pytest.fixture(scope="module")
+def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
+    return GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+
+
+@pytest.fixture
+def reader(gmsa: GMSA, tmp_path: Path) -> LocalReader:
+    return LocalReader(gmsa, MemoryStore(tmp_path / "store", form="float32"))
+
+
+def test_pipelines_index_and_answer(reader: LocalReader, gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = InMemoryDocumentStore()
+    indexing = Pipeline()
+    indexing.add_component("memories", MemoryAttacher(reader))
+    indexing.add_component("writer", DocumentWriter(documents))
+    indexing.connect("memories.documents", "writer.documents")
+    indexing.run({"memories": {"documents": [Document(content=text) for text in DOCUMENTS]}})
+    assert reader.store.stats().memories == 2
+    asking = Pipeline()
+    asking.add_component("retriever", InMemoryBM25Retriever(documents, top_k=2))
+    asking.add_component("generator", GmsaChatGenerator(reader, SHORT))
+    asking.add_component("answers", AnswerBuilder())
+    asking.connect("retriever.documents", "generator.documents")
+    asking.connect("retriever.documents", "answers.documents")
+    asking.connect("generator.replies", "answers.replies")
+    memories = gmsa.compress(DOCUMENTS[::-1], 4)  # in the order BM25 finds them
+    monkeypatch.setattr(gmsa, "compress", lambda *_, **__: pytest.fail("compressed again"))
+    told = {"retriever": {"query": QUESTION}, "generator": {"messages": QUESTION}, "answers": {"query": QUESTION}}
+    (answer,) = asking.run(told)["answers"]["answers"]
+    assert [d.content for d in answer.documents] == DOCUMENTS[::-1]
+    assert answer.data == gmsa.answer(QUESTION, memories, max_new_tokens=8)
+    assert answer.meta["usage"]["soft_tokens"] == sum(map(len, memories))
+
+
+def test_documents_without_a_memory_are_compressed_and_kept(reader: LocalReader, gmsa: GMSA) -> None:
+    generator = GmsaChatGenerator(reader, SHORT)
+    documents = [Document(content=text) for text in DOCUMENTS]
+    (reply,) = generator.run(QUESTION, documents)["replies"]
+    assert reply.text == gmsa.answer(QUESTION, gmsa.compress(DOCUMENTS, 4), max_new_tokens=8)
+    assert reader.store.stats().memories == 2
+    assert generator.run(QUESTION, documents, {"max_tokens": 2})["replies"][0].text != reply.text
+    assert MemoryAttacher(reader).run([Document(content=None)])["documents"][0].meta == {}
+
+
+def test_chats(reader: LocalReader) -> None:
+    chat = [ChatMessage.from_system("Be short."), ChatMessage.from_user(QUESTION)]
+    (reply,) = GmsaChatGenerator(reader, SHORT).run(chat, [Document(content=DOCUMENTS[0])])["replies"]
+    turns = [Message("system", ["Be short."]), Message("user", [Source(DOCUMENTS[0]), QUESTION])]
+    assert reply.text == reader.answer(turns, Options(8)).text
+    with pytest.raises(InputError, match="no message"):
+        GmsaChatGenerator(reader).run([])
+
+
+def test_streams_and_threads(reader: LocalReader) -> None:
+    documents = [Document(content=text) for text in DOCUMENTS]
+    generator = GmsaChatGenerator(reader, SHORT)
+    text = generator.run(QUESTION, documents)["replies"][0].text
+    seen: list[str] = []
+
+    async def note(chunk: StreamingChunk) -> None:
+        seen.append(chunk.content)
+
+    (reply,) = generator.run(QUESTION, documents, streaming_callback=lambda chunk: seen.append(chunk.content))[
+        "replies"
+    ]
+    assert len(seen) > 1
+    assert reply.text == "".join(seen)
+    assert reply.text.strip() == text
+    seen.clear()
+
+    async def both() -> list[str]:
+        streamed = await generator.run_async(QUESTION, documents, streaming_callback=note)
+        whole = await generator.run_async(QUESTION, documents)
+        return [streamed["replies"][0].text, whole["replies"][0].text]
+
+    assert asyncio.run(both()) == ["".join(seen), text]
+
+
+def test_pipelines_can_be_written_down() -> None:
+    pipeline = Pipeline()
+    pipeline.add_component("memories", MemoryAttacher(ServerReader("http://127.0.0.1:8000")))
+    reader = LocalReader("default", "memories", merge_size=8)
+    pipeline.add_component("generator", GmsaChatGenerator(reader, SHORT, print_chunk))
+    pipeline.connect("memories.documents", "generator.documents")
+    again = Pipeline.loads(pipeline.dumps(), allowed_modules=["gmsa.integrations.haystack", __name__])
+    assert again.to_dict() == pipeline.to_dict()
+    assert again.get_component("generator").reader.to_dict() == reader.to_dict()
+    assert again.get_component("generator").streaming_callback is print_chunk

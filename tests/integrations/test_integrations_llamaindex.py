@@ -1,0 +1,129 @@
+"""LlamaIndex's own classes over a tiny model."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llama_index.core")
+
+from llama_index.core import PromptTemplate
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.retrievers import BaseRetriever
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+
+from gmsa import GMSA, MemoryStore
+from gmsa.integrations import LocalReader, Message, Options
+from gmsa.integrations.llamaindex import QA_TEMPLATE, GmsaLLM, MemoryPostprocessor, attach_memories
+from gmsa.io.backbones import Backbone
+from gmsa.io.loading import GmsaModel
+
+DOCUMENTS = ["The mill {stood} by the river.", "A bridge was built in 1302, of stone."]
+QUESTION = "What stood where?"
+
+
+class Fixed(BaseRetriever):
+    """Finds the same nodes for every query."""
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        nodes = [TextNode(text=text, metadata={"place": i}) for i, text in enumerate(DOCUMENTS)]
+        return [NodeWithScore(node=node, score=1 - i / 4) for i, node in enumerate(nodes)]
+
+
+@pytest.fixture(scope="module")
+def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
+    return GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+
+
+@pytest.fixture(params=[True, False], ids=["kept", "not kept"])
+def reader(gmsa: GMSA, tmp_path: Path, request: pytest.FixtureRequest) -> LocalReader:
+    return LocalReader(gmsa, MemoryStore(tmp_path / "store", form="float32"), keep=request.param)
+
+
+@pytest.fixture
+def llm(reader: LocalReader) -> GmsaLLM:
+    return GmsaLLM(reader=reader, max_tokens=8)
+
+
+@pytest.fixture
+def expected(gmsa: GMSA) -> str:
+    return gmsa.answer(QUESTION, gmsa.compress(DOCUMENTS, 4), max_new_tokens=8)
+
+
+def engine(llm: GmsaLLM, reader: LocalReader, **options: object) -> RetrieverQueryEngine:
+    return RetrieverQueryEngine.from_args(
+        Fixed(),
+        llm=llm,
+        node_postprocessors=[MemoryPostprocessor(reader=reader)],
+        text_qa_template=QA_TEMPLATE,
+        **options,
+    )
+
+
+def test_a_query_engine_answers_from_memories(llm: GmsaLLM, reader: LocalReader, expected: str) -> None:
+    response = engine(llm, reader).query(QUESTION)
+    assert str(response) == expected
+    assert [n.node.get_content() for n in response.source_nodes] == DOCUMENTS
+    assert [n.score for n in response.source_nodes] == [1.0, 0.75]
+    assert [n.node.metadata["place"] for n in response.source_nodes] == [0, 1]
+    assert str(asyncio.run(engine(llm, reader).aquery(QUESTION))) == expected
+    stream = engine(llm, reader, streaming=True).query(QUESTION)
+    assert "".join(stream.response_gen).strip() == expected
+    assert reader.store.stats().memories == 2 * reader.keep
+
+
+def test_the_template_of_the_framework_works_too(llm: GmsaLLM, reader: LocalReader, gmsa: GMSA) -> None:
+    template = PromptTemplate("Known:\n{context_str}\nAsked: {query_str}")
+    response = engine(llm, reader)
+    response.update_prompts({"response_synthesizer:text_qa_template": template})
+    memories = gmsa.compress(DOCUMENTS, 4)
+    embedded = reader.answer(
+        [Message("user", ["Known:", *reader.split(marks(reader)), f"Asked: {QUESTION}"])], Options(8)
+    )
+    assert str(response.query(QUESTION)) == embedded.text
+    assert embedded.soft_tokens == sum(map(len, memories))
+
+
+def marks(reader: LocalReader) -> str:
+    nodes = MemoryPostprocessor(reader=reader).postprocess_nodes(Fixed().retrieve(QUESTION), query_str=QUESTION)
+    return "\n\n".join(node.node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes)
+
+
+def test_a_node_is_answered_from_its_stored_memory(
+    gmsa: GMSA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: str
+) -> None:
+    reader = LocalReader(gmsa, MemoryStore(tmp_path / "s", form="float32"))
+    nodes = attach_memories([node.node for node in Fixed().retrieve(QUESTION)], reader)
+    assert all(reader.store.entry(node.metadata["gmsa_memory_id"]) for node in nodes)
+    monkeypatch.setattr(gmsa, "compress", lambda *_, **__: pytest.fail("compressed again"))
+    assert [n.metadata for n in attach_memories(nodes, reader)] == [n.metadata for n in nodes]
+    assert str(engine(GmsaLLM(reader=reader, max_tokens=8), reader).query(QUESTION)) == expected
+
+
+def test_chats_completions_and_streams(llm: GmsaLLM, reader: LocalReader) -> None:
+    chat = [ChatMessage(role="system", content="Be short."), ChatMessage(role="user", content=QUESTION)]
+    told = reader.answer([Message("system", ["Be short."]), Message("user", [QUESTION])], Options(8))
+    answer = llm.chat(chat)
+    assert answer.message.content == told.text
+    assert answer.raw == told.usage
+    alone = llm.complete(QUESTION).text
+    assert alone == reader.answer([Message("user", [QUESTION])], Options(8)).text
+    assert llm.complete(QUESTION, max_tokens=2).text != alone
+    assert [r.text for r in llm.stream_complete(QUESTION)][-1].strip() == alone
+    last = None
+    for last in llm.stream_chat(chat):
+        assert last.delta
+    assert last is not None
+    assert last.message.content.strip() == told.text
+
+    async def run() -> None:
+        assert (await llm.achat(chat)).message.content == told.text
+        assert (await llm.acomplete(QUESTION)).text == alone
+        assert "".join([r.delta or "" async for r in await llm.astream_complete(QUESTION)]).strip() == alone
+        assert "".join([r.delta or "" async for r in await llm.astream_chat(chat)]).strip() == told.text
+        answers = await asyncio.gather(*(llm.acomplete(f"{QUESTION} {n}") for n in range(3)))
+        assert [a.text for a in answers] == [llm.complete(f"{QUESTION} {n}").text for n in range(3)]
+
+    asyncio.run(run())

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmsa import Memory
+from gmsa.errors import MemoryFileError
+
+
+def make(dtype: torch.dtype = torch.float32) -> Memory:
+    return Memory(torch.randn(5, 8).to(dtype), merge_size=4, origin_tokens=18, fingerprint="abc")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reload_equals_saved(tmp_path: Path, dtype: torch.dtype) -> None:
+    memory = make(dtype)
+    memory.save(tmp_path / "m.safetensors")
+    again = Memory.load(tmp_path / "m.safetensors")
+    assert again.soft_tokens.dtype == dtype
+    assert torch.equal(again.soft_tokens, memory.soft_tokens)
+    assert (again.merge_size, again.origin_tokens, again.fingerprint) == (4, 18, "abc")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_rate_counts_what_is_there() -> None:
+    assert make().rate == pytest.approx(18 / 5)
+    assert len(make()) == 5
+
+
+@pytest.mark.parametrize("at", [-1, -40, -100])
+def test_a_flipped_byte_is_found(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "m.safetensors"
+    make().save(path)
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 0x10
+    path.write_bytes(raw)
+    with pytest.raises(MemoryFileError, match="damaged"):
+        Memory.load(path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_truncated_file_is_found(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "m.safetensors"
+    make().save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(MemoryFileError, match=r"m\.safetensors"):
+        Memory.load(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(MemoryFileError, match="not a memory"):
+        Memory.load(tmp_path / "other.safetensors")
+    with pytest.raises(MemoryFileError, match="no such memory file"):
+        Memory.load(tmp_path / "none.safetensors")
+
+
+def test_values_must_be_finite_and_two_dimensional() -> None:
+    with pytest.raises(MemoryFileError, match="not finite"):
+        Memory(torch.tensor([[1.0, float("nan")]]), 1, 1, "abc")
+    with pytest.raises(MemoryFileError, match="tensor"):
+        Memory(torch.zeros(0, 4), 1, 1, "abc")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.safetensors"
+    old = make()
+    old.save(path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gmsa.io.memory.save_file", full)
+    with pytest.raises(MemoryFileError, match="No space left"):
+        make().save(path)
+    monkeypatch.undo()
+    assert torch.equal(Memory.load(path).soft_tokens, old.soft_tokens)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_saving_into_a_missing_folder_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(MemoryFileError, match="cannot write"):
+        make().save(tmp_path / "nowhere" / "m.safetensors")

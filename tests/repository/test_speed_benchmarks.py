@@ -1,0 +1,165 @@
+"""The benchmarks of speed run on a small model and say what they must. What they measure is never asserted."""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from gmsa.cli.main import build_parser
+from gmsa.io.loading import GmsaModel
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def run(
+    trained_model: Callable[..., GmsaModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """run(name, *arguments) -> the results of a quick run of one benchmark."""
+    trained_model(system_prompt="").save_pretrained(tmp_path / "model")
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        module: ModuleType = importlib.import_module(name)
+        output = tmp_path / "results.json"
+        common = ["--quick", "--model", str(tmp_path / "model"), "--dtype", "float32", "--output", str(output)]
+        module.main([*common, *arguments])
+        return json.loads(output.read_text())
+
+    yield run
+    for name in ("measuring", "answering", "compression", "cost_model", "decoding", "start"):
+        sys.modules.pop(name, None)
+
+
+def test_answering(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "a.png"
+    rows = run("answering", "--image", str(image))["rows"]
+    assert image.stat().st_size > 0
+    ways = ["original"] + ["cold", "stored", "prefilled"] * 2
+    assert [row["way"] for row in rows] == ways * 2
+    assert [row["context"] for row in rows] == [128] * 7 + [256] * 7
+    originals = {row["context"]: row for row in rows if row["way"] == "original"}
+    for row in rows:
+        seconds = row["seconds"]
+        assert 0 < seconds["first"] <= seconds["total"]
+        base = originals[row["context"]]["seconds"]
+        assert row["ratio_first"] == pytest.approx(base["first"] / seconds["first"], rel=0.05)
+        if "ratio_long" in row:
+            assert row["merge_size"] == 8
+            assert row["ratio_long"] == pytest.approx(base["total"] / seconds["long"], rel=0.05)
+    assert "prefilled" in capsys.readouterr().out
+
+
+def test_compression(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    image = tmp_path / "c.png"
+    results = run("compression", "--image", str(image))
+    assert image.stat().st_size > 0
+    assert results["largest_difference"] < 1e-3  # both sides compute the same
+    speed, memory, growth = results["throughput"], results["memory"], results["growth"]
+    assert set(speed["tokens_per_second"]) == set(memory["bytes"]) == {"naive", "ours"}
+    assert speed["naive_positions"] >= speed["tokens"] >= 2048
+    for sizes in memory["bytes"].values():
+        assert 0 <= sizes["on_top"] <= sizes["peak"]
+    # Texts are made of whole sentences, so lengths are near those asked for.
+    assert [row["tokens"] for row in growth["rows"]] == [pytest.approx(n, rel=0.1) for n in (512, 1024)]
+
+
+def test_sides_that_differ_are_noticed(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("compression")
+    real = module.NaiveCompressor.__call__
+    monkeypatch.setattr(module.NaiveCompressor, "__call__", lambda *a: [soft * 1.01 for soft in real(*a)])
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        run("compression")
+
+
+def test_cost_model(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    image = tmp_path / "m.png"
+    passes = run("cost_model", "--image", str(image))["passes"]
+    assert image.stat().st_size > 0
+    assert len(passes) == 3
+    # 2 windows of 16 and their sinks: q and o 48 x 48, k and v 48 x 24, three of 48 x 64 in each of 2 encoder layers;
+    # 2 groups of 8 per window in one of LSA.
+    layer = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 64)
+    assert passes[0]["gigaflops"] == pytest.approx((2 * layer * 2 * 17 + layer * 2 * 2) / 1e9, abs=0.06)
+    for row in passes:
+        assert row["ratio"] == pytest.approx(row["measured_seconds"] / row["predicted_seconds"], rel=0.05)
+        assert sum(row["share_of_time"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_decoding(run: Callable[..., dict[str, Any]]) -> None:
+    results = run("decoding")
+    assert [row["variant"] for row in results["rows"]][:4] == ["generate", "loop", "buffers", "packed"]
+    assert all(row["same_tokens"] for row in results["rows"][:4])
+    assert results["int8_accuracy"]["tokens"] == 64
+    assert results["meta"]["clock"] == "processor"
+
+
+def test_bytes(run: Callable[..., dict[str, Any]]) -> None:
+    results = run("bytes")
+    sys.modules.pop("bytes", None)
+    # 4 layers, keys and values, 2 heads of 12, 4 bytes each
+    assert results["counted"]["cache_bytes_per_token"] == 4 * 2 * 2 * 12 * 4
+    small = {row["form"]: row["bytes_per_token"] for row in results["counted"]["memory"]}
+    assert small["int8"] < small["bfloat16"]
+    llama = [row for row in results["reckoned"] if row["decoder"] == "Llama-2-7B" and row["merge_size"] == 4]
+    assert llama[0]["cache_bytes_per_token"] == 32 * 2 * 4096 * 2
+    assert llama[0]["times_smaller"]["bfloat16"] == 256
+
+
+def test_start(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("start")
+    commands: list[list[str]] = []
+
+    def note(command: list[str], environment: dict[str, str]) -> dict[str, float]:
+        assert environment["OMP_NUM_THREADS"] == "1"
+        commands.append(command)
+        return {"seconds": 2.0 ** (len(commands) - 1)}
+
+    # Seven processes, each loading PyTorch, would take a minute; that their commands hold is checked instead.
+    monkeypatch.setattr(module, "finished", note)
+    monkeypatch.setattr(module, "listening", note)
+    monkeypatch.setattr(module.measuring, "by_turns", lambda ways, rounds: {name: way() for name, way in ways.items()})
+    results = run("start")
+    assert [row["seconds"] for row in results["steps"]] == [2, 4, 8, 16, 32]
+    assert [row["more_seconds"] for row in results["steps"]] == [2, 2, 4, 8, 16]
+    assert (results["help"]["seconds"], results["serve"]["seconds"]) == (1, 64)
+    for command, name in ((commands[5], "ask"), (commands[6], "serve")):
+        parsed = build_parser().parse_args(command[3:])
+        assert command[3] == name
+        assert parsed.model.endswith("model")
+        assert parsed.dtype == "float32"
+
+
+def test_start_counts_processor_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("start")
+    busy = "import time, sys\nwhile time.process_time() < {0}: sum(range(10_000))\n"
+    serve = "print('gmsa: serving on http://x', file=sys.stderr, flush=True)\nwhile True: time.sleep(0.01)"
+    environment = dict(os.environ)
+    assert 0.3 <= module.finished([sys.executable, "-c", busy.format(0.3)], environment)["seconds"] < 2
+    figures = module.listening([sys.executable, "-c", busy.format(0.3) + serve], environment)
+    assert 0.25 <= figures["seconds"] < 2  # the kernel's clock ticks every hundredth of a second
+    assert 1 <= figures["megabytes"] < 100
+    for way in (module.finished, module.listening):
+        with pytest.raises(SystemExit, match="no such thing"):
+            way([sys.executable, "-c", "import sys; sys.exit('no such thing')"], environment)
+    sys.modules.pop("start", None)
+    sys.modules.pop("measuring", None)
+
+
+def test_processor_time_is_taken_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    measuring = importlib.import_module("measuring")
+    monkeypatch.setattr(measuring.time, "process_time", lambda: 1.0)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: 2.0)
+    assert measuring.now(torch.device("cpu")) == 1.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert measuring.now(torch.device("cpu")) == 2.0
+    sys.modules.pop("measuring", None)

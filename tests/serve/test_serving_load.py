@@ -1,0 +1,45 @@
+"""The load benchmark, for two seconds and on a tiny model: users at once, and no error but 429."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from server import running
+
+from gmsa import GMSA
+from gmsa.io.backbones import Backbone
+from gmsa.io.loading import GmsaModel
+from gmsa.serve.service import Service
+from gmsa.serve.settings import Settings
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving_load.py"
+
+
+@pytest.mark.parametrize(("queue", "refused"), [(32, False), (1, True)])
+def test_users_at_once(
+    queue: int,
+    refused: bool,
+    tiny_backbone: Callable[..., Backbone],
+    tiny_model: Callable[..., GmsaModel],
+    tmp_path: Path,
+) -> None:
+    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+    settings = Settings(store=tmp_path / "store", auto_compress=32, max_batch=4 if not refused else 1, max_queue=queue)
+    service = Service(gmsa, settings)
+    text, output = tmp_path / "text.txt", tmp_path / "found.json"
+    text.write_text("The mill stood by the river. " * 20)
+    with running(service) as url:
+        command = [sys.executable, str(SCRIPT), url, "--seconds", "2", "--text", str(text), "--output", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert service.open == 0
+    found = json.loads(output.read_text())
+    assert found["errors"] == []
+    assert found["statuses"]["200"] > 0
+    assert ("429" in found["statuses"]) == refused
+    assert found["tokens_per_second"] > 0
+    for row in found["latency_seconds"].values():
+        assert 0 < row["p50"] <= row["p90"] <= row["p99"] <= row["max"]

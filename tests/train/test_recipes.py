@@ -1,0 +1,277 @@
+"""Every recipe and overlay that is shipped: it loads, says what the paper says, and takes a real training step."""
+
+import json
+import re
+import runpy
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+from gmsa.config import GmsaConfig
+from gmsa.io.checkpoint import read_config
+from gmsa.train.recipe import Recipe
+from gmsa.train.trainer import train
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ALL = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+PAIRS = [name.removesuffix("-1-ae") for name in ALL if name.startswith("paper-") and name.endswith("-1-ae")]
+PAPER = [f"{pair}-{stage}" for pair in PAIRS for stage in ("1-ae", "2-keft")]
+OVERLAYS = [
+    f"{kind}/{path.stem}" for kind in ("ablations", "options") for path in sorted(RECIPES.glob(f"{kind}/*.yaml"))
+]
+# Overlays for the second stage alone; the others are tried on the first one.
+STAGE_2 = {"no-ae", "no-keft", "distil", "unfrozen", "trainable-all", "trainable-lora", "documents", "conversations"}
+# What the ablations and options make of the model or the recipe.
+CHANGES: dict[str, dict[str, Any]] = {
+    "no-ae": {"init": None},
+    "no-keft": {"steps": 0},
+    "appended": {"merging": "appended", "lsa": "mlp"},
+    "no-lsa": {"lsa": "none"},
+    "random-lsa": {"lsa": "random"},
+    "lsa-3": {"lsa_layers": 3},
+    "lsa-5": {"lsa_layers": 5},
+    "encoder-16": {"encoder_layers": 16},
+    "encoder-all": {"encoder_layers": "all"},
+    "summed-rates": {"rates_per_sample": "all"},
+    "continuation": {"continuation": {"share": 0.5, "instruction": "Continue the text."}},
+    "distil": {"distil": {"weight": 0.5, "temperature": 1.0}},
+    "unfrozen": {"trains": ["encoder", "lsa", "decoder-qkv"]},
+    "trainable-all": {"trains": ["decoder"]},
+    "trainable-lora": {"trains": ["decoder-lora"]},
+    "documents": {"distractors": 4},
+    "conversations": {"questions_per_context": 5, "learn_questions": True},
+    "lookup": {"lookup": {"share": 0.35, "instruction": 'What comes after "{words}"?', "turns": 6}},
+    "chat": {"prompt": "chat"},
+    "curriculum": {"merge_sizes": {0: [1, 2], 200: [1, 2, 4], 1000: [2, 4, 4, 8, 8]}},
+}
+# Random stand-ins for the paper's backbones, deep enough for every overlay, and tied where the real ones are.
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "v1-llama2-7b": ("llama", {"num_hidden_layers": 18}),
+    "v1-qwen2.5-7b": ("qwen2", {"num_hidden_layers": 8, "tie_word_embeddings": False}),
+    "v1-mixed": ("qwen2", {"num_hidden_layers": 8, "hidden_size": 64}),
+    "v2-llama3.2-3b": ("llama", {"num_hidden_layers": 8, "tie_word_embeddings": True}),
+    "v2-qwen3-4b": ("qwen3", {"num_hidden_layers": 8, "tie_word_embeddings": True}),
+}
+LLAMA = "paper-v1-llama2-7b"
+
+
+def fields_of(name: str, *changes: str) -> Recipe:
+    return Recipe.load(RECIPES / f"{name}.yaml", changes)
+
+
+def overlay_path(overlay: str) -> str:
+    return str(RECIPES / f"{overlay}.yaml")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, save_backbone: Callable[..., Path]) -> Callable[..., list[str]]:
+    """tiny(pair, stage, output) -> changes that make one step of a paper recipe small enough for a test."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [f"Line {i}: the {word} went over the hill {i} times." for i, word in enumerate("abcdefgh")]
+    rows = {"texts": [{"text": t} for t in texts]}
+    rows["questions"] = [{"input": t, "prompt": "Who went?", "answer": [t.split()[3]]} for t in texts]
+    for name, listed in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+
+    def changes(pair: str, stage: int, output: Path) -> list[str]:
+        family, wider = TINY[pair.removeprefix("paper-")]
+        data = folder / ("texts.jsonl" if stage == 1 else "questions.jsonl")
+        made = [
+            f"output={output}",
+            f"data=[{{path: {data}}}]",
+            f"model.decoder={save_backbone(family, **wider)}",
+            *("steps=1", "log_every=1", "bf16=false", "lengths=[32]", "max_context=100"),
+        ]
+        return [*made, f"model.encoder={save_backbone('llama', num_hidden_layers=8)}"] if "mixed" in pair else made
+
+    return changes
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]) -> Path:
+    """The model a second stage of the LLaMA-2 recipe starts from."""
+    return train(fields_of(f"{LLAMA}-1-ae", *tiny(LLAMA, 1, tmp_path_factory.mktemp("first"))))
+
+
+def loss_of(folder: Path) -> float:
+    (line,) = (folder.parent / "log.jsonl").read_text().splitlines()[:1]
+    return json.loads(line)["loss"]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in bf16, as which a second stage reads the first one's weights."""
+    return torch.equal(a.bfloat16(), b.bfloat16())
+
+
+def test_there_is_a_recipe_for_every_pair_of_backbones() -> None:
+    assert {pair.removeprefix("paper-") for pair in PAIRS} == set(TINY)
+    assert {name.split("/")[1] for name in OVERLAYS} == set(CHANGES)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_recipe_loads(name: str) -> None:
+    recipe = fields_of(name)
+    assert yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["stage"] == recipe.stage
+    GmsaConfig(**{key: value for key, value in recipe.model.items() if key not in ("decoder", "encoder")})
+
+
+def test_existing_recipes_train_what_they_did() -> None:
+    groups = ["encoder", "lsa", "decoder-qkv"]
+    for path in RECIPES.glob("default-*.yaml"):
+        assert fields_of(path.stem).trains == groups
+    assert fields_of("restore").trains == groups
+    assert fields_of("convergence").trains == ["encoder", "lsa"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_recipes_hold_the_papers_hyper_parameters(name: str) -> None:
+    recipe, first, ae = fields_of(name), "-v1-" in name, name.endswith("-ae")
+    assert recipe.learning_rate == (1e-4 if ae else 1e-5)
+    assert recipe.merge_sizes == [4, 8]
+    found = (recipe.schedule, recipe.warmup_steps, recipe.weight_decay, recipe.clip)
+    assert found == (("linear", 0, 0, 2.0) if first else ("cosine", 0.1, 0.01, 1.0))
+    batch = (recipe.rows_per_batch, recipe.accumulate)
+    assert batch == (((4, 1) if ae else (16, 1)) if first else (1, 2))
+    assert recipe.steps == {(True, True): 20_000, (True, False): 1000, (False, True): 5000}.get((first, ae), 10_000)
+    assert (recipe.lengths if ae else [recipe.max_context]) == [3072]
+    assert recipe.trains == (["encoder", "lsa"] if ae else ["decoder-qkv" if first else "decoder"])
+    assert recipe.output == f"runs/{name}"
+    assert recipe.init == (None if ae else f"runs/{name.replace('-2-keft', '-1-ae')}/model")
+    if not ae:  # stage 2 names the model again, so that it can start from nothing
+        assert recipe.model == fields_of(name.replace("-2-keft", "-1-ae")).model
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_recipes_have_everything_later_off(name: str) -> None:
+    recipe = fields_of(name)
+    assert recipe.stage in ("ae", "keft")
+    assert recipe.rates_per_sample == 1
+    assert recipe.distractors == 0
+    assert recipe.continuation is recipe.distil is None
+    assert recipe.reads == "memory"
+    model = {key: value for key, value in recipe.model.items() if key not in ("decoder", "encoder")}
+    lora = {"r": 128, "alpha": 32, "dropout": 0.05}
+    assert model == {
+        **{"encoder_layers": 8, "encoder_lora": lora, "merging": "mean", "lsa": "decoder", "lsa_layers": 1},
+        **{"window_size": None, "encoder_sink": False, "prompt": "plain"},
+    }
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_paper_recipe_takes_a_step_in_both_stages(
+    pair: str, tiny: Callable[..., list[str]], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if pair == LLAMA:  # has been trained already
+        first = request.getfixturevalue("first_stage")
+    else:
+        first = train(fields_of(f"{pair}-1-ae", *tiny(pair, 1, tmp_path / "1")))
+    second = train(fields_of(f"{pair}-2-keft", *tiny(pair, 2, tmp_path / "2"), f"init={first}"))
+    assert 0 < loss_of(first) < 50
+    assert 0 < loss_of(second) < 50
+    decoder = "decoder-qkv" if "-v1-" in pair else "decoder"
+    assert read_config(first).trained == ["encoder", "lsa"]
+    assert read_config(second).trained == [decoder, "encoder", "lsa"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert all(name.startswith("compressor.") for name in before)
+    assert all("lora_" in name for name in before if name.startswith("compressor.encoder."))
+    assert all(same(before[name], after[name]) for name in before)  # the compressor is frozen in stage 2
+    if "-v1-" in pair:  # the second version warms up: its first step changes nothing
+        assert all(before[name].any() for name in before if "lora_B" in name)  # zero until they learn
+    projections = {name.split(".")[-2] for name in after if name not in before}
+    assert {"q_proj", "k_proj", "v_proj"} <= projections
+    assert ("mlp" in " ".join(after.keys() - before.keys())) == (decoder == "decoder")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_takes_a_step(
+    overlay: str, tiny: Callable[..., list[str]], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    name = overlay.split("/")[1]
+    stage = 2 if name in STAGE_2 else 1
+    recipe_name = f"{LLAMA}-{'2-keft' if stage == 2 else '1-ae'}"
+    whole = fields_of(recipe_name, overlay_path(overlay))
+    assert whole.output == f"runs/{recipe_name}+{name}"
+    # None of these changes the model, so the first stage is the plain one.
+    assert whole.init == (f"runs/{LLAMA}-1-ae/model" if stage == 2 and name != "no-ae" else None)
+    for key, value in CHANGES[name].items():
+        assert (whole.model if key in whole.model else vars(whole))[key] == value
+
+    changes = tiny(LLAMA, stage, tmp_path / "run")
+    if name == "no-keft":
+        changes.remove("steps=1")
+    if stage == 2 and name != "no-ae":
+        changes.append(f"init={request.getfixturevalue('first_stage')}")
+    folder = train(fields_of(recipe_name, overlay_path(overlay), *changes))
+    config = read_config(folder)
+    assert config.trained == sorted({*whole.trains, *(["encoder", "lsa"] if name != "no-ae" else [])})
+    for key in CHANGES[name].keys() & whole.model.keys():
+        assert getattr(config, key) == CHANGES[name][key]
+    if name == "no-keft":
+        tensors = [load_file(f / "model.safetensors") for f in (folder, request.getfixturevalue("first_stage"))]
+        assert tensors[0].keys() == tensors[1].keys()
+        assert all(same(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    else:
+        assert 0 < loss_of(folder) < 50
+
+
+def test_overlays_combine(tiny: Callable[..., list[str]], tmp_path: Path, first_stage: Path) -> None:
+    names = ("unfrozen", "trainable-lora", "distil", "documents", "summed-rates")
+    overlays = [overlay_path(f"options/{name}") for name in names]
+    changes = [*tiny(LLAMA, 2, tmp_path / "run"), f"init={first_stage}"]
+    recipe = fields_of(f"{LLAMA}-2-keft", *overlays, *changes)
+    assert recipe.trains == ["encoder", "lsa", "decoder-lora"]
+    assert 0 < loss_of(train(recipe)) < 50
+
+
+def test_the_8b_pair_fits_together() -> None:
+    first, second = fields_of("8b-8gpu-1-restore"), fields_of("8b-8gpu-2-answer")
+    assert second.init == f"{first.output}/model"
+    assert second.model == first.model
+
+
+def test_the_stages_of_the_default_model_follow_one_another() -> None:
+    script = (RECIPES.parent / "scripts/train_default.sh").read_text()
+    found = re.search(r'^stages="([^"]+)"', script, re.MULTILINE)
+    assert found is not None
+    stages = found[1].split()
+    recipes = [fields_of(f"default-{stage}") for stage in stages]
+    assert [recipe.output for recipe in recipes] == [f"runs/default-{stage}" for stage in stages]
+    assert [recipe.init for recipe in recipes] == [None, *(f"{recipe.output}/model" for recipe in recipes[:-1])]
+    averaged = re.findall(r"(runs/\S+)/model=", script)
+    assert averaged
+    assert set(averaged) <= {recipe.output for recipe in recipes}
+    written = {path.stem for path in RECIPES.glob("default-*.yaml")}
+    assert written == {f"default-{stage}" for stage in stages}
+
+
+def test_commands_in_the_guide_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RECIPES.parent)
+    lines = Path("docs/training.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if " recipes/" in line and line[0] in "gp"]
+    recipes = [Recipe.load(command[2], command[3:]) for command in commands]
+    first, second = recipes[:2]
+    assert second.init == f"{first.output}/model"
+    assert second.output == "runs/answer"
+
+
+def test_the_8b_pair_fits_the_gpus_it_is_for() -> None:
+    script = RECIPES.parent / "scripts/training_memory.py"
+    estimate = runpy.run_path(str(script))["rows"](fields_of("8b-8gpu-2-answer"), sharded=False)
+    assert sum(estimate.values()) < 74e9  # of 80; the table in docs/training.md says 51
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed-zero2"])
+def test_accelerate_reads_its_configurations(name: str) -> None:
+    config = load_config_from_file(str(RECIPES / f"accelerate/{name}.yaml"))
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed-zero2": "DEEPSPEED"}[name]
+    assert (config.distributed_type, config.mixed_precision, config.num_processes) == (kind, "bf16", 8)
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
