@@ -48,7 +48,8 @@ def original(gmsa: GMSA, text: str, new: int) -> dict[str, float]:
     """The whole prompt as text, by transformers alone."""
     device = gmsa.model.device
     started = measuring.now(device)
-    ids = gmsa.tokenizer(gmsa.template.text(text, QUESTION), return_tensors="pt", **TOKENIZED)["input_ids"].to(device)
+    frame = gmsa.template(QUESTION)
+    ids = torch.cat([frame.before, torch.tensor(gmsa.template.encode(text)), frame.after])[None].to(device)
     first = First(device)
     settings = GenerationConfig(
         max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=gmsa.tokenizer.pad_token_id

@@ -15,8 +15,9 @@ import measuring
 import torch
 
 from gmsa import GMSA
-from gmsa.decode.batch import read_prefix
+from gmsa.decode.batch import Batch
 from gmsa.evaluate.latency import text_of
+from gmsa.model.backbone import body_of
 from gmsa.store.forms import encode
 
 FORMS = ("bfloat16", "int8")
@@ -32,9 +33,9 @@ def counted(gmsa: GMSA, length: int, sizes: list[int]) -> dict[str, Any]:
     """On the model at hand."""
     text = text_of(gmsa, length)
     ids = torch.tensor(gmsa.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    nothing = ids[:0].to(gmsa.model.device)
-    vectors = gmsa.model.get_input_embeddings()(ids.to(gmsa.model.device))
-    kept = read_prefix(gmsa.model, ids, nothing, vectors).nbytes / len(ids)
+    batch = Batch(body_of(gmsa.model.decoder), 1)
+    batch.extend([gmsa.model.get_input_embeddings()(ids.to(gmsa.model.device))])
+    kept = batch.states(0).nbytes / len(ids)
     found: dict[str, Any] = {"context": len(ids), "cache_bytes_per_token": round(kept, 1), "memory": []}
     for size in sizes:
         memory = gmsa.compress(text, size)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from gmsa.io.loading import GmsaModel
 from gmsa.train.evaluation import RestorationProbe
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import prepare
@@ -70,14 +69,9 @@ def guessing(recipe: Recipe) -> float:
     prompt, hits = template.restore(), []
     for text in probe.texts:
         targets = [torch.tensor([*text, template.end_id])]
-        out = model.score([nothing(model)], [prompt.before], [prompt.after], targets)
+        out = model.score([[prompt.before, prompt.after]], targets)
         hits.append((out["logits"].argmax(-1) == out["labels"])[:-1])
     return torch.stack(hits).float().mean().item()
-
-
-def nothing(model: GmsaModel) -> torch.Tensor:
-    """A memory of no soft tokens: (0, d)."""
-    return model.get_input_embeddings().weight.new_zeros(0, model.decoder.config.hidden_size)
 
 
 def leaving(points: list[tuple[int, float]], threshold: float) -> float | None:

@@ -4,8 +4,7 @@ python benchmarks/decoding.py --output docs/results/decoding.json
 
 Variants, all greedy on the same soft tokens, by turns in every round:
 - generate: transformers' own loop and cache;
-- loop: that of gmsa/decode/batch.py, with transformers' cache, which copies all keys and values at every step;
-- buffers: the loop with keys and values in buffers that have room (`RoomyLayer`);
+- loop: that of gmsa/decode/loop.py, with keys and values in buffers that have room;
 - packed: and with packed weights (gmsa/decode/cpu.py): what `GMSA.answer` does;
 - int8: in place of packed weights, 8 bits per weight and a scale per output channel (torch's `_weight_int8pack_mm`,
   which rounds weights alone), where a step has at most 4 rows; above that it is slower than bf16.
@@ -19,17 +18,17 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import measuring
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import GenerationConfig
 
 from gmsa import GMSA
-from gmsa.decode import batch as generation
 from gmsa.decode.cpu import PackedLinears
+from gmsa.decode.loop import Loop, Row
+from gmsa.decode.sampler import Sampling
 from gmsa.evaluate.latency import QUESTION, text_of
 
 MOST_ROWS = 4  # of an int8 product
@@ -70,26 +69,20 @@ class Int8Linears:
                 del linear.forward
 
 
-def plain_cache(decoder: Any, _: int) -> DynamicCache:
-    """Transformers' own cache, in place of `generation.new_cache`."""
-    return DynamicCache(config=decoder.config)
+class AsTheyAre:
+    """The linear layers of a model, as they are."""
+
+    def applied(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the model computes with them."""
+        return contextlib.nullcontext()
 
 
 def run_length(gmsa: GMSA, soft_tokens: int, rows: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All variants with so many soft tokens and rows."""
     memory = gmsa.compress(text_of(gmsa, soft_tokens), 1)
-    prompt = gmsa.template(QUESTION)
-    arguments = ([memory.soft_tokens] * rows, [prompt.before] * rows, [prompt.after] * rows)
+    prompt = gmsa.template(QUESTION).around(memory.soft_tokens)
     device, count = gmsa.model.device, options.new_tokens
-    choose = generation.Chooser(sorted(gmsa._ends()), device, min_new_tokens=count)
     written: dict[str, list[int]] = {}
-
-    def timed(name: str, steps: Iterator[list[list[int]]]) -> dict[str, float]:
-        times = []
-        for found in steps:
-            times.append(measuring.now(device))
-            written[name] = list(found[0])
-        return {"per_token": (times[-1] - times[0]) / (len(times) - 1)}
 
     def generate() -> dict[str, float]:
         times = []
@@ -98,26 +91,36 @@ def run_length(gmsa: GMSA, soft_tokens: int, rows: int, options: argparse.Namesp
             times.append(measuring.now(device))
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-        settings = gmsa._generation(count, {"min_new_tokens": count})
-        written["generate"] = gmsa.model.generate(*arguments, stopping_criteria=[note], **settings)[0].tolist()
+        settings = GenerationConfig(
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            eos_token_id=sorted(gmsa.ends),
+            pad_token_id=gmsa.tokenizer.pad_token_id,
+        )
+        new = gmsa.model.generate([prompt] * rows, stopping_criteria=[note], generation_config=settings)
+        written["generate"] = new[0].tolist()
         return {"per_token": (times[-1] - times[0]) / (len(times) - 1)}
 
-    def loop(name: str, packed: Any = None, cache: Any = generation.new_cache) -> Callable[[], dict[str, float]]:
+    def loop(name: str, packed: Any) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
-            with (
-                packed.applied() if packed else contextlib.nullcontext(),
-                mock.patch.object(generation, "new_cache", cache),
-            ):
-                start = generation.read_whole(gmsa.model, *arguments, count)
-                return timed(name, generation.write(gmsa.model, start, choose, count, lambda _: False, 0))
+            asked = [Row(prompt, count, sampling=Sampling(min_new_tokens=count)) for _ in range(rows)]
+            loop = Loop(gmsa.model, gmsa.tokenizer, gmsa.ends, max_batch=rows, prefill_tokens=2**30, packed=packed)
+            for row in asked:
+                loop.submit(row)
+            loop.turn()
+            started = measuring.now(device)
+            while loop.busy:
+                loop.turn()
+            written[name] = asked[0].tokens
+            return {"per_token": (measuring.now(device) - started) / (count - 2)}
 
         return run
 
     decoder = gmsa.model.decoder
     ways = {
         "generate": generate,
-        "loop": loop("loop", cache=plain_cache),
-        "buffers": loop("buffers"),
+        "loop": loop("loop", AsTheyAre()),
         "packed": loop("packed", PackedLinears(decoder)),
     }
     if decoder.device.type == "cpu" and decoder.dtype == torch.bfloat16:

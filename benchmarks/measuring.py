@@ -83,12 +83,11 @@ def score_answers(gmsa: GMSA, soft: Sequence[Tensor], rows: Sequence[dict[str, A
     device = gmsa.model.device
     prompts = [gmsa.template(row["prompt"]) for row in rows]
     answers = [[*gmsa.template.encode(row["answer"][0]), gmsa.template.end_id] for row in rows]
-    out = gmsa.model.score(
-        soft,
-        [prompt.before.to(device) for prompt in prompts],
-        [prompt.after.to(device) for prompt in prompts],
-        [torch.tensor(answer, device=device) for answer in answers],
-    )
+    asked = [
+        [prompt.before.to(device), states, prompt.after.to(device)]
+        for prompt, states in zip(prompts, soft, strict=True)
+    ]
+    out = gmsa.model.score(asked, [torch.tensor(answer, device=device) for answer in answers])
     logged = torch.log_softmax(out["logits"].float(), dim=-1).gather(1, out["labels"][:, None])[:, 0]
     return [(-float(part.sum()), len(part)) for part in logged.split([len(answer) for answer in answers])]
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from gmsa import GMSA, Memory, MemoryStore
-from gmsa.api import Content
+from gmsa.api import Contents
 from gmsa.evaluate.methods.base import Models, Question
 from gmsa.evaluate.methods.bm25_sentences import words_of
 from gmsa.evaluate.qa import MEASURES, spread
@@ -142,11 +142,11 @@ class Rag:
             self.own[asked.prompt] = Index(asked.documents)
         return (self.pool if scope == "all" else self.own[asked.prompt]).best(asked.prompt, k)
 
-    def content(self, way: Way, documents: Sequence[str]) -> Content:
+    def content(self, way: Way, documents: Sequence[str]) -> Contents:
         """What a way's decoder reads."""
         if way.merge_size is None or not documents:
             text = Question(list(documents), "").context
-            return torch.tensor(way.reader.template.encode(text), dtype=torch.long)
+            return [torch.tensor(way.reader.template.encode(text), dtype=torch.long)]
         return [self.memory(text, way.merge_size) for text in documents]
 
     def memory(self, text: str, merge_size: int) -> Memory:
@@ -154,9 +154,9 @@ class Rag:
         return self.store.load(self.store.key(text, self.gmsa.fingerprint, merge_size), self.gmsa.fingerprint)
 
 
-def size_of(content: Content) -> int:
+def size_of(contents: Contents) -> int:
     """Positions that the decoder reads of documents."""
-    return len(content) if isinstance(content, torch.Tensor) else sum(len(memory) for memory in content)  # type: ignore[union-attr]
+    return sum(map(len, contents))  # type: ignore[arg-type]
 
 
 def accuracy(

@@ -41,13 +41,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmsa import __version__
 from gmsa.config import GmsaConfig
 from gmsa.decode.malloc import keep_freed_memory
-from gmsa.decode.prompt import Prompt, PromptTemplate
+from gmsa.decode.prompt import Frame, PromptTemplate
 from gmsa.errors import GmsaError, InputError
 from gmsa.io.backbones import DEFAULT_BACKBONE, load_backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import read_rows
 from gmsa.model.backbone import body_of, take_layers
-from gmsa.train.examples import Example, collate
+from gmsa.train.examples import Document, Example, arguments, collate
 from gmsa.train.trainer import checkpoint_activations
 
 # `recomputing` is ours with gradient checkpointing: less memory, for one more forward pass of every block.
@@ -83,7 +83,7 @@ class NaiveGmsa(nn.Module):
         self.decoder = decoder
 
     def forward(
-        self, ids: Tensor, mask: Tensor, targets: Sequence[Tensor], prompt: Prompt, merge_size: int, mark: Mark
+        self, ids: Tensor, mask: Tensor, targets: Sequence[Tensor], prompt: Frame, merge_size: int, mark: Mark
     ) -> Tensor:
         """Mean cross-entropy over the targets.
 
@@ -155,9 +155,9 @@ def build_ours(options: argparse.Namespace, device: torch.device) -> Side:
     template = PromptTemplate(backbone.tokenizer, config)
 
     def batch(texts: Sequence[list[int]]) -> dict[str, Any]:
-        prompt, end = template.restore(), template.end_id
-        examples = [Example([text], prompt, [*text, end], options.merge_size) for text in texts]
-        return vars(collate(examples, config.window_size, PAD_TO_MULTIPLE).to(device))
+        frame, end = template.restore(), template.end_id
+        examples = [Example(frame.around(Document(text)), [*text, end], options.merge_size) for text in texts]
+        return arguments(collate(examples, config.window_size, PAD_TO_MULTIPLE).to(device))
 
     texts = read_texts(options, backbone.tokenizer)
     batches = [batch(part) for part in by_length(texts, options.steps)]

@@ -123,10 +123,10 @@ def answer_scores(
 @torch.no_grad()
 def restored(gmsa: GMSA, soft: Sequence[Tensor], windows: Sequence[Sequence[int]]) -> tuple[float, int, int]:
     """(nats, tokens predicted rightly, tokens) of a text, each window teacher-forced from its own soft tokens."""
-    prompt, device = gmsa.template.restore(), gmsa.model.device
+    frame, device = gmsa.template.restore(), gmsa.model.device
     targets = [torch.tensor(window, device=device) for window in windows]
-    before, after = ([part.to(device)] * len(targets) for part in (prompt.before, prompt.after))
-    out = gmsa.model.score(soft, before, after, targets, keep_logits=False)
+    prompts = [[frame.before.to(device), states, frame.after.to(device)] for states in soft]
+    out = gmsa.model.score(prompts, targets, keep_logits=False)
     count = sum(map(len, targets))
     return float(out["loss"]) * count, int(out["correct"]), count
 

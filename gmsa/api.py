@@ -1,9 +1,10 @@
 """The public object: text in, memories out; memories and questions in, text out."""
 
 import copy
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -14,8 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from gmsa.config import GmsaConfig
-from gmsa.decode import batch as generation
-from gmsa.decode.batch import Prefix
+from gmsa.decode.batch import Batch, CachedStates
 from gmsa.decode.checked import (
     CANDIDATES,
     CheckedGroup,
@@ -26,26 +26,32 @@ from gmsa.decode.checked import (
     why_not,
 )
 from gmsa.decode.cpu import PackedLinears
-from gmsa.decode.prompt import Prompt, PromptTemplate
+from gmsa.decode.loop import Finish, Loop, PrefixStore, Row
+from gmsa.decode.prompt import Frame, Piece, PromptTemplate
+from gmsa.decode.sampler import Sampling, check_options
 from gmsa.decode.stream import TextPieces
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, check_whole
 from gmsa.io import checkpoint, export
 from gmsa.io.backbones import Backbone
 from gmsa.io.compressor import drop_decoder
-from gmsa.io.loading import GmsaModel, load_model
+from gmsa.io.loading import load_model
 from gmsa.io.memory import Memory
-from gmsa.model.backbone import layers_of
+from gmsa.model.backbone import body_of, layers_of
+from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.merging import check_merge_size
 from gmsa.model.windows import Window, batch_windows, cut_windows, make_windows, split_windows
-from gmsa.text import token_pieces
+from gmsa.text import check_text, token_pieces
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
 BUNDLED = Path(__file__).parent / "models" / DEFAULT_MODEL
-# What stands for a context: memories, a text's decoder token ids (T,), or either after the decoder has read it.
-Content = Sequence[Memory] | Tensor | Prefix
-Row = tuple[Content, Prompt]
-PARTS = ("before", "after")  # of a prompt
+PREFILL_TOKENS = 4096  # of prompts, read together
+KEPT_PREFIXES = 1 << 30  # bytes of what questions have in common
+# Options of transformers' `generate` that would change what comes back, or take objects of its own.
+NOT_HERE = {
+    *("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
+    *("output_hidden_states", "max_length", "min_length", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache"),
+}
 
 
 @dataclass
@@ -53,8 +59,8 @@ class Timings:
     """Seconds of the last call, as the command line prints them."""
 
     compress: float = 0.0
-    prefill: float = 0.0  # until the first new token
-    decode: float = 0.0  # all tokens after it
+    prefill: float = 0.0  # reading prompts
+    decode: float = 0.0  # writing tokens
 
 
 @dataclass(frozen=True)
@@ -66,28 +72,73 @@ class Score:
     nll: float
 
 
-class _Clock:
-    """When the first token arrived. transformers' `generate` takes it as a stopping criterion that never stops."""
+class Answer(str):
+    """A text that a model wrote, and how it ended.
 
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.first: float | None = None
+    Attributes:
+        finish_reason: "stop", it came to its end or to a stop string; "length", it was cut.
+        tokens: how many it has.
+    """
 
-    def note(self) -> None:
-        """A token is there."""
-        if self.first is None:
-            self.first = time.perf_counter()
+    finish_reason: Finish
+    tokens: int
 
-    def add_to(self, timings: Timings) -> None:
-        """All tokens are there."""
-        ended = time.perf_counter()
-        first = self.first or ended
-        timings.prefill += first - self.started
-        timings.decode += ended - first
+    def __new__(cls, text: str, finish_reason: Finish, tokens: int) -> "Answer":
+        """A `str` with two attributes more."""
+        made = super().__new__(cls, text)
+        made.finish_reason, made.tokens = finish_reason, tokens
+        return made
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.note()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+class AnswerStream(Iterator[str]):
+    """The pieces of an answer as they are written; `answer` is the whole of it once they have ended."""
+
+    def __init__(self, pieces: Generator[str], row: Row) -> None:
+        self._pieces = pieces
+        self._row = row
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Write no more."""
+        self._pieces.close()
+
+    @property
+    def answer(self) -> Answer | None:
+        """The whole answer; None while it is being written."""
+        return None if self._row.finish is None else _answer(self._row)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixCache:
+    """What a decoder keeps of contents it has read: questions about them then cost only themselves.
+
+    Attributes:
+        contents: the memories, texts and token ids.
+        pieces: of the prompt, up to the last of the contents.
+        states: keys and values; far more than the memories themselves.
+        decoder: which has read them, and alone can go on.
+    """
+
+    contents: Sequence[Any]
+    pieces: tuple[Tensor, ...]
+    states: CachedStates
+    decoder: object
+
+    def __len__(self) -> int:
+        """Positions it takes in the decoder."""
+        return len(self.states)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes, beside its contents."""
+        return self.states.nbytes
+
+
+# What a question is about: memories, texts and token ids (T,) of texts, in any order.
+Content = Memory | str | Tensor | os.PathLike[str]
+Contents = PrefixCache | Sequence[Content]
 
 
 class GMSA:
@@ -101,7 +152,7 @@ class GMSA:
         fingerprint: of the compressor; every memory it makes carries it.
     """
 
-    def __init__(self, model: GmsaModel, decoder: Backbone, encoder: Backbone | None = None) -> None:
+    def __init__(self, model: GmsaNetwork, decoder: Backbone, encoder: Backbone | None = None) -> None:
         self.model = model.eval()
         self.config: GmsaConfig = model.config
         self.tokenizer: PreTrainedTokenizerBase = decoder.tokenizer
@@ -110,7 +161,7 @@ class GMSA:
         self.template = PromptTemplate(self.tokenizer, self.config)
         self.fingerprint = checkpoint.compressor_fingerprint(model.compressor)
         self.timings = Timings()
-        self._packed = PackedLinears(model.decoder)
+        self.packed = PackedLinears(model.decoder)
 
     @classmethod
     def from_pretrained(
@@ -155,7 +206,7 @@ class GMSA:
 
     def export_decoder(self, folder: str | Path) -> None:
         """Write the decoder as a plain Hugging Face folder; see `gmsa.io.export.export_decoder`."""
-        export.export_decoder(self.model, self.tokenizer, sorted(self._ends()), self.fingerprint, Path(folder))
+        export.export_decoder(self.model, self.tokenizer, sorted(self.ends), self.fingerprint, Path(folder))
 
     def export_compressor(self, folder: str | Path) -> None:
         """Write the compressor alone; see `gmsa.io.export.export_compressor`."""
@@ -165,7 +216,7 @@ class GMSA:
     def drop_decoder(self) -> None:
         """Let go of the decoder, all but its token embeddings: what remains compresses and embeds prompts."""
         drop_decoder(self.model.decoder)
-        self._packed = PackedLinears(self.model.decoder)  # the one before holds on to the layers
+        self.packed = PackedLinears(self.model.decoder)  # the one before holds on to the layers
 
     @property
     def shares_tokenizer(self) -> bool:
@@ -207,7 +258,7 @@ class GMSA:
         started = time.perf_counter()
         check_merge_size(merge_size)
         check_whole("batch_size", batch_size, error=InputError)
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else _listed("context", text)
         for number, one in enumerate(texts):
             self._check_context(one, number)
         parts: list[list[Tensor]] = [[] for _ in texts]
@@ -252,18 +303,18 @@ class GMSA:
         if not text.strip():
             raise InputError("the context is empty" if number == 0 else f"the context at place {number} is empty")
 
-    def twin(self) -> "GMSA":
+    def share_weights(self) -> "GMSA":
         """Another object over the same weights, for another thread: one object serves one caller at a time.
 
         Make it while nothing else uses this one.
         """
-        twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
-        twin.tokenizer, twin.encoder_tokenizer = copy.deepcopy((self.tokenizer, self.encoder_tokenizer))
-        twin.template = PromptTemplate(twin.tokenizer, self.config)
-        twin.timings = Timings()
-        twin._packed = PackedLinears(twin.model.decoder)
-        return twin
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
+        other.tokenizer, other.encoder_tokenizer = copy.deepcopy((self.tokenizer, self.encoder_tokenizer))
+        other.template = PromptTemplate(other.tokenizer, self.config)
+        other.timings = Timings()
+        other.packed = PackedLinears(other.model.decoder)
+        return other
 
     def compile(self) -> None:
         """Compile encoder and LSA, block by block: compressing is faster after the first batches, which are far slower.
@@ -277,28 +328,175 @@ class GMSA:
     # -- read ------------------------------------------------------------------------------------------------------
 
     @overload
-    def restore(self, memory: Memory, *, batch_size: int = ...) -> str: ...
+    def answer(
+        self,
+        question: str | Frame,
+        memory: Content | PrefixCache | Sequence[Content],
+        *,
+        max_new_tokens: int = ...,
+        stream: Literal[False] = ...,
+        batch_size: int = ...,
+        stop: str | Sequence[str] | None = ...,
+        **options: Any,
+    ) -> Answer: ...
     @overload
-    def restore(self, memory: Sequence[Memory], *, batch_size: int = ...) -> list[str]: ...
+    def answer(
+        self,
+        question: str | Frame,
+        memory: Content | PrefixCache | Sequence[Content],
+        *,
+        max_new_tokens: int = ...,
+        stream: Literal[True],
+        batch_size: int = ...,
+        stop: str | Sequence[str] | None = ...,
+        **options: Any,
+    ) -> AnswerStream: ...
+    @overload
+    def answer(
+        self,
+        question: Sequence[str | Frame],
+        memory: Content | PrefixCache | Sequence[Content] | Sequence[Contents],
+        *,
+        max_new_tokens: int = ...,
+        stream: Literal[False] = ...,
+        batch_size: int = ...,
+        stop: str | Sequence[str] | None = ...,
+        **options: Any,
+    ) -> list[Answer]: ...
 
-    def restore(self, memory: Memory | Sequence[Memory], *, batch_size: int = 8) -> str | list[str]:
+    def answer(
+        self,
+        question: str | Frame | Sequence[str | Frame],
+        memory: Any,
+        *,
+        max_new_tokens: int = 128,
+        stream: bool = False,
+        batch_size: int = 8,
+        stop: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> Answer | list[Answer] | AnswerStream:
+        """Answer a question from memories, and from texts that the decoder reads as they are, in any order.
+
+        What several questions are asked of is read once for all of them.
+
+        Args:
+            question: one, or a list of questions on the same memories. To ask each question of its own, give a list
+                of lists, one per question. A `Frame` is read as it is, for prompts of one's own.
+            memory: what to answer from: a memory, a `Path` of a memory file, a `PrefixCache` from `prefill`, or a list
+                of memories, paths and texts.
+            max_new_tokens: longest answer.
+            stream: yield the answer piece by piece (one question only).
+            batch_size: questions answered at once.
+            stop: texts before which an answer ends, if it comes to one.
+            options: how tokens are chosen, see `decode.sampler.Sampling`: do_sample, temperature, top_p, seed, ...;
+                greedy by default. Beams and the like are transformers' own (`num_beams`).
+
+        Returns:
+            A text that knows how it ended (`finish_reason`), a list of them for a list of questions, or its pieces.
+
+        Raises:
+            InputError: an empty question, lists that do not match, an unknown option (the nearest is named).
+            MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
+        """
+        questions = [question] if isinstance(question, str | Frame) else _listed("question", question)
+        contents = self._contents_of(memory, len(questions), framed=all(isinstance(q, Frame) for q in questions))
+        if stream:
+            if len(questions) != 1:
+                raise InputError("stream=True takes one question")
+            return self._stream(questions[0], contents[0], max_new_tokens, stop, options)
+        answers = self.read(
+            questions, contents, max_new_tokens=max_new_tokens, batch_size=batch_size, stop=stop, **options
+        )
+        return answers[0] if isinstance(question, str | Frame) else answers
+
+    def read(
+        self,
+        questions: Sequence[str | Frame],
+        contents: Sequence[Contents],
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int = 8,
+        stop: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answer each question from what it is about; what `answer` stands on.
+
+        Args:
+            questions: one per element of `contents`.
+            contents: of each question a list of memories, texts and token ids (T,), T >= 0, in the decoder's
+                vocabulary, or a prefix. One object given for several questions is read once.
+            max_new_tokens, batch_size, stop, options: as for `answer`.
+
+        Raises:
+            InputError: an empty question.
+            MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
+        """
+        check_whole("batch_size", batch_size, error=InputError)
+        sampling, searching = _chosen(options)
+        stops = _stops(stop)
+        rows = self._rows(questions, contents, max_new_tokens)
+        if searching:
+            return self._search(rows, batch_size, stops, searching)
+        for row in rows:
+            row.sampling, row.stops = sampling, stops
+        self.run(rows, batch_size)
+        return [_answer(row) for row in rows]
+
+    def prefill(self, memory: Content | Sequence[Content]) -> PrefixCache:
+        """Let the decoder read memories ahead of questions: `answer` takes the result in their place.
+
+        It holds the decoder's keys and values (`PrefixCache.nbytes`), far more than the memories themselves, and
+        belongs to this object.
+
+        Raises:
+            InputError: no memory. MemoryMismatchError: a memory of another model. ContextTooLongError: too much.
+        """
+        (contents,) = self._contents_of(memory, 1)
+        assert not isinstance(contents, PrefixCache)
+        started = time.perf_counter()
+        pieces = (self.template.restore().before, *self._pieces(contents))
+        self._check_length(pieces, 1)
+        with self.packed.applied():
+            (embeds,), (soft,) = self._embedded([pieces])
+            batch = Batch(body_of(self.model.decoder), 1, len(embeds), self.model.entry)
+            batch.extend([embeds], [soft])
+        self.timings = Timings(prefill=time.perf_counter() - started)
+        return PrefixCache(contents, pieces, batch.states(0), self.model.decoder)
+
+    @overload
+    def restore(self, memory: Memory | str | os.PathLike[str], *, batch_size: int = ...) -> Answer: ...  # type: ignore[overload-overlap]
+    @overload
+    def restore(self, memory: Sequence[Memory | str | os.PathLike[str]], *, batch_size: int = ...) -> list[Answer]: ...
+
+    def restore(self, memory: Any, *, batch_size: int = 8) -> Answer | list[Answer]:
         """The text of a memory, or of each of several, as the decoder can restate it (greedy).
 
         Windows were encoded independently, so each is restated on its own and any length works.
 
+        Args:
+            memory: one or several, or memory files by their paths.
+            batch_size: windows restored at once.
+
         Raises:
             MemoryMismatchError: made by another model. ContextTooLongError: a window too long for the decoder.
         """
-        memories = [memory] if isinstance(memory, Memory) else list(memory)
-        prompt = self.template.restore()
-        windows = self._windows(memories)
+        check_whole("batch_size", batch_size, error=InputError)
+        memories, one = self._memories_of(memory)
+        frame = self.template.restore()
+        windows = [(number, window) for number, whole in enumerate(memories) for window in self.windows(whole)]
         limits = [self.longest_restoration(window.origin_tokens) for _, window in windows]
-        new = self._read([([window], prompt) for _, window in windows], max(limits, default=1), batch_size)
+        rows = [self._rows([frame], [[window]], limit)[0] for (_, window), limit in zip(windows, limits, strict=True)]
+        self.run(rows, batch_size)
         ids: list[list[int]] = [[] for _ in memories]
-        for (i, _), limit, tokens in zip(windows, limits, new, strict=True):
-            ids[i] += tokens[:limit]
-        texts = [self._text(tokens) for tokens in ids]
-        return texts[0] if isinstance(memory, Memory) else texts
+        ended = [True] * len(memories)
+        for (number, _), row in zip(windows, rows, strict=True):
+            ids[number] += row.tokens
+            ended[number] &= row.finish == "stop" or self.shares_tokenizer
+        texts = [
+            Answer(self._decode(tokens), "stop" if whole else "length", len(tokens))
+            for tokens, whole in zip(ids, ended, strict=True)
+        ]
+        return texts[0] if one else texts
 
     def longest_restoration(self, origin_tokens: int) -> int:
         """Tokens a window of so many can be restored to: a memory knows how many its text had, so none runs on.
@@ -346,8 +544,8 @@ class GMSA:
         """
         self._check_candidates(candidates)
         check_whole("batch_size", batch_size, error=InputError)
-        memories = [memory] if isinstance(memory, Memory) else list(memory)
-        windows = self._windows(memories)
+        memories, one = self._memories_of(memory)
+        windows = [(number, window) for number, whole in enumerate(memories) for window in self.windows(whole)]
         # Batches hold windows of one merge size and of like length.
         order = sorted(range(len(windows)), key=lambda n: (windows[n][1].merge_size, -windows[n][1].origin_tokens))
         found: list[list[CheckedGroup]] = [[] for _ in windows]
@@ -366,7 +564,7 @@ class GMSA:
         for number in range(len(memories)):
             mine = [group for (i, _), groups in zip(windows, found, strict=True) if i == number for group in groups]
             texts.append(checked_text(mine, self.tokenizer.decode))
-        return texts[0] if isinstance(memory, Memory) else texts
+        return texts[0] if one else texts
 
     def stream_checked(
         self,
@@ -389,9 +587,9 @@ class GMSA:
             InputError, MemoryMismatchError, ContextTooLongError: as `restore_checked`, at once.
         """
         self._check_candidates(candidates)
-        windows = [window for _, window in self._windows([memory])]
+        windows = self.windows(memory)
         for window in windows:
-            self._checked(([window], self.template.restore()), window.origin_tokens)
+            self._restoring(window)  # what cannot be read is said now
         return self._checked_pieces(windows, candidates, on_step)
 
     def _checked_pieces(
@@ -423,19 +621,27 @@ class GMSA:
         self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None] = lambda: None
     ) -> Iterator[list[CheckedGroup | None]]:
         """Windows of one merge size, restored and checked group by group."""
-        lengths = [window.origin_tokens for window in windows]
-        prompt = self.template.restore()
-        inputs = self._inputs([([window], prompt) for window in windows], max(lengths))
-        with self._packed.applied():
+        with self.packed.applied():
             yield from restored_groups(
                 self.model,
-                **inputs,
-                lengths=lengths,
+                [self._on_device(self._restoring(window)) for window in windows],
+                [window.soft_tokens.to(self.model.device) for window in windows],
+                lengths=[window.origin_tokens for window in windows],
                 merge_size=windows[0].merge_size,
                 candidates=candidates,
-                banned=sorted(self._ends()),
+                banned=sorted(self.ends | set(self.tokenizer.all_special_ids) | self._special_ids()),
                 on_step=on_step,
             )
+
+    def _special_ids(self) -> set[int]:
+        """Tokens that only templates write; no text holds them."""
+        return {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    def _restoring(self, window: Memory) -> tuple[Tensor, ...]:
+        """The prompt that restores a window, checked."""
+        prompt = self.template.restore().around(*self._pieces([window]))
+        self._check_length(prompt, window.origin_tokens)
+        return prompt
 
     @torch.no_grad()
     def score(self, memory: Memory, text: str) -> "Score":
@@ -451,311 +657,199 @@ class GMSA:
             raise InputError(
                 "scoring needs one tokenizer for encoder and decoder: windows cut a text between its tokens"
             )
-        prompt = self.template.restore()
         tokens = self._context_tokens(text)
         if len(tokens) != memory.origin_tokens:
             raise InputError(f"the memory is of a text of {memory.origin_tokens} tokens, this one has {len(tokens)}")
+        frame = self.template.restore()
         windows = split_windows(tokens, self.config.window_size)
-        parts = [part for _, part in self._windows([memory])]
+        prompts = [frame.around(*self._pieces([window])) for window in self.windows(memory)]
+        for prompt, window in zip(prompts, windows, strict=True):
+            self._check_length(prompt, len(window))
         targets = [torch.tensor(w, device=self.model.device) for w in windows]
-        inputs = self._inputs([([part], prompt) for part in parts], max(map(len, windows)))
-        out = self.model.score(**inputs, targets=targets)
+        out = self.model.score([self._on_device(prompt) for prompt in prompts], targets)
         log_probabilities = torch.log_softmax(out["logits"].float(), dim=-1)
         chosen = log_probabilities.gather(1, out["labels"][:, None])[:, 0]
         return Score(len(tokens), int(out["correct"]), float(-chosen.sum()))
 
-    def _windows(self, memories: Sequence[Memory]) -> list[tuple[int, Memory]]:
-        """Memories cut where the windows of their texts met, each part with the number of its memory."""
+    # -- what stands behind these ----------------------------------------------------------------------------------
+
+    def windows(self, memory: Memory) -> list[Memory]:
+        """A memory cut where the windows of its text met: each was encoded, and is restored, on its own."""
         size = self.config.window_size
-        found = []
-        for number, memory in enumerate(memories):
-            if size is None or memory.origin_tokens <= size:
-                found.append((number, memory))
-                continue
-            per_window = -(-size // memory.merge_size)
-            for i, part in enumerate(memory.soft_tokens.split(per_window)):
-                tokens = min(size, memory.origin_tokens - i * size)
-                found.append((number, Memory(part, memory.merge_size, tokens, memory.fingerprint)))
-        return found
+        if size is None or memory.origin_tokens <= size:
+            return [memory]
+        parts = memory.soft_tokens.split(-(-size // memory.merge_size))
+        lengths = [min(size, memory.origin_tokens - number * size) for number in range(len(parts))]
+        return [
+            Memory(part, memory.merge_size, tokens, memory.fingerprint)
+            for part, tokens in zip(parts, lengths, strict=True)
+        ]
 
-    @overload
-    def answer(
-        self,
-        question: str | Prompt,
-        memory: Memory | Prefix | Sequence[Memory],
-        *,
-        max_new_tokens: int = ...,
-        stream: Literal[False] = ...,
-        batch_size: int = ...,
-        stop: str | Sequence[str] = ...,
-        **sampling: Any,
-    ) -> str: ...
-    @overload
-    def answer(
-        self,
-        question: str | Prompt,
-        memory: Memory | Prefix | Sequence[Memory],
-        *,
-        max_new_tokens: int = ...,
-        stream: Literal[True],
-        batch_size: int = ...,
-        stop: str | Sequence[str] = ...,
-        **sampling: Any,
-    ) -> Iterator[str]: ...
-    @overload
-    def answer(
-        self,
-        question: Sequence[str | Prompt],
-        memory: Memory | Prefix | Sequence[Memory] | Sequence[Prefix | Sequence[Memory]],
-        *,
-        max_new_tokens: int = ...,
-        stream: Literal[False] = ...,
-        batch_size: int = ...,
-        stop: str | Sequence[str] = ...,
-        **sampling: Any,
-    ) -> list[str]: ...
-
-    def answer(
-        self,
-        question: str | Prompt | Sequence[str | Prompt],
-        memory: Memory | Prefix | Sequence[Memory] | Sequence[Prefix | Sequence[Memory]],
-        *,
-        max_new_tokens: int = 128,
-        stream: bool = False,
-        batch_size: int = 8,
-        stop: str | Sequence[str] = (),
-        **sampling: Any,
-    ) -> str | list[str] | Iterator[str]:
-        """Answer a question from one memory, or from several read one after the other.
-
-        What several questions are asked of is read once for all of them.
-
-        Args:
-            question: one, or a list of questions on the same memories. To ask each question of its own memories, give
-                a list of lists of memories, one per question. A `Prompt` is read as it is, for chats of several turns.
-            memory: what to answer from; a `Prefix` from `prefill` in place of memories spares reading them.
-            max_new_tokens: longest answer.
-            stream: yield the answer piece by piece (one question only).
-            batch_size: questions answered at once.
-            stop: texts before which an answer ends, if it comes to one.
-            sampling: transformers' generation options (do_sample, temperature, top_p, ...); greedy by default.
+    def _memories_of(self, given: Any) -> tuple[list[Memory], bool]:
+        """One memory or several as a list, files read, and whether it was one.
 
         Raises:
-            InputError: an empty question, or lists that do not match.
-            MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
+            InputError: something else, named.
         """
-        questions = [question] if isinstance(question, str | Prompt) else list(question)
-        groups: list[Content]
-        if isinstance(memory, Memory):
-            groups = [[memory]] * len(questions)
-        elif isinstance(memory, Prefix):
-            groups = [memory] * len(questions)
-        elif all(isinstance(m, Memory) for m in memory):
-            groups = [list(memory)] * len(questions)  # type: ignore[arg-type]
-        else:
-            groups = [[m] if isinstance(m, Memory) else m if isinstance(m, Prefix) else list(m) for m in memory]
-        if len(groups) != len(questions):
-            raise InputError(f"{len(questions)} questions but {len(groups)} lists of memories: give one per question")
-        if not all(map(len, groups)):
+        one = isinstance(given, Memory | str | os.PathLike)
+        listed = [given] if one else _listed("memory", given)
+        memories = [Memory.load(m) if isinstance(m, str | os.PathLike) else m for m in listed]
+        for memory in memories:
+            if not isinstance(memory, Memory):
+                raise InputError(f"a memory must be a Memory or the path of a memory file, got {_named(memory)}")
+        return memories, one
+
+    def _contents_of(self, given: Any, questions: int, framed: bool = False) -> list[Contents]:
+        """What each question is about, from what `answer` takes. A prompt of one's own may be about nothing."""
+        if isinstance(given, str):
+            raise InputError("to answer from a text as it is give a list: [text]; a memory file as a Path")
+        if isinstance(given, PrefixCache):
+            return [given] * questions
+        if isinstance(given, Memory | Tensor | os.PathLike):
+            return [[given]] * questions
+        listed = _listed("memory", given)
+        if not listed and not framed:
             raise InputError("there is no memory to answer from")
-        if stream:
-            if len(questions) != 1:
-                raise InputError("stream=True takes one question")
-            return self._stream((groups[0], self._prompt(questions[0])), max_new_tokens, _stops(stop), sampling)
-        answers = self.read(
-            questions, groups, max_new_tokens=max_new_tokens, batch_size=batch_size, stop=stop, **sampling
+        if all(isinstance(part, Memory | str | Tensor | os.PathLike) for part in listed):
+            return [listed] * questions
+        contents: list[Contents] = []
+        for one in listed:
+            single = isinstance(one, Memory | Tensor | os.PathLike)
+            contents.append([one] if single else one if isinstance(one, PrefixCache) else _listed("memory", one))
+        if len(contents) != questions:
+            raise InputError(f"{questions} questions but {len(contents)} lists of memories: give one per question")
+        if not all(map(len, contents)):
+            raise InputError("there is no memory to answer from")
+        return contents
+
+    def _pieces(self, contents: Sequence[Content]) -> list[Tensor]:
+        """Contents as what the decoder reads, each checked: soft tokens of memories, token ids of texts."""
+        parts: list[str | Tensor | Memory] = []
+        for content in contents:
+            part = Memory.load(content) if isinstance(content, os.PathLike) else content
+            if isinstance(part, Memory):
+                self.check(part)
+            elif isinstance(part, str):
+                check_text(part, "a text to answer from")
+            elif not isinstance(part, Tensor):
+                raise InputError(f"one answers from memories and texts, got {_named(part)}")
+            parts.append(part)
+        return [p.soft_tokens if isinstance(p, Memory) else p for p in self.template.contents(parts)]
+
+    def _frame(self, question: str | Frame) -> Frame:
+        if isinstance(question, Frame):
+            return question
+        return self.template(check_text(question, "a question"))
+
+    def _rows(self, questions: Sequence[str | Frame], contents: Sequence[Contents], max_new_tokens: int) -> list[Row]:
+        """Rows for the loop, once it is known that this model can read them.
+
+        Rows about the same objects have their beginning in common; a prefix is taken where the prompt begins with it.
+        """
+        limit = check_whole("max_new_tokens", max_new_tokens, error=InputError)
+        keys = [_key(one) for one in contents]
+        uses = Counter(keys)
+        pieces: dict[Any, list[Tensor]] = {}
+        rows = []
+        for question, one, key in zip(questions, contents, keys, strict=True):
+            frame = self._frame(question)
+            prefix = one if isinstance(one, PrefixCache) else None
+            if prefix is not None and prefix.decoder is not self.model.decoder:
+                raise MemoryMismatchError("the prefix was read by another model: call prefill of the one that answers")
+            if key not in pieces:
+                pieces[key] = self._pieces(prefix.contents if prefix else one)  # type: ignore[arg-type]
+            row = Row(frame.around(*pieces[key]), limit)
+            self._check_length(row.prompt, limit)
+            if prefix is not None:
+                if torch.equal(prefix.pieces[0], frame.before):  # else a template that puts the question first
+                    row.begins, row.covers = prefix.states, sum(map(len, prefix.pieces))
+            elif uses[key] > 1 and pieces[key]:
+                row.key = (key, tuple(frame.before.tolist()))
+                row.shares = len(row) - len(frame.after)
+            rows.append(row)
+        return rows
+
+    def _loop(self, batch_size: int) -> Loop:
+        return Loop(
+            self.model,
+            self.tokenizer,
+            self.ends,
+            max_batch=batch_size,
+            prefill_tokens=PREFILL_TOKENS,
+            prefixes=PrefixStore(KEPT_PREFIXES),
+            packed=self.packed,
         )
-        return answers[0] if isinstance(question, str | Prompt) else answers
 
-    def prefill(self, memory: Memory | Sequence[Memory]) -> Prefix:
-        """Let the decoder read memories ahead of questions: `answer` takes the result in their place.
+    def run(self, rows: Sequence[Row], batch_size: int) -> None:
+        """Write all rows to their ends."""
+        loop = self._loop(batch_size)
+        # Rows of like length beside one another, and those that share a beginning.
+        for row in sorted(rows, key=lambda row: (-len(row), str(row.key))):
+            loop.submit(row)
+        while loop.busy:
+            loop.turn()
+        self.timings = Timings(self.timings.compress, loop.reading_seconds, loop.writing_seconds)
 
-        It holds the decoder's keys and values (`Prefix.nbytes`), far more than the memories themselves, and belongs to
-        this object. A decoder with local attention cannot share them; its prefix holds none and saves nothing.
+    def _stream(
+        self, question: str | Frame, contents: Contents, max_new_tokens: int, stop: Any, options: dict[str, Any]
+    ) -> AnswerStream:
+        (row,) = self._rows([question], [contents], max_new_tokens)  # errors are raised here, not at the first piece
+        row.sampling, searching = _chosen(options)
+        row.stops = _stops(stop)
+        if searching:
+            raise InputError(f"stream=True does not go with {', '.join(searching)}")
 
-        Raises:
-            InputError: no memory. MemoryMismatchError: a memory of another model. ContextTooLongError: too much.
-        """
-        memories = [memory] if isinstance(memory, Memory) else list(memory)
-        if not memories:
-            raise InputError("there is no memory to read")
+        def pieces() -> Generator[str]:
+            loop = self._loop(1)
+            loop.submit(row)
+            seen = 0
+            while loop.busy:
+                loop.turn()
+                if len(row.text) > seen:
+                    seen, fresh = len(row.text), row.text[seen:]
+                    yield fresh
+            self.timings = Timings(self.timings.compress, loop.reading_seconds, loop.writing_seconds)
+
+        return AnswerStream(pieces(), row)
+
+    def _search(
+        self, rows: Sequence[Row], batch_size: int, stops: Sequence[str], options: dict[str, Any]
+    ) -> list[Answer]:
+        """Answers by transformers' own `generate`, for beams and the like."""
+        found: list[Answer] = []
         started = time.perf_counter()
-        prompt = self.template.restore()
-        with self._packed.applied():
-            prefix = self._prefix(*self._checked((memories, prompt), 1))
-        self.timings = Timings(prefill=time.perf_counter() - started)
-        return prefix
-
-    def read(
-        self,
-        questions: Sequence[str | Prompt],
-        contents: Sequence[Content],
-        *,
-        max_new_tokens: int = 128,
-        batch_size: int = 8,
-        stop: str | Sequence[str] = (),
-        **sampling: Any,
-    ) -> list[str]:
-        """Answer each question from what the decoder reads in place of its context; what `answer` stands on.
-
-        Args:
-            questions: one per content.
-            contents: of each question its memories, or token ids (T,) of a text in the decoder's vocabulary, T >= 0, or
-                a prefix. One object given for several questions is read once.
-            max_new_tokens, batch_size, stop, sampling: as for `answer`.
-
-        Raises:
-            InputError: an empty question.
-            MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
-        """
-        stops = _stops(stop)
-        rows = [(content, self._prompt(q)) for content, q in zip(contents, questions, strict=True)]
-        new = self._read(rows, max_new_tokens, batch_size, stops, **sampling)
-        return [self._text(tokens, stops) for tokens in new]
-
-    def _prompt(self, question: str | Prompt) -> Prompt:
-        return question if isinstance(question, Prompt) else self.template(question)
-
-    def _read(
-        self,
-        rows: Sequence[Row],
-        max_new_tokens: int,
-        batch_size: int,
-        stops: Sequence[str] = (),
-        **sampling: Any,
-    ) -> list[list[int]]:
-        """New tokens of each row, without what ends them."""
-        check_whole("batch_size", batch_size, error=InputError)
-        rows = [self._checked(row, max_new_tokens) for row in rows]
-        choose = self._chooser(sampling)
-        share = choose is not None and generation.shares_prefixes(self.model.decoder)
-        uses = Counter(map(_key, rows))
-        shared = [share and _length(r[0]) > 0 and (isinstance(r[0], Prefix) or uses[_key(r)] > 1) for r in rows]
-        # Batches hold rows of like length, and those that share something one after the other.
-        order = sorted(range(len(rows)), key=lambda i: (-_length(rows[i][0]), _key(rows[i])))
-        prefixes: dict[Any, Prefix] = {}
-        timings = Timings(compress=self.timings.compress)
-        found: list[list[int]] = [[] for _ in rows]
-        with self._packed.applied():
-            for chosen in (*_cut(order, batch_size, shared, True), *_cut(order, batch_size, shared, False)):
-                clock = _Clock()
-                batch = [rows[i] for i in chosen]
-                # What the batch before has read may serve this one, too; the rest is let go.
-                once = {_key(row): row for row in batch} if shared[chosen[0]] else {}
-                prefixes = {key: prefixes.get(key) or self._prefix(*row) for key, row in once.items()}
-                batch = [(prefixes.get(_key(row), row[0]), row[1]) for row in batch]
-                for new in self._write(batch, choose, max_new_tokens, stops, sampling, clock):
-                    clock.note()
-                    written = new
-                clock.add_to(timings)
-                for i, tokens in zip(chosen, written, strict=True):
-                    found[i] = self._without_end(tokens)
-        self.timings = timings
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            configuration = GenerationConfig(
+                max_new_tokens=part[0].max_new_tokens,
+                eos_token_id=sorted(self.ends),
+                pad_token_id=self.tokenizer.pad_token_id,
+                **{"do_sample": False, **options},
+            )
+            try:
+                with self.packed.applied():
+                    prompts = [self._on_device(row.prompt) for row in part]
+                    written = self.model.generate(prompts, generation_config=configuration).tolist()
+            except (TypeError, ValueError) as error:
+                raise InputError(f"generation options: {' '.join(str(error).split())}") from error
+            for tokens in written:
+                end = next((n for n, token in enumerate(tokens) if token in self.ends), None)
+                text = TextPieces(self.tokenizer, stops)
+                whole = "".join([*map(text.add, tokens[:end]), text.finish()])
+                ended = end is not None or text.stopped
+                found.append(Answer(whole, "stop" if ended else "length", len(tokens[:end])))
+        self.timings = Timings(self.timings.compress, decode=time.perf_counter() - started)
         return found
 
-    def _stream(self, row: Row, max_new_tokens: int, stops: Sequence[str], sampling: dict[str, Any]) -> Iterator[str]:
-        row = self._checked(row, max_new_tokens)  # errors are raised here, not at the first piece
-        choose = self._chooser(sampling)
-
-        def pieces() -> Iterator[str]:
-            clock = _Clock()
-            text = TextPieces(self.tokenizer, stops)
-            seen = 0
-            with self._packed.applied():
-                for (tokens,) in self._write([row], choose, max_new_tokens, stops, sampling, clock):
-                    clock.note()
-                    fresh = "".join(map(text.add, self._without_end(tokens)[seen:]))
-                    seen = len(tokens)
-                    if fresh:
-                        yield fresh
-            if rest := text.finish():
-                yield rest
-            timings = Timings(self.timings.compress)
-            clock.add_to(timings)
-            self.timings = timings
-
-        return pieces()
-
-    def _write(
-        self,
-        rows: Sequence[Row],
-        choose: generation.Chooser | None,
-        max_new_tokens: int,
-        stops: Sequence[str],
-        sampling: dict[str, Any],
-        clock: "_Clock",
-    ) -> Iterator[list[list[int]]]:
-        """The tokens of each row so far, after every step; all at once where transformers does the writing."""
-        before, after = ([getattr(prompt, part).to(self.model.device) for _, prompt in rows] for part in PARTS)
-        prefixes = [content for content, _ in rows if isinstance(content, Prefix) and content.keys]
-        if choose is not None and len(prefixes) == len(rows):
-            start = generation.read_after(self.model, prefixes, after, max_new_tokens)
-        else:
-            soft = [self._soft(content) for content, _ in rows]
-            if choose is None:
-                options = self._generation(max_new_tokens, sampling)
-                yield self.model.generate(soft, before, after, stopping_criteria=[clock], **options).tolist()
-                return
-            start = generation.read_whole(self.model, soft, before, after, max_new_tokens)
-
-        def ended(tokens: list[int]) -> bool:
-            return tokens[-1] in ends or (bool(stops) and any(stop in self._decode(tokens) for stop in stops))
-
-        ends = self._ends()
-        yield from generation.write(self.model, start, choose, max_new_tokens, ended, self.tokenizer.pad_token_id)
-
-    def _chooser(self, sampling: dict[str, Any]) -> generation.Chooser | None:
-        """What picks tokens; None for options that only transformers' own loop knows."""
-        if not generation.OPTIONS.issuperset(sampling):
-            return None
-        return generation.Chooser(sorted(self._ends()), self.model.device, **sampling)
-
-    def _checked(self, row: Row, max_new_tokens: int) -> Row:
-        """The row, once it is known that this model can read it; its prefix's content where the prefix does not fit."""
-        content, prompt = row
-        check_whole("max_new_tokens", max_new_tokens, error=InputError)
-        if isinstance(content, Prefix):
-            if content.decoder is not self.model.decoder:
-                raise MemoryMismatchError("the prefix was read by another model: call prefill of the one that answers")
-            if not torch.equal(content.before.cpu(), prompt.before):  # a template that puts the question first
-                content = content.content
-        memories = content.content if isinstance(content, Prefix) else content
-        if not isinstance(memories, Tensor):
-            for memory in memories:
-                self.check(memory)
-        self._check_length(_length(content), len(prompt.before) + len(prompt.after), max_new_tokens)
-        return content, prompt
+    def _on_device(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        return [piece.to(self.model.device) for piece in pieces]
 
     @torch.no_grad()
-    def _soft(self, content: Content) -> Tensor:
-        """(M, d): what the decoder reads in place of a context."""
-        if isinstance(content, Prefix):
-            return self._soft(content.content)
-        if isinstance(content, Tensor):
-            return self.model.get_input_embeddings()(content.to(self.model.device))
-        return torch.cat([memory.soft_tokens.to(self.model.device) for memory in content])
-
-    def _prefix(self, content: Content, prompt: Prompt) -> Prefix:
-        if isinstance(content, Prefix):
-            return content
-        return generation.read_prefix(self.model, content, prompt.before.to(self.model.device), self._soft(content))
-
-    def _without_end(self, tokens: list[int]) -> list[int]:
-        ends = self._ends()
-        return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+    def _embedded(self, prompts: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        return self.model.embed([self._on_device(pieces) for pieces in prompts])
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def _text(self, tokens: list[int], stops: Sequence[str] = ()) -> str:
-        text = self._decode(tokens)
-        return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))].strip()
-
-    @torch.no_grad()
-    def _inputs(self, rows: Sequence[Row], max_new_tokens: int) -> dict[str, list[Tensor]]:
-        rows = [self._checked(row, max_new_tokens) for row in rows]
-        before, after = ([getattr(prompt, part).to(self.model.device) for _, prompt in rows] for part in PARTS)
-        return {"soft": [self._soft(content) for content, _ in rows], "before": before, "after": after}
 
     def check(self, memory: Memory) -> None:
         """Raise MemoryMismatchError unless this model's compressor made the memory."""
@@ -765,55 +859,69 @@ class GMSA:
                 f"({self.fingerprint}): compress the text anew with this model"
             )
 
-    def _check_length(self, soft: int, prompt: int, new: int) -> None:
+    def _check_length(self, pieces: Sequence[Tensor], new: int) -> None:
         limit = getattr(self.model.decoder.config, "max_position_embeddings", None)
-        if limit is not None and soft + prompt + new > limit:
+        soft = sum(len(piece) for piece in pieces if piece.is_floating_point())
+        text = sum(map(len, pieces)) - soft
+        if limit is not None and soft + text + new > limit:
             raise ContextTooLongError(
-                f"{soft} soft tokens + {prompt} prompt tokens + {new} new tokens exceed the decoder's {limit}: "
+                f"{soft} soft tokens + {text} prompt tokens + {new} new tokens exceed the decoder's {limit}: "
                 "use a larger merge size, fewer documents, or fewer new tokens"
             )
 
-    def _ends(self) -> set[int]:
+    @property
+    def ends(self) -> set[int]:
         """Tokens that end an answer."""
         return {self.template.end_id, self.tokenizer.eos_token_id} - {None}
 
-    def _generation(self, max_new_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
-        options = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": False,
-            "eos_token_id": sorted(self._ends()),
-            "pad_token_id": self.tokenizer.pad_token_id,
-            **sampling,
-        }
-        # A fresh configuration: a backbone's own may hold sampling defaults or a repetition penalty.
-        return {"generation_config": GenerationConfig(**options)}
+
+def _answer(row: Row) -> Answer:
+    assert row.finish is not None
+    return Answer(row.text, row.finish, len(row.tokens))
 
 
-def _stops(stop: str | Sequence[str]) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else list(stop)
+def _named(value: object) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _listed(what: str, given: Any) -> list[Any]:
+    """A list, tuple or other run of several as a list; what only looks like one is refused by name."""
+    if isinstance(given, str | bytes | Mapping | Tensor | Memory) or not isinstance(given, Iterable):
+        raise InputError(f"{what} must be one or a list of them, got {_named(given)}")
+    return list(given)
+
+
+def _stops(stop: str | Sequence[str] | None) -> list[str]:
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else _listed("stop", stop)
     if not all(isinstance(text, str) and text for text in stops):
         raise InputError("stop must be one or more texts, none of them empty")
     return stops
 
 
-def _key(row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The same for rows that begin with the same objects."""
-    content, prompt = row
-    objects = content if isinstance(content, Sequence) else (content,)
-    return tuple(map(id, objects)), tuple(prompt.before.tolist())
+def _chosen(options: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
+    """Options as our own sampling, or as what only transformers' `generate` can do.
+
+    Raises:
+        InputError: an option that is unknown, not to be had here, or of no effect.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    known = [*Sampling.names(), *(name for name in GenerationConfig().to_dict() if name not in NOT_HERE)]
+    for name in given:
+        if name in NOT_HERE:
+            raise InputError(f"{name} is not to be had here: call GMSA.model.generate for it")
+    check_options(given, known)
+    sampling = Sampling.of({name: value for name, value in given.items() if name in Sampling.names()})
+    if all(name in Sampling.names() for name in given):
+        return sampling, {}
+    for name in ("seed", "presence_penalty", "frequency_penalty"):
+        if name in given:
+            raise InputError(f"{name} does not go with {', '.join(n for n in given if n not in Sampling.names())}")
+    return sampling, given
 
 
-def _length(content: Content) -> int:
-    """Positions it takes in the decoder."""
-    if isinstance(content, Prefix):
-        return _length(content.content)
-    return len(content) if isinstance(content, Tensor) else sum(map(len, content))
-
-
-def _cut(order: Sequence[int], size: int, kinds: Sequence[bool], kind: bool) -> Iterator[list[int]]:
-    """Batches of the rows of one kind."""
-    rows = [i for i in order if kinds[i] is kind]
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+def _key(contents: Contents) -> tuple[int, ...]:
+    """The same for the same objects."""
+    return (id(contents),) if isinstance(contents, PrefixCache) else tuple(map(id, contents))
 
 
 def fast_dtype() -> torch.dtype:

@@ -39,6 +39,10 @@ class GmsaConfig(PreTrainedConfig):
         lsa: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks, fresh weights),
             "mlp", "linear" or "none"; the paper's ablations.
         lsa_layers: how many blocks, for "decoder" and "random" (paper: 1).
+        entry_layer: so many of the decoder's lowest layers leave soft tokens alone (model/entry.py). 0, as in the
+            paper: they enter at its input. Else encoder_layers, or with lsa_layers added where LSA is "decoder" or
+            "random", whose blocks are then the decoder's own between the encoder and the entry: soft tokens are states
+            of that layer before any training. Needs an encoder that is the decoder's own lowest layers.
         window_size: the encoder reads a context in independent windows of this many tokens; None: all of it at once.
         max_appended: how many learnable tokens exist per window, for merging="appended".
         prompt: "chat" wraps memory and prompt in the decoder's chat template, "plain" joins them with line breaks.
@@ -64,6 +68,7 @@ class GmsaConfig(PreTrainedConfig):
         merging: str = "mean",
         lsa: str = "decoder",
         lsa_layers: int = 1,
+        entry_layer: int = 0,
         window_size: int | None = 512,
         max_appended: int = 512,
         prompt: str = "chat",
@@ -81,6 +86,7 @@ class GmsaConfig(PreTrainedConfig):
         self.merging = merging
         self.lsa = lsa
         self.lsa_layers = lsa_layers
+        self.entry_layer = entry_layer
         self.window_size = window_size
         self.max_appended = max_appended
         self.prompt = prompt
@@ -105,8 +111,19 @@ class GmsaConfig(PreTrainedConfig):
         one_of("prompt", PROMPTS)
         whole("lsa_layers", 1)
         whole("max_appended", 1)
+        whole("entry_layer", 0)
         if self.encoder_layers != "all":
             whole("encoder_layers", 1)
+        if self.entry_layer:
+            if self.encoder is not None or self.encoder_layers == "all":
+                raise ConfigError("entry_layer needs an encoder that is the decoder's own lowest layers")
+            blocks = self.lsa_layers if self.lsa in ("decoder", "random") else 0
+            wanted = int(self.encoder_layers) + blocks
+            if self.entry_layer != wanted:
+                raise ConfigError(
+                    f"entry_layer must be {wanted}, where {self.encoder_layers} encoder layers and {blocks} blocks of "
+                    f"LSA end, or 0, the decoder's input; got {self.entry_layer!r}"
+                )
         if self.window_size is not None:
             whole("window_size", 1)
         if self.merging == "appended" and (self.window_size is None or self.window_size > self.max_appended):

@@ -1,5 +1,7 @@
 """Every error a user can cause. Each carries one line that says what is wrong and what to do."""
 
+import operator
+
 
 class GmsaError(Exception):
     """Base of all errors raised on purpose by GMSA. The command line prints it as one line and exits 1."""
@@ -49,7 +51,9 @@ class CorpusError(GmsaError):
     """A corpus cannot be read, or its output folder not be written or gone on with."""
 
 
-def check_whole(name: str, value: object, least: int = 1, error: type[GmsaError] = ConfigError) -> None:
-    """Raise an error that names the field unless the value is a whole number, no truth value, of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def check_whole(name: str, value: object, least: int = 1, error: type[GmsaError] = ConfigError) -> int:
+    """The value as an int; an error that names the field unless it is a whole number, no truth value, >= `least`."""
+    whole = None if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)  # type: ignore[arg-type]
+    if whole is None or whole < least:
         raise error(f"{name} must be a whole number >= {least}, got {value!r}")
+    return whole

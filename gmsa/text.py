@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
+from gmsa.errors import InputError
+
 PIECE = 1 << 16  # characters tokenised at once
 OVERLAP = 1 << 10  # characters that two neighbouring pieces share
 Token = tuple[int, int]  # its id, and at which character of the text it begins
@@ -56,3 +58,19 @@ def _joint(left: list[Token], right: list[Token], start: int, end: int) -> int |
     if not both[0] or both[0] != both[1]:
         return None
     return both[0][len(both[0]) // 2][1]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, in which no spelling is a special token and around which none is put."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def check_text(value: object, what: str) -> str:
+    """The value, if it is a text.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{what} must be a text, got a {type(value).__name__}")
+    return value

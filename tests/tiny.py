@@ -129,3 +129,19 @@ def random_ids(*lengths: int, seed: int = 0) -> list[Tensor]:
 def windows_of(rows: Sequence[Tensor], window_size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """One document per row, as `GmsaModel.compress` takes them: ids, mask and row numbers of its windows."""
     return make_windows([[row.tolist()] for row in rows], window_size)
+
+
+def ask(
+    model: Any, windows: Sequence[Tensor], merge_size: Any, before: Sequence[Tensor], after: Sequence[Tensor],
+    targets: Sequence[Tensor], **options: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The model's `forward` where each row's memory stands between two texts."""
+    prompts = [list(pair) for pair in zip(before, after, strict=True)]
+    return model(prompts, targets, *windows, merge_size, **options)
+
+
+def write(
+    model: Any, soft: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor], **options: Any
+) -> Tensor:
+    """The model's `generate` where each row's soft tokens stand between two texts."""
+    return model.generate([list(pieces) for pieces in zip(before, soft, after, strict=True)], **options)

@@ -1,298 +1,331 @@
-"""Writing tokens with the decoder: prompts read whole or after a prefix that was read before, then one loop.
+"""Rows that a decoder reads and writes side by side: the one place that knows its cache of keys and values.
 
-    [before][content] --read_prefix--> Prefix --read_after, with each [after]--> Start
-    [before][content][after] --read_whole--> Start --write--> tokens, step by step
+    Batch(body, B) --extend, with each row's next vectors--> states --step, with each row's next token--> states ...
+                   --join / keep--> other rows           --states--> CachedStates, which other rows begin with
 
-The same tokens as transformers' `generate` gives, with less work per token and with prefixes that many questions share;
-`gmsa.api` hands options that are not here (beams and the like) to `generate` itself.
+Rows are aligned on the left: what a row has read stands from place 0 on, so a place is a position, rows of unlike
+length need no padding between them, and a row can join, go on and leave without moving another. What stands beyond a
+row's end is noise; masks hide it. The states of a row do not depend on its company (to the last bits of rounding, which
+differ with shapes).
+
+The body may be a decoder's or a compressor's; logits are made of states by `model.backbone.head_logits`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from gmsa.errors import InputError
-from gmsa.io.memory import Memory
-from gmsa.model.backbone import body_of, cache_argument
-from gmsa.model.gmsa import GmsaNetwork
-from gmsa.model.padding import embed_rows, pad_left, positions
+from gmsa.model.backbone import cache_argument
+from gmsa.model.entry import EntryLayers
 
-# transformers' generation options that the loop knows.
-OPTIONS = {
-    *("do_sample", "temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"),
-}
+GROWTH = 2  # a buffer that is too small grows to so many times what is needed
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer in a buffer with room for what is to come, so that no step copies those before it.
+class Places:
+    """Where the forward pass under way writes: the first place of each row. All layers of a cache share it.
+
+    Attributes:
+        starts: of each row.
+        even: the start all rows have; None: they differ.
+    """
+
+    def __init__(self) -> None:
+        self.set([])
+
+    def set(self, starts: list[int]) -> None:
+        """For the next forward pass."""
+        self.starts = starts
+        self.even = starts[0] if len(set(starts)) == 1 else None
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer in buffers with room for what is to come, so that no step copies those before it.
 
     Args:
-        room: positions to make room for; more are taken when they are needed.
+        places: where to write.
+        room: positions to make room for at first.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, places: Places, room: int) -> None:
         super().__init__()
+        self.places = places
         self.room = room
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take the buffers."""
-        super().lazy_initialization(key_states, value_states)
-        self._buffers = [self._buffer(states, self.room) for states in (key_states, value_states)]
-        self.keys, self.values = (buffer[:, :, :0] for buffer in self._buffers)
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Write (B, heads, Q, d) each at the rows' places; returns all up to the last of them, as views."""
+        starts, width = self.places.starts, key_states.shape[2]
+        end = max(starts) + width
+        self.make_room(key_states, value_states, len(starts), end)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if self.places.even is not None:
+                buffer[: len(starts), :, end - width : end] = states
+            elif width == 1:
+                rows = torch.arange(len(starts), device=states.device)
+                buffer[rows, :, torch.tensor(starts, device=states.device)] = states[:, :, 0]
+            else:
+                for row, start in enumerate(starts):
+                    buffer[row, :, start : start + width] = states[row]
+        return self.keys[: len(starts), :, :end], self.values[: len(starts), :, :end]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, T, d) each; returns all there are now, as views of the buffers."""
+    def make_room(self, key_states: Tensor, value_states: Tensor, rows: int, places: int) -> None:
+        """Have buffers for so many rows of so many places, of states like these (B, heads, Q, d)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        if end > self._buffers[0].shape[2]:
-            grown = [self._buffer(buffer, 2 * end) for buffer in self._buffers]
-            for old, new in zip((self.keys, self.values), grown, strict=True):
-                new[:, :, :start] = old
-            self._buffers = grown
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
+            places = max(places, self.room)
+            self.keys, self.values = (_buffer(new, rows, places) for new in (key_states, value_states))
+        elif rows > len(self.keys) or places > self.keys.shape[2]:
+            rows = max(rows, len(self.keys) * (GROWTH if rows > len(self.keys) else 1))
+            places = max(places * (GROWTH if places > self.keys.shape[2] else 1), self.keys.shape[2])
+            self.keys, self.values = (_grown(old, rows, places) for old in (self.keys, self.values))
 
-    @staticmethod
-    def _buffer(like: Tensor, room: int) -> Tensor:
-        batch, heads, _, width = like.shape
-        return like.new_empty(batch, heads, room, width)
+    def get_seq_length(self) -> int:
+        """Places before those that are written next; transformers asks where it makes a mask itself."""
+        return max(self.places.starts, default=0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys a mask has to cover, the first of them)."""
+        return self.get_seq_length() + query_length, 0
 
 
-def new_cache(decoder: PreTrainedModel, room: int) -> DynamicCache:
-    """An empty cache for a decoder, with room for that many positions where attention is full."""
-    cache = DynamicCache(config=decoder.config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+def _buffer(like: Tensor, rows: int, room: int) -> Tensor:
+    return like.new_zeros(rows, like.shape[1], room, like.shape[3])  # zeros: a mask hides any number, but no NaN
 
 
-def shares_prefixes(decoder: PreTrainedModel) -> bool:
-    """Whether rows of unlike prompts can go on from a prefix: every layer attends to all positions.
-
-    Local attention counts positions in the cache, also those of padding between a prefix and what follows it.
-    """
-    layers = DynamicCache(config=decoder.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+def _grown(old: Tensor, rows: int, places: int) -> Tensor:
+    new = _buffer(old, rows, places)
+    new[: len(old), :, : old.shape[2]] = old
+    return new
 
 
 @dataclass(frozen=True, eq=False)
-class Prefix:
-    """What a decoder keeps of the memories it has read: questions about them then cost only themselves.
+class CachedStates:
+    """Keys and values of what was read: a row that begins with them need not read it again.
 
     Attributes:
-        content: the memories, or the token ids (T,) of a text.
-        before: token ids that stand before them in the prompt.
-        decoder: which has read them, and alone can go on.
-        keys, values: (heads, T, d) of each layer; none where the decoder cannot share them (local attention), so that
-            every question reads the memories anew.
+        keys, values: of each layer, (heads, T, d).
+        position: of the token that follows. T, unless places were left out (a pruned cache).
     """
 
-    content: Sequence[Memory] | Tensor
-    before: Tensor
-    decoder: PreTrainedModel
     keys: list[Tensor]
     values: list[Tensor]
+    position: int
 
     def __len__(self) -> int:
-        """Positions it takes in the decoder."""
-        content = len(self.content) if isinstance(self.content, Tensor) else sum(map(len, self.content))
-        return len(self.before) + content
+        """Places it takes in a row."""
+        return self.keys[0].shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes, beside its content."""
+        """Memory it takes."""
         return sum(states.nbytes for states in (*self.keys, *self.values))
 
 
-@dataclass
-class Start:
-    """Prompts that were read, and what they say about the next token."""
-
-    logits: Tensor  # (B, V)
-    cache: DynamicCache
-    mask: Tensor | None  # (B, T), 1 where real; None: no padding
-    lengths: Tensor  # (B,) real positions
-
-
-@torch.no_grad()
-def read_prefix(model: GmsaNetwork, content: Sequence[Memory] | Tensor, before: Tensor, soft: Tensor) -> Prefix:
-    """Read [before][soft tokens] once.
+class Batch:
+    """See the module.
 
     Args:
-        content: what the soft tokens are of.
-        before: (T,) token ids.
-        soft: (M, d).
-    """
-    decoder = model.decoder
-    if not shares_prefixes(decoder):
-        return Prefix(content, before, decoder, [], [])
-    embeds, _ = model.embed_prompts([soft], [before], [before[:0]])
-    cache = new_cache(decoder, embeds.shape[1])
-    body = body_of(decoder)
-    body(inputs_embeds=embeds, use_cache=True, **cache_argument(body, cache))
-    keys, values = ([getattr(layer, part)[0] for layer in cache.layers] for part in ("keys", "values"))
-    return Prefix(content, before, decoder, keys, values)
-
-
-@torch.no_grad()
-def read_whole(
-    model: GmsaNetwork, soft: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor], room: int
-) -> Start:
-    """Read [before][soft tokens][after] of B rows; `room` is for the tokens to come."""
-    embeds, mask = model.embed_prompts(soft, before, after)
-    cache = new_cache(model.decoder, embeds.shape[1] + room)
-    padded = len({len(s) + len(b) + len(a) for s, b, a in zip(soft, before, after, strict=True)}) > 1
-    logits = model.decoder(
-        inputs_embeds=embeds,
-        attention_mask=mask if padded else None,
-        position_ids=positions(mask),
-        use_cache=True,
-        logits_to_keep=1,
-        **cache_argument(model.decoder, cache),
-    ).logits[:, -1]
-    return Start(logits, cache, mask if padded else None, mask.sum(dim=1))
-
-
-@torch.no_grad()
-def read_after(model: GmsaNetwork, prefixes: Sequence[Prefix], after: Sequence[Tensor], room: int) -> Start:
-    """Read what follows B prefixes, which all hold states; `room` is for the tokens to come.
-
-    A row is [padding][prefix][padding][after]; positions count what is real.
-    """
-    embeds, after_mask = pad_left(embed_rows(model.get_input_embeddings(), after))
-    width = max(map(len, prefixes))
-    cache = new_cache(model.decoder, width + embeds.shape[1] + room)
-    for number, layer in enumerate(cache.layers):
-        layer.update(*(_stack([getattr(p, part)[number] for p in prefixes], width) for part in ("keys", "values")))
-    lengths = torch.tensor([len(prefix) for prefix in prefixes], device=embeds.device)
-    prefix_mask = torch.arange(width, device=embeds.device)[None] >= width - lengths[:, None]
-    mask = torch.cat([prefix_mask.long(), after_mask], dim=1)
-    padded = len({*map(len, prefixes)}) > 1 or len({*map(len, after)}) > 1
-    logits = model.decoder(
-        inputs_embeds=embeds,
-        attention_mask=mask if padded else None,
-        position_ids=positions(mask)[:, width:],
-        use_cache=True,
-        logits_to_keep=1,
-        **cache_argument(model.decoder, cache),
-    ).logits[:, -1]
-    return Start(logits, cache, mask if padded else None, mask.sum(dim=1))
-
-
-def _stack(rows: Sequence[Tensor], width: int) -> Tensor:
-    """Rows of (heads, T_i, d) -> (B, heads, width, d), padded on the left with zeros."""
-    out = rows[0].new_zeros(len(rows), rows[0].shape[0], width, rows[0].shape[2])
-    for line, row in zip(out, rows, strict=True):
-        line[:, width - row.shape[1] :] = row
-    return out
-
-
-class Chooser:
-    """Picks the next token of every row, as transformers' `generate` does with the same options.
-
-    Args:
-        ends: tokens that end an answer.
-        options: of `OPTIONS`; greedy by default.
-
-    Raises:
-        InputError: a value that cannot work; the message is that of transformers.
+        body: what reads; its attention may be local, but not flash attention where rows begin at unlike places.
+        rows: how many, all of them empty; or what each begins with.
+        room: positions to make room for.
+        entry: the decoder's, where soft tokens are read.
     """
 
-    def __init__(self, ends: Sequence[int], device: torch.device, **options: Any) -> None:
-        self.sample = bool(options.get("do_sample", False))
-        self.processors = LogitsProcessorList()
-        add = self.processors.append
-        given = {name: value for name, value in options.items() if value is not None}
-        try:
-            if given.get("repetition_penalty", 1.0) != 1.0:
-                add(RepetitionPenaltyLogitsProcessor(given["repetition_penalty"]))
-            if given.get("no_repeat_ngram_size", 0) > 0:
-                add(NoRepeatNGramLogitsProcessor(given["no_repeat_ngram_size"]))
-            if given.get("min_new_tokens", 0) > 0:
-                add(MinNewTokensLengthLogitsProcessor(0, given["min_new_tokens"], list(ends), device=str(device)))
-            if self.sample:
-                if given.get("temperature", 1.0) != 1.0:
-                    add(TemperatureLogitsWarper(given["temperature"]))
-                if given.get("top_k", 50) != 0:  # transformers' own default
-                    add(TopKLogitsWarper(given.get("top_k", 50)))
-                if given.get("top_p", 1.0) < 1.0:
-                    add(TopPLogitsWarper(given["top_p"]))
-                if "min_p" in given:
-                    add(MinPLogitsWarper(given["min_p"]))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"generation options: {' '.join(str(error).split())}") from error
+    def __init__(
+        self,
+        body: PreTrainedModel,
+        rows: int | Sequence[CachedStates | None],
+        room: int = 0,
+        entry: EntryLayers | None = None,
+    ) -> None:
+        self.body = body
+        self.entry = entry
+        self.places = Places()
+        self.cache = DynamicCache(config=body.config)
+        # Local attention, too, keeps every position: its masks say what it sees.
+        self.cache.layers = [PreallocatedLayer(self.places, room) for _ in range(body.config.num_hidden_layers)]
+        self.lengths: list[int] = []  # places that each row takes
+        self.positions: list[int] = []  # of each row's next token
+        self.drafted = 0  # places beyond the end of every row that `draft` has written
+        for states in [None] * rows if isinstance(rows, int) else rows:
+            self._add(states)
 
-    def __call__(self, written: Tensor, logits: Tensor) -> Tensor:
-        """(B, N) tokens written so far and (B, V) logits -> (B,) tokens."""
-        scores = self.processors(written, logits.float())
-        if not self.sample:
-            return scores.argmax(dim=-1)
-        return torch.multinomial(scores.softmax(dim=-1), 1)[:, 0]
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-
-@torch.no_grad()
-def write(
-    model: GmsaNetwork,
-    start: Start,
-    choose: Chooser,
-    max_new_tokens: int,
-    ended: Callable[[list[int]], bool],
-    pad_id: int,
-) -> Iterator[list[list[int]]]:
-    """Write tokens until every row has ended.
-
-    Args:
-        start: the prompts that were read; its cache is written to.
-        ended: told a row's tokens so far, after each one: whether the row ends with it.
-        pad_id: what rows are fed after their end.
-
-    Yields:
-        After each step the tokens of each row, its last one included: the same lists every time, which grow.
-    """
-    rows: list[list[int]] = [[] for _ in start.logits]
-    live = dict.fromkeys(range(len(rows)))  # in order
-    logits, lengths, mask = start.logits, start.lengths, start.mask
-    written = torch.zeros(len(rows), 0, dtype=torch.long, device=logits.device)
-    while True:
-        chosen = choose(written, logits)
-        tokens = chosen.tolist()
-        for number in list(live):
-            rows[number].append(tokens[number])
-            if ended(rows[number]):
-                del live[number]
-        yield rows
-        if not live or written.shape[1] + 1 == max_new_tokens:
+    def _add(self, states: CachedStates | None) -> None:
+        row = len(self.lengths)
+        self.lengths.append(0 if states is None else len(states))
+        self.positions.append(0 if states is None else states.position)
+        if states is None:
             return
-        if len(live) < len(rows):
-            chosen = torch.tensor([token if n in live else pad_id for n, token in enumerate(tokens)]).to(chosen.device)
-        written = torch.cat([written, chosen[:, None]], dim=1)
-        if mask is not None:
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        logits = model.decoder(
-            input_ids=chosen[:, None],
-            attention_mask=mask,
-            position_ids=lengths[:, None],
+        for layer, keys, values in zip(self.layers, states.keys, states.values, strict=True):
+            layer.make_room(keys[None], values[None], row + 1, len(states))
+            layer.keys[row, :, : len(states)] = keys
+            layer.values[row, :, : len(states)] = values
+
+    @property
+    def layers(self) -> list[PreallocatedLayer]:
+        """Those of the cache."""
+        return self.cache.layers  # type: ignore[return-value]
+
+    # -- reading and writing ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def extend(self, embeds: Sequence[Tensor], soft: Sequence[Tensor] | None = None) -> Tensor:
+        """Read each row's next vectors.
+
+        Args:
+            embeds: (T_i, d) for each row, T_i >= 1.
+            soft: (T_i,) bool for each row, true where a soft token stands; None: all are text.
+
+        Returns:
+            The state (B, d) after the last one of each row.
+        """
+        counts = [len(row) for row in embeds]
+        marks = (
+            soft if soft is not None else [torch.zeros(n, dtype=torch.bool, device=embeds[0].device) for n in counts]
+        )
+        entry = self.entry or EntryLayers(self.body, 0)
+        with entry.hold(embeds, marks) as padded:  # on the right: no real token sees it
+            states = self._forward(counts, inputs_embeds=padded)
+        self._advance(counts)
+        rows = torch.arange(len(counts), device=states.device)
+        return states[rows, torch.tensor(counts, device=states.device) - 1]
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read each row's next token: (B,) ids -> states (B, d)."""
+        states = self._forward([1] * len(self), input_ids=tokens[:, None])
+        self._advance([1] * len(self))
+        return states[:, 0]
+
+    @torch.no_grad()
+    def draft(self, tokens: Tensor, depths: Tensor, seen: Tensor) -> Tensor:
+        """Read a tree of tokens after every row, without the rows going on; the next draft stands after it.
+
+        Args:
+            tokens: (B, Q) ids, or (B, Q, d) vectors.
+            depths: (B, Q) or (Q,) positions counted from each row's next one.
+            seen: (B, Q, N) bool: which of the N = drafted + Q places beyond its row's end a token sees.
+
+        Returns:
+            States (B, Q, d).
+        """
+        starts = [length + self.drafted for length in self.lengths]
+        self.places.set(starts)
+        width, device = tokens.shape[1], tokens.device
+        end = max(starts) + width
+        columns = torch.arange(end, device=device)
+        lengths = torch.tensor(self.lengths, device=device)
+        allowed = (columns < lengths[:, None])[:, None].repeat(1, width, 1)  # (B, Q, T)
+        for row, length in enumerate(self.lengths):
+            allowed[row, :, length : length + seen.shape[2]] = seen[row]
+        positions = torch.tensor(self.positions, device=device)[:, None] + depths
+        given = {"inputs_embeds": tokens} if tokens.is_floating_point() else {"input_ids": tokens}
+        out = self.body(
+            **given,
+            attention_mask=_additive(allowed, self.body.dtype),
+            position_ids=positions,
             use_cache=True,
-            **cache_argument(model.decoder, start.cache),
-        ).logits[:, -1]
-        lengths = lengths + 1
+            **cache_argument(self.body, self.cache),
+        )
+        self.drafted += width
+        return out.last_hidden_state
+
+    def accept_draft(self) -> None:
+        """The rows go on after what was drafted, which was no tree but one row of tokens."""
+        self._advance([self.drafted] * len(self))
+        self.drafted = 0
+
+    def _forward(self, counts: Sequence[int], **given: Tensor) -> Tensor:
+        """States (B, Q, d) of the next Q = max(counts) tokens of each row."""
+        self.drafted = 0
+        self.places.set(list(self.lengths))
+        width = max(counts)
+        device = next(iter(given.values())).device
+        first = torch.tensor(self.positions, device=device)
+        positions = first[:, None] + torch.arange(width, device=device)
+        return self.body(
+            **given,
+            attention_mask=self._mask(width, device),
+            position_ids=positions,
+            use_cache=True,
+            **cache_argument(self.body, self.cache),
+        ).last_hidden_state
+
+    def _mask(self, width: int, device: torch.device) -> Tensor | dict[str, Tensor] | None:
+        """What each of the next `width` places of each row sees; None where that is what the body makes itself."""
+        if self.places.even is not None:
+            return None
+        starts = torch.tensor(self.lengths, device=device)
+        places = starts[:, None] + torch.arange(width, device=device)  # (B, Q)
+        columns = torch.arange(max(self.lengths) + width, device=device)
+        if "flash" in (self.body.config._attn_implementation or ""):  # it takes a mask of what is real, no other
+            return (columns <= places[:, -1:]).long()
+        past = columns <= places[..., None]  # (B, Q, T)
+        full = _additive(past, self.body.dtype)
+        window = getattr(self.body.config, "sliding_window", None)
+        kinds = set(getattr(self.body.config, "layer_types", None) or ())
+        if window is None or (kinds and "sliding_attention" not in kinds):
+            return full
+        local = _additive(past & (columns > places[..., None] - window), self.body.dtype)
+        return {"full_attention": full, "sliding_attention": local} if kinds else local
+
+    def _advance(self, counts: Sequence[int]) -> None:
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self.positions = [position + count for position, count in zip(self.positions, counts, strict=True)]
+
+    # -- rows come and go ------------------------------------------------------------------------------------------
+
+    def join(self, other: "Batch") -> None:
+        """Add the rows of another batch of the same body, after this one's."""
+        for row in range(len(other)):
+            self._add(other.states(row, copy=False))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, which stand in this order from now on."""
+        if list(rows) != list(range(len(self))):
+            for layer in self.layers if rows else ():
+                for buffer in (layer.keys, layer.values):
+                    moved = [(new, old) for new, old in enumerate(rows) if new != old]
+                    # Ascending rows only move down, so none is overwritten before it has moved.
+                    states = {} if list(rows) == sorted(rows) else {old: buffer[old].clone() for _, old in moved}
+                    for new, old in moved:
+                        length = self.lengths[old]
+                        buffer[new, :, :length] = states.get(old, buffer[old])[:, :length]
+            self.lengths = [self.lengths[row] for row in rows]
+            self.positions = [self.positions[row] for row in rows]
+
+    def fork(self, rows: Sequence[int]) -> "Batch":
+        """A batch of copies of some rows."""
+        begins = [self.states(row, copy=False) if self.lengths[row] else None for row in rows]
+        return Batch(self.body, begins, max(self.lengths), self.entry)
+
+    def states(self, row: int, length: int | None = None, copy: bool = True) -> CachedStates:
+        """What a row has read so far, or the first `length` places of it.
+
+        Args:
+            copy: False: only until the batch goes on.
+        """
+        whole = self.lengths[row]
+        count = whole if length is None else length
+        parts = [
+            [(part[row, :, :count].clone() if copy else part[row, :, :count]) for part in buffers]
+            for buffers in ([layer.keys for layer in self.layers], [layer.values for layer in self.layers])
+        ]
+        return CachedStates(parts[0], parts[1], self.positions[row] - (whole - count))
+
+
+def attends_to_all(body: PreTrainedModel) -> bool:
+    """Whether every layer attends to all positions, none of them to a window of the last ones."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=body.config).layers)
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, Q, T) bool, true where seen -> (B, 1, Q, T), 0 where seen, hugely negative elsewhere."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]

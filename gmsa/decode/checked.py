@@ -19,12 +19,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import DynamicCache
 
-from gmsa.decode.batch import new_cache, read_whole, shares_prefixes
+from gmsa.decode.batch import Batch, attends_to_all
 from gmsa.model.alignment import DecoderBlocks
-from gmsa.model.backbone import cache_argument
+from gmsa.model.backbone import body_of, head_logits
 from gmsa.model.compressor import Compressor
 from gmsa.model.gmsa import GmsaNetwork
 
@@ -111,7 +109,7 @@ def why_not(model: GmsaNetwork, one_tokenizer: bool) -> str | None:
         return "encoder and decoder have different tokenizers"
     if model.config.merging != "mean":
         return "appended tokens do not tell which tokens a soft token stands for"
-    if not all(shares_prefixes(body) for body in present):
+    if not all(map(attends_to_all, present)):
         return "its backbone has local attention"
     if any("flash" in (body.config._attn_implementation or "") for body in present):
         return "flash attention takes no mask of its own: load it with attn_implementation='sdpa'"
@@ -121,9 +119,8 @@ def why_not(model: GmsaNetwork, one_tokenizer: bool) -> str | None:
 @torch.no_grad()
 def restored_groups(
     model: GmsaNetwork,
+    prompts: Sequence[Sequence[Tensor]],
     soft: Sequence[Tensor],
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
     lengths: Sequence[int],
     merge_size: int,
     candidates: Sequence[int],
@@ -133,35 +130,35 @@ def restored_groups(
     """Restore B windows, group by group.
 
     Args:
+        prompts: of each the pieces that ask for its text.
         soft: B tensors (M_i, d), the soft tokens of each.
-        before, after: B tensors of decoder token ids around them.
         lengths: how many tokens each window had.
         merge_size: of all of them.
         candidates: how many continuations to weigh for a group; the next number where none of those fits, and so on.
-        banned: tokens that no text holds, such as those that end an answer.
+        banned: tokens that no text holds: those that end an answer, and all that only a template writes.
         on_step: called before some continuations are weighed, many times a group; what it raises ends it all.
 
     Yields:
         For the first, second, ... group of all windows: that of each, None where it has no more.
     """
     groups = max(map(len, soft))
-    writer = _Writer(model, soft, before, after, merge_size * groups, banned)
-    judge = _Judge(model.compressor, len(soft), on_step)
+    proposer = Proposer(model, prompts, merge_size * groups, banned)
+    verifier = Verifier(model.compressor, len(soft), on_step)
     wanted = torch.nn.utils.rnn.pad_sequence(list(soft), batch_first=True).float()  # (B, M, d)
     counts = torch.tensor(list(lengths), device=model.device)
     for number in range(groups):
-        group = _Group(judge, wanted[:, number], counts - number * merge_size, merge_size)
+        group = _Group(verifier, wanted[:, number], counts - number * merge_size, merge_size)
         for width in candidates:
             rows = group.open_rows()
             if not len(rows):
                 break
-            paths = writer.propose(rows, group.sizes[rows], width)
+            paths = proposer.propose(rows, group.sizes[rows], width)
             group.weigh(rows, paths)
             group.repair(rows, _commonest(paths))
         if len(rows := group.open_rows()):
-            group.repair(rows, writer.likeliest(rows, group.tokens[rows]))
-        writer.accept(group.tokens)
-        judge.accept(group.tokens, group.sizes)
+            group.repair(rows, proposer.likeliest(rows, group.tokens[rows]))
+        proposer.accept(group.tokens)
+        verifier.accept(group.tokens, group.sizes)
         chosen = zip(group.real.tolist(), group.tokens.tolist(), group.distances.tolist(), strict=True)
         yield [CheckedGroup(tokens[:count], off) if count > 0 else None for count, tokens, off in chosen]
 
@@ -170,14 +167,14 @@ class _Group:
     """One group of every row: the best continuation so far, and how far off it is.
 
     Args:
-        judge: says what soft token a continuation has.
+        verifier: says what soft token a continuation has.
         wanted: (B, d) soft tokens of the memories.
         left: (B,) tokens of each row from here on; rows that are done have none and go along with one.
         size: the merge size.
     """
 
-    def __init__(self, judge: "_Judge", wanted: Tensor, left: Tensor, size: int) -> None:
-        self.judge = judge
+    def __init__(self, verifier: "Verifier", wanted: Tensor, left: Tensor, size: int) -> None:
+        self.verifier = verifier
         self.wanted = wanted
         self.real = left.clamp(min=0, max=size)
         self.sizes = self.real.clamp(min=1)
@@ -193,7 +190,7 @@ class _Group:
         improved = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         target, rank = self.wanted[rows][:, None], torch.arange(len(rows), device=rows.device)
         for part in paths.split(max(1, TOGETHER // paths.shape[2]), dim=1):
-            made = self.judge.soft_tokens(rows, part, self.sizes[rows]).float()
+            made = self.verifier.soft_tokens(rows, part, self.sizes[rows]).float()
             values, best = ((made - target).norm(dim=-1) / target.norm(dim=-1).clamp(min=1e-6)).min(dim=1)
             nearer = values < self.distances[rows]
             self.distances[rows[nearer]] = values[nearer]
@@ -236,23 +233,27 @@ def _commonest(paths: Tensor) -> Tensor:
     return pools[:, None].expand(-1, steps, -1)
 
 
-class _Writer:
-    """The decoder, which proposes continuations."""
+class Proposer:
+    """The decoder, which proposes continuations of the restored texts.
+
+    Args:
+        model: whose decoder it is.
+        prompts: of each row the pieces that ask for its text.
+        room: tokens to come.
+        banned: tokens never proposed.
+    """
 
     def __init__(
-        self, model: GmsaNetwork, soft: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor], room: int,
-        banned: Sequence[int],
-    ) -> None:  # fmt: skip
-        start = read_whole(model, soft, before, after, room)
+        self, model: GmsaNetwork, prompts: Sequence[Sequence[Tensor]], room: int, banned: Sequence[int]
+    ) -> None:
         self.decoder = model.decoder
-        self.cache, self.lengths = start.cache, start.lengths
-        width = self.cache.get_seq_length()
-        self.real = start.mask if start.mask is not None else self.lengths.new_ones(len(soft), width)  # (B, T)
         self.banned = torch.tensor(list(banned), dtype=torch.long, device=model.device)
-        self.scores = self._scores(start.logits)  # (B, V)
+        embeds, soft = model.embed(prompts)
+        self.batch = Batch(body_of(model.decoder), len(prompts), max(map(len, embeds)) + room, model.entry)
+        self.scores = self._scores(self.batch.extend(embeds, soft))  # (B, V)
 
-    def _scores(self, logits: Tensor) -> Tensor:
-        scores = logits.float().log_softmax(dim=-1)
+    def _scores(self, states: Tensor) -> Tensor:
+        scores = head_logits(self.decoder, states).float().log_softmax(dim=-1)
         scores[..., self.banned] = -torch.inf
         return scores
 
@@ -267,7 +268,7 @@ class _Writer:
         Returns:
             (b, K, r) tokens, r the largest size; K is smaller where there are no more.
         """
-        cache, real, lengths = _rows_of(self.cache, rows), self.real[rows], self.lengths[rows]
+        fork = self.batch.fork(rows.tolist())
         batch, vocabulary, device = len(rows), self.scores.shape[-1], rows.device
         scores, totals = self.scores[rows][:, None], torch.zeros(batch, 1, device=device)
         paths = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)
@@ -290,14 +291,8 @@ class _Writer:
             paths = torch.cat([_of(paths, parents), tokens[..., None]], dim=-1)
             seen = torch.cat([_of(seen, parents), own], dim=-1)  # (b, K, nodes so far)
             if step + 1 < steps:
-                logits = self.decoder(
-                    input_ids=tokens,
-                    attention_mask=_tree_mask(real, seen, self.decoder.dtype),
-                    position_ids=(lengths + step)[:, None].expand(-1, count),
-                    use_cache=True,
-                    **cache_argument(self.decoder, cache),
-                ).logits
-                scores = self._scores(logits)
+                depths = torch.full((count,), step, device=device)
+                scores = self._scores(fork.draft(tokens, depths, seen))
         return paths
 
     def likeliest(self, rows: Tensor, tokens: Tensor) -> Tensor:
@@ -305,86 +300,71 @@ class _Writer:
         steps = tokens.shape[1]
         scores = self.scores[rows][:, None]
         if steps > 1:
-            cache, count = _rows_of(self.cache, rows), steps - 1
-            logits = self.decoder(
-                input_ids=tokens[:, :-1],
-                attention_mask=F.pad(self.real[rows], (0, count), value=1),
-                position_ids=self.lengths[rows][:, None] + torch.arange(count, device=rows.device),
-                use_cache=True,
-                **cache_argument(self.decoder, cache),
-            ).logits
-            scores = torch.cat([scores, self._scores(logits)], dim=1)
+            count = steps - 1
+            places = torch.arange(count, device=rows.device)
+            earlier = (places[:, None] >= places).expand(len(rows), -1, -1)
+            states = self.batch.fork(rows.tolist()).draft(tokens[:, :-1], places, earlier)
+            scores = torch.cat([scores, self._scores(states)], dim=1)
         return scores.topk(min(scores.shape[-1], max(1, EXCHANGED_AT_LAST // steps**2)), dim=-1).indices
 
     def accept(self, tokens: Tensor) -> None:
         """Go on after these (B, r) tokens."""
-        count = tokens.shape[1]
-        self.real = F.pad(self.real, (0, count), value=1)
-        logits = self.decoder(
-            input_ids=tokens,
-            attention_mask=self.real,
-            position_ids=self.lengths[:, None] + torch.arange(count, device=tokens.device),
-            use_cache=True,
-            logits_to_keep=1,
-            **cache_argument(self.decoder, self.cache),
-        ).logits[:, -1]
-        self.lengths = self.lengths + count
-        self.scores = self._scores(logits)
+        embeds = self.decoder.get_input_embeddings()(tokens)
+        self.scores = self._scores(self.batch.extend(list(embeds)))
 
 
-class _Judge:
-    """The compressor, which says what soft token a continuation would have."""
+class Verifier:
+    """The compressor, which says what soft token a continuation would have.
+
+    Args:
+        compressor: it.
+        rows: how many texts are restored side by side.
+        on_step: called before some continuations are weighed.
+    """
 
     def __init__(self, compressor: Compressor, rows: int, on_step: Callable[[], None] = lambda: None) -> None:
         self.on_step = on_step
-        self.encoder, self.lsa = compressor.encoder, compressor.lsa
-        self.states = new_cache(self.encoder, compressor.config.window_size or 512)
-        self.groups = None if self.lsa.blocks is None else new_cache(self.lsa.blocks, 128)
+        self.lsa = compressor.lsa
+        self.states = Batch(compressor.encoder, rows, compressor.config.window_size or 512)
+        self.groups = None if self.lsa.blocks is None else Batch(self.lsa.blocks, rows, 128)
+        self.embed = compressor.encoder.get_input_embeddings()
         if compressor.config.encoder_sink:
-            device = next(compressor.parameters()).device
-            self._encode(self.states, torch.full((rows, 1, 1), compressor.sink_id, device=device))
+            sink = torch.tensor([compressor.sink_id], device=next(compressor.parameters()).device)
+            self.states.extend([self.embed(sink)] * rows)
 
     def soft_tokens(self, rows: Tensor, paths: Tensor, sizes: Tensor) -> Tensor:
         """What (b, K, r) continuations of some rows become, of which the first (b,) `sizes` tokens count: (b, K, d)."""
         self.on_step()
-        states = self._encode(_rows_of(self.states, rows), paths)
-        return self._align(self.groups and _rows_of(self.groups, rows), _mean(states, sizes))
+        states = self._encoded(self.states.fork(rows.tolist()), paths)
+        return self._aligned(self.groups and self.groups.fork(rows.tolist()), _mean(states, sizes))
 
     def accept(self, tokens: Tensor, sizes: Tensor) -> None:
         """Go on after these (B, r) tokens."""
-        self._align(self.groups, _mean(self._encode(self.states, tokens[:, None]), sizes))
+        states = self._encoded(self.states, tokens[:, None])
+        self.states.accept_draft()
+        self._aligned(self.groups, _mean(states, sizes))
+        if self.groups is not None:
+            self.groups.accept_draft()
 
-    def _encode(self, cache: DynamicCache, paths: Tensor) -> Tensor:
+    def _encoded(self, batch: Batch, paths: Tensor) -> Tensor:
         """States of (b, K, r) tokens, each continuation on its own: (b, K, r, encoder width)."""
-        batch, width, steps = paths.shape
+        rows, width, steps = paths.shape
         step = torch.arange(steps, device=paths.device)
         own = torch.eye(width, dtype=torch.bool, device=paths.device)[:, None, :, None]  # the same continuation
         earlier = (step[:, None] >= step)[None, :, None, :]
-        seen = (own & earlier).reshape(1, width * steps, width * steps).expand(batch, -1, -1)
-        past = cache.get_seq_length()
-        return self.encoder(
-            input_ids=paths.flatten(1),
-            attention_mask=_tree_mask(paths.new_ones(batch, past), seen, self.encoder.dtype),
-            position_ids=(past + step).repeat(width).expand(batch, -1),
-            use_cache=True,
-            **cache_argument(self.encoder, cache),
-        ).last_hidden_state.view(batch, width, steps, -1)
+        seen = (own & earlier).reshape(1, width * steps, width * steps).expand(rows, -1, -1)
+        states = batch.draft(paths.flatten(1), step.repeat(width), seen)
+        return states.view(rows, width, steps, -1)
 
-    def _align(self, cache: DynamicCache | None, merged: Tensor) -> Tensor:
+    def _aligned(self, batch: Batch | None, merged: Tensor) -> Tensor:
         """LSA on the (b, K, encoder width) next groups of K continuations: (b, K, decoder width)."""
-        if not isinstance(self.lsa, DecoderBlocks) or self.lsa.blocks is None or cache is None:
+        if batch is None:
             return self.lsa(merged)
-        merged = self.lsa.to_width(merged)
-        batch, width, _ = merged.shape
-        past = cache.get_seq_length()
-        own = torch.eye(width, dtype=torch.bool, device=merged.device).expand(batch, -1, -1)
-        return self.lsa.blocks(
-            inputs_embeds=merged.to(self.lsa.blocks.dtype),
-            attention_mask=_tree_mask(own.new_ones(batch, past), own, self.lsa.blocks.dtype),
-            position_ids=torch.full((batch, width), past, device=merged.device),
-            use_cache=True,
-            **cache_argument(self.lsa.blocks, cache),
-        ).last_hidden_state
+        assert isinstance(self.lsa, DecoderBlocks)
+        merged = self.lsa.to_width(merged).to(batch.body.dtype)
+        rows, width, _ = merged.shape
+        own = torch.eye(width, dtype=torch.bool, device=merged.device).expand(rows, -1, -1)
+        return batch.draft(merged, torch.zeros(width, dtype=torch.long, device=merged.device), own)
 
 
 def _mean(states: Tensor, sizes: Tensor) -> Tensor:
@@ -392,23 +372,6 @@ def _mean(states: Tensor, sizes: Tensor) -> Tensor:
     inside = torch.arange(states.shape[2], device=states.device) < sizes[:, None]  # (b, r)
     sums = torch.where(inside[:, None, :, None], states, 0).float().sum(dim=2)
     return (sums / sizes[:, None, None]).to(states.dtype)
-
-
-def _rows_of(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A copy of some rows, to be thrown away."""
-    copy = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        if layer.keys is not None:
-            copy.update(layer.keys[rows], layer.values[rows], number)
-    return copy
-
-
-def _tree_mask(real: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """(b, 1, Q, T + N) additive mask: `real` (b, T) of what came before, `seen` (b, Q, N) of the tree."""
-    past = real.bool()[:, None].expand(-1, seen.shape[1], -1)
-    allowed = torch.cat([past, seen], dim=-1)
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def _of(values: Tensor, parents: Tensor) -> Tensor:

@@ -1,26 +1,52 @@
-"""What stands around the soft tokens: the decoder reads [before][soft tokens][after][answer]."""
+"""What the decoder reads: a chat template's marks, texts, and memories where they stand, in any order.
 
+    turns of texts and memories --chat--> pieces: token ids, memory, token ids, memory, token ids --> embeddings
+
+Only what the template itself writes can be a special token. A user's text is text: one that spells `<|im_end|>` holds
+these characters and ends nothing.
+"""
+
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, InputError
+from gmsa.io.memory import Memory
+from gmsa.text import encode
 
-# Stands for the soft tokens while a chat template is rendered, then is cut out. Templates may not contain it.
-MARK = "<gmsa-memory/>"
+# A prompt is a row of pieces: token ids (T,), a memory, or whatever else stands for one where the caller says so.
+Piece = Any
+MARK = "GMSAPART{}X"  # stands for a part of a message while a template is rendered; no user's text is rendered
+MARKS = re.compile("GMSAPART([0-9]+)X")
+SYSTEM = ("system", "developer")  # one role by two names
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Decoder token ids before and after the soft tokens, as (T,) tensors."""
+class Turn:
+    """One message: its role, and its parts in order: texts, memories and other pieces."""
+
+    role: str
+    parts: Sequence[str | Piece]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Token ids (T,) that stand before and after what a question is about."""
 
     before: Tensor
     after: Tensor
+
+    def around(self, *contents: Piece) -> tuple[Piece, ...]:
+        """The prompt: the contents in their place, pieces all of them."""
+        return (self.before, *contents, self.after)
 
 
 class PromptTemplate:
@@ -39,81 +65,150 @@ class PromptTemplate:
         self.config = config
         if config.prompt == "chat" and not tokenizer.chat_template:
             raise BackboneError("the decoder's tokenizer has no chat template: set prompt to 'plain'")
+        added = tokenizer.added_tokens_decoder.values()
+        self._special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        self._skeleton = lru_cache(maxsize=64)(self._render)
+        self._frame = lru_cache(maxsize=1024)(self._make_frame)
+        self._follow = lru_cache(maxsize=1024)(self._make_following)
         self.end_id = self._end_id()
-        self._render = lru_cache(maxsize=1024)(self._render_uncached)
-        self._follow = lru_cache(maxsize=1024)(self._follow_uncached)
 
-    def restore(self) -> Prompt:
-        """The prompt that asks for the text itself."""
-        return self(self.config.restore_instruction)
+    # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def __call__(self, text: str) -> Prompt:
-        """The prompt for a question or instruction.
+    def __call__(self, question: str) -> Frame:
+        """What stands around that which a question or instruction is about.
 
         Raises:
-            InputError: the text is empty.
+            InputError: the question is empty.
         """
-        if not text.strip():
-            raise InputError("the question is empty")
-        return self._render(text)
+        return self._frame(_asked(question))
 
-    def following(self, text: str) -> list[int]:
+    def restore(self) -> Frame:
+        """The frame of the instruction that asks for the text itself (paper section 3)."""
+        return self(self.config.restore_instruction)
+
+    def contents(self, given: Sequence[str | Piece]) -> list[Piece]:
+        """Memories and texts as pieces: each text on a line of its own, memories in a row as one."""
+        pieces: list[Piece] = []
+        for number, part in enumerate(given):
+            before = given[number - 1] if number else None
+            border = "\n" if number and (isinstance(part, str) or isinstance(before, str)) else ""
+            if isinstance(part, str):
+                pieces.append(self._ids(self.encode(border + part)))
+            else:
+                pieces += [self._ids(self.encode(border)), part] if border else [part]
+        return pieces
+
+    def chat(self, turns: Sequence[Turn]) -> list[Piece]:
+        """The prompt that asks for the next turn. One user turn of memories and a question is what `__call__` frames.
+
+        Parts of a turn stand on lines of their own; memories that follow one another are read as one.
+
+        Raises:
+            InputError: the chat template refuses the turns, or drops or repeats a part of them.
+        """
+        if self.config.prompt == "chat" and self.config.system_prompt is not None and turns[0].role not in SYSTEM:
+            turns = [Turn("system", [self.config.system_prompt]), *turns]
+        items: list[str | Piece] = []
+        shape = []
+        for turn in turns:
+            shape.append((turn.role, _content(turn.parts, len(items))))
+            items += turn.parts
+        return self._fill(self._skeleton(tuple(shape), True), items)
+
+    def following(self, question: str) -> list[int]:
         """Token ids that stand between an answer, its end token included, and the answer to the next question.
 
         Raises:
-            InputError: the text is empty.
+            InputError: the question is empty.
             BackboneError: the chat template has no place for a second question.
         """
-        if not text.strip():
-            raise InputError("the question is empty")
-        return self._follow(text)
-
-    def text(self, context: str, text: str) -> str:
-        """The same prompt with the context in plain text where soft tokens would stand."""
-        before, after = self._around(text)
-        return before + context + after
+        return self._follow(_asked(question))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece of text, without special tokens around it."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of a text, none of them special."""
+        return encode(self.tokenizer, text)
 
     def recode(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of another tokenizer (the encoder's) as the decoder's; the same ones where the tokenizer is."""
         return tokens if tokenizer is self.tokenizer else self.encode(tokenizer.decode(tokens))
 
-    def _render_uncached(self, text: str) -> Prompt:
-        before, after = self._around(text)
-        return Prompt(torch.tensor(self.encode(before), dtype=torch.long), torch.tensor(self.encode(after)))
+    # -- rendering -------------------------------------------------------------------------------------------------
 
-    def _follow_uncached(self, text: str) -> list[int]:
+    def _make_frame(self, question: str) -> Frame:
+        try:
+            before, _, after = self.chat([Turn("user", [object(), question])])
+        except InputError as error:
+            raise BackboneError(f"{error}; or set prompt to 'plain'") from error
+        return Frame(before, after)
+
+    def _make_following(self, question: str) -> list[int]:
         if self.config.prompt == "plain":
-            return self.encode(f"\n{text}\n")
-        turns = [("user", "?"), ("assistant", MARK), ("user", text)]
-        rendered = self._chat([{"role": r, "content": c} for r, c in turns], add_generation_prompt=True)
-        ids = self.encode(rendered.partition(MARK)[2])
-        if not ids:
-            raise BackboneError("the decoder's chat template drops earlier answers: set questions_per_context to 1")
+            return self.encode(f"\n{question}\n")
+        asked, answer = object(), object()
+        try:
+            pieces = self.chat([Turn("user", [asked]), Turn("assistant", [answer]), Turn("user", [question])])
+        except InputError as error:
+            wrong = "the decoder's chat template drops earlier answers: set questions_per_context to 1"
+            raise BackboneError(wrong) from error
+        ids = pieces[-1].tolist()
         return ids[1:] if ids[0] == self.end_id else ids
 
-    def _around(self, text: str) -> tuple[str, str]:
-        if self.config.prompt == "plain":
-            return self.tokenizer.bos_token or "", f"\n{text}\n"
-        rendered = self._chat([{"role": "user", "content": f"{MARK}\n{text}"}], add_generation_prompt=True)
-        before, found, after = rendered.partition(MARK)
-        if not found:
-            raise BackboneError("the decoder's chat template drops the user's message: set prompt to 'plain'")
-        return before, after
+    def _render(self, shape: tuple[tuple[str, str], ...], prompting: bool) -> list[str | int]:
+        """What the template makes of messages: its own words, and numbers where the parts stand.
 
-    def _chat(self, turns: list[dict[str, str]], **options: Any) -> str:
-        if self.config.system_prompt is not None:
-            turns = [{"role": "system", "content": self.config.system_prompt}, *turns]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        Args:
+            shape: role and content of each message, marks in place of its parts.
+            prompting: ask for the next turn.
+        """
+        if self.config.prompt == "plain":
+            rendered = (self.tokenizer.bos_token or "") + "".join(f"{content}\n" for _, content in shape)
+        else:
+            messages = [{"role": "system" if r in SYSTEM else r, "content": content} for r, content in shape]
+            try:
+                rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
+            except (jinja2.TemplateError, ValueError) as error:
+                raise InputError(f"the model's chat template refuses these messages: {error}") from error
+        words = MARKS.split(rendered)  # words, number, words, number, ..., words
+        return [int(part) if place % 2 else part for place, part in enumerate(words)]
+
+    def _fill(self, skeleton: Sequence[str | int], items: Sequence[str | Piece]) -> list[Piece]:
+        """The rendered words with the parts in their places, as pieces."""
+        placed = [part for part in skeleton if isinstance(part, int)]
+        if sorted(placed) != list(range(len(items))):
+            raise InputError("the model's chat template drops or repeats a part of these messages: leave it out")
+        pieces: list[Piece] = []
+        run: list[tuple[str, bool]] = []  # text, and whether it is the template's own
+        for part in skeleton:
+            item = part if isinstance(part, str) else items[part]
+            if isinstance(item, str):
+                run.append((item, isinstance(part, str)))
+                continue
+            pieces += [self._tokenise(run), item]
+            run = []
+        return [*pieces, self._tokenise(run)]
+
+    def _tokenise(self, run: Sequence[tuple[str, bool]]) -> Tensor:
+        """Token ids (T,) of template and text in turn."""
+        if not any(token in text for text, own in run if not own for token in self._special):
+            # In one go, as the model has seen prompts: nothing in the texts could be taken for a mark.
+            whole = "".join(text for text, _ in run)
+            return self._ids(self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+        ids: list[int] = []
+        for text, own in run:
+            ids += self.tokenizer(text, add_special_tokens=False)["input_ids"] if own else self.encode(text)
+        return self._ids(ids)
+
+    def _ids(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long)
 
     def _end_id(self) -> int:
         """The token that ends an answer: what the chat template puts after an assistant's turn, else EOS."""
         if self.config.prompt == "chat":
-            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-            ending = self.encode(self._chat(turns).partition(MARK)[2])
+            shape = [("user", MARK.format(0)), ("assistant", MARK.format(1))]
+            if self.config.system_prompt is not None:
+                shape.insert(0, ("system", self.config.system_prompt))
+            rendered = self._skeleton(tuple(shape), False)
+            ending = self._tokenise([(str(rendered[-1]), True)]).tolist() if 1 in rendered else []
             # Not every family names its end of turn in the special tokens map (Gemma 3, Phi-3): the token itself knows.
             special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
             if ending and ending[0] in special.union(self.tokenizer.all_special_ids):
@@ -121,3 +216,24 @@ class PromptTemplate:
         if self.tokenizer.eos_token_id is None:
             raise BackboneError("the decoder's tokenizer has no end-of-text token (eos_token); set one and retry")
         return self.tokenizer.eos_token_id
+
+
+def _asked(question: str) -> str:
+    if not question.strip():
+        raise InputError("the question is empty")
+    return question
+
+
+def _content(parts: Sequence[str | Piece], first: int) -> str:
+    """Marks of a message's parts, numbered from `first`, with line breaks between them."""
+    content = ""
+    for number, part in enumerate(parts):
+        both_memories = number and not isinstance(part, str) and not isinstance(parts[number - 1], str)
+        content += "\n" if number and not both_memories else ""
+        content += MARK.format(first + number)
+    return content
+
+
+def memories_of(pieces: Sequence[Piece]) -> list[Memory]:
+    """The memories of a prompt, in order."""
+    return [piece for piece in pieces if isinstance(piece, Memory)]

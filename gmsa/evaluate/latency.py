@@ -176,7 +176,12 @@ def _time(gmsa: GMSA, way: Way, new_tokens: int) -> dict[str, Any]:
     started = _now(device)
     content = way.prepare()
     prepared = _now(device)
-    gmsa.read([QUESTION], [content], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+    gmsa.read(
+        [QUESTION],
+        [[content] if isinstance(content, Tensor) else content],
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+    )
     ended = _now(device)
     soft = len(content) if isinstance(content, Tensor) else sum(map(len, content))
     prompt = gmsa.template(QUESTION)

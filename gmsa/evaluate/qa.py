@@ -118,7 +118,8 @@ class AnswerRun:
 
     def key(self, question: Question) -> str:
         """Identifies an answer by everything it depends on."""
-        prompt = self.method.reader.template.text("", question.prompt)
+        around = self.method.reader.template(question.prompt)
+        prompt = [around.before.tolist(), around.after.tolist()]
         parts = [self.method.fingerprint, self.merge_size, self.max_new_tokens, question.documents, prompt]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

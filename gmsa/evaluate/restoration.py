@@ -20,7 +20,6 @@ from gmsa.evaluate.metrics import ROUGE, bleu, prefix_exact_match, rouge
 from gmsa.evaluate.statistics import interval
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.rows import read_rows
-from gmsa.model.padding import embed_rows
 from gmsa.model.windows import split_windows
 
 PER_EXAMPLE = ("prefix_em", "token_accuracy", *ROUGE, "bertscore_f1")  # metrics that have an interval
@@ -53,16 +52,15 @@ def score_given_text(gmsa: GMSA, text: str) -> Score | None:
     The decoder is the model's own, as trained, and the windows are those of `GMSA.score`, so the two compare.
     None where a window does not fit the decoder twice.
     """
-    prompt = gmsa.template.restore()
-    ids = gmsa.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    frame = gmsa.template.restore()
+    ids = gmsa.template.encode(text)
     device = gmsa.model.device
     windows = [torch.tensor(window, device=device) for window in split_windows(ids, gmsa.config.window_size)]
-    before, after = prompt.before.to(device), prompt.after.to(device)
+    before, after = frame.before.to(device), frame.after.to(device)
     limit = getattr(gmsa.model.decoder.config, "max_position_embeddings", None)
     if limit is not None and len(before) + len(after) + 2 * max(map(len, windows)) > limit:
         return None
-    read = embed_rows(gmsa.model.get_input_embeddings(), windows)
-    out = gmsa.model.score(read, [before] * len(windows), [after] * len(windows), windows, keep_logits=False)
+    out = gmsa.model.score([[before, window, after] for window in windows], windows, keep_logits=False)
     return Score(len(ids), int(out["correct"]), float(out["loss"]) * len(ids))
 
 
@@ -218,7 +216,7 @@ class RestorationRun:
                     checked = gmsa.restore_checked(memories[part])
                     restored = [found.text.strip() for found in checked if found]
                 else:
-                    restored = gmsa.restore(memories[part], batch_size=size)
+                    restored = [text.strip() for text in gmsa.restore(memories[part], batch_size=size)]
                 parts = zip(keys[part], texts[part], memories[part], restored, checked, strict=True)
                 for key, text, memory, found, proof in parts:
                     if key in self.cache.answers:

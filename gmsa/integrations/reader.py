@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from gmsa.errors import GmsaError, InputError, MemoryFileError, MemoryNotFoundError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gmsa.api import GMSA
-    from gmsa.decode.prompt import Prompt
+    from gmsa.decode.prompt import Frame
     from gmsa.io.memory import Memory
     from gmsa.store import MemoryStore
 
@@ -178,10 +180,10 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Ready:
-    """What the engine takes: memories (and text between them, embedded) with the text before and after."""
+    """What the engine takes: memories and token ids between them, with the text before and after."""
 
-    prompt: "Prompt"
-    content: "list[Memory]"
+    prompt: "Frame"
+    content: "list[Memory | Tensor]"
     soft_tokens: int
     origin_tokens: int
 
@@ -349,33 +351,18 @@ class LocalReader(Reader):
 
     def _ready(self, messages: Sequence[Message], held: "dict[Source, Memory]") -> _Ready:
         """A chat through the decoder's template. `held`: memories at hand, which are added to."""
-        import torch
-
-        from gmsa.decode.prompt import Prompt
-        from gmsa.io.memory import Memory
-        from gmsa.serve.chat import Turn, render
+        from gmsa.decode.prompt import Frame, Turn
 
         sources = [part for message in messages for part in message.parts if isinstance(part, Source)]
         self._load([source for source in sources if source not in held], held)
         turns = [Turn(m.role, [held[p] if isinstance(p, Source) else p for p in m.parts]) for m in messages]
         if not any(isinstance(part, str) and part.strip() for turn in turns for part in turn.parts):
             raise InputError("the question is empty")
-        pieces = render(turns, self.gmsa.tokenizer, self.gmsa.config)
-
-        def ids(text: str) -> torch.Tensor:
-            return torch.tensor(self.gmsa.template.encode(text), dtype=torch.long)
-
-        def embedded(text: str) -> Memory:
-            with torch.no_grad():
-                tokens = self.gmsa.model.get_input_embeddings()(ids(text).to(self.gmsa.model.device))
-            return Memory(tokens, 1, len(tokens), self.gmsa.fingerprint)
-
-        before = pieces.pop(0) if len(pieces) > 1 and isinstance(pieces[0], str) else ""
-        after = pieces.pop() if len(pieces) > 1 and isinstance(pieces[-1], str) else ""
-        content = [embedded(piece) if isinstance(piece, str) else piece for piece in pieces]
+        first, *content = self.gmsa.template.chat(turns)
+        last = content.pop() if content else first[:0]
         memories = [held[source] for source in sources]
         soft, origin = sum(map(len, memories)), sum(memory.origin_tokens for memory in memories)
-        return _Ready(Prompt(ids(str(before)), ids(str(after))), content, soft, origin)
+        return _Ready(Frame(first, last), content, soft, origin)
 
     def _load(self, sources: Sequence[Source], held: "dict[Source, Memory]") -> None:
         """Memories by id where they are stored, else by text."""

@@ -4,6 +4,7 @@ import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import safetensors
@@ -44,6 +45,11 @@ class Memory:
 
     def __len__(self) -> int:
         return len(self.soft_tokens)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the soft tokens: the same for memories that say the same."""
+        return _sha256(self.soft_tokens.detach().to("cpu").contiguous())
 
     @property
     def rate(self) -> float:

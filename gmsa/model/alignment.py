@@ -63,7 +63,7 @@ class DecoderBlocks(NoAlignment):
 
     def __init__(self, config: GmsaConfig, encoder_width: int, decoder_body: PreTrainedModel) -> None:
         super().__init__(config, encoder_width, decoder_body)
-        start = 0
+        start = config.entry_layer - config.lsa_layers if config.entry_layer else 0
         self.blocks = take_layers(decoder_body, start, config.lsa_layers, keep_embeddings=False)
 
     def forward(self, merged: Tensor) -> Tensor:

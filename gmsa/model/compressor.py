@@ -9,7 +9,7 @@ from gmsa.errors import InputError
 from gmsa.model.alignment import Alignment
 from gmsa.model.backbone import add_lora, body_of, layers_of, take_layers
 from gmsa.model.merging import Merging, check_merge_size
-from gmsa.model.padding import embed_rows, pad_left, positions
+from gmsa.model.padding import embed_rows, pad_right
 
 
 class Compressor(nn.Module):
@@ -61,12 +61,9 @@ class Compressor(nn.Module):
             self.encoder.get_input_embeddings(),
             [torch.cat([*sink, row[real]]) for row, real in zip(window_ids, window_mask.bool(), strict=True)],
         )
-        # Padding on the left keeps what was added of all rows at the end.
-        embeds, mask = pad_left([torch.cat([row, add.to(row.dtype)]) for row, add in zip(embedded, more, strict=True)])
-        states = self.encoder(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions(mask), use_cache=False
-        ).last_hidden_state
-        return [state[-len(add) :] for state, add in zip(states, more, strict=True)]
+        rows = [torch.cat([row, add.to(row.dtype)]) for row, add in zip(embedded, more, strict=True)]
+        states = self.encoder(inputs_embeds=pad_right(rows), use_cache=False).last_hidden_state
+        return [s[len(row) - len(add) : len(row)] for s, row, add in zip(states, rows, more, strict=True)]
 
     def forward(self, window_ids: Tensor, window_mask: Tensor, merge_size: int | Tensor) -> tuple[Tensor, Tensor]:
         """Soft tokens of each window.

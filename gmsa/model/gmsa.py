@@ -20,8 +20,9 @@ from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, ConfigError
 from gmsa.model.backbone import QKV_NAMES, add_lora, body_of, head_logits
 from gmsa.model.compressor import Compressor, rates_of
+from gmsa.model.entry import EntryLayers
 from gmsa.model.losses import cross_entropy_in_chunks
-from gmsa.model.padding import embed_rows, pad_left, positions
+from gmsa.model.padding import embed_rows, pad_left
 
 
 class GmsaNetwork(PreTrainedModel):
@@ -42,6 +43,7 @@ class GmsaNetwork(PreTrainedModel):
         super().__init__(config)
         self.compressor = Compressor(config, encoder if encoder is not None else decoder, decoder)
         self.decoder = decoder
+        self.entry = EntryLayers(body_of(decoder), config.entry_layer)
         if config.decoder_lora is not None:
             add_lora(body_of(decoder), config.decoder_lora)
         if "decoder" in config.trained:
@@ -66,68 +68,70 @@ class GmsaNetwork(PreTrainedModel):
     # -- compress --------------------------------------------------------------------------------------------------
 
     def compress(
-        self, window_ids: Tensor, window_mask: Tensor, window_rows: Tensor, merge_size: int | Tensor
+        self, window_ids: Tensor, window_mask: Tensor, window_memories: Tensor, merge_size: int | Tensor
     ) -> list[Tensor]:
-        """Soft tokens of each row, the windows of a row in order.
+        """Soft tokens of each memory, its windows in order.
 
         Args:
             window_ids, window_mask: (W, L), see `Compressor.forward`.
-            window_rows: (W,) the row each window belongs to, ascending; rows are 0..B-1.
-            merge_size: one for all rows, or (B,), or (B, K): K rates of each row from one pass of the encoder.
+            window_memories: (W,) the memory each window belongs to, ascending; memories are 0..N-1.
+            merge_size: one for all memories, or (N,), or (N, K): K rates of each from one pass of the encoder.
 
         Returns:
-            B tensors (M_i, d) in the decoder's dtype; B * K for K rates, those of a row one after the other.
+            N tensors (M_i, d) in the decoder's dtype; N * K for K rates, those of a memory one after the other.
         """
-        sizes = merge_size[window_rows] if isinstance(merge_size, Tensor) else merge_size
+        sizes = merge_size[window_memories] if isinstance(merge_size, Tensor) else merge_size
         rates = rates_of(merge_size)
         soft, mask = self.compressor(window_ids, window_mask, sizes)
         soft = soft.to(self.get_input_embeddings().weight.dtype)
-        rows: list[list[Tensor]] = [[] for _ in range((int(window_rows.max()) + 1) * rates)]
-        owners = [row * rates + rate for row in window_rows.tolist() for rate in range(rates)]
+        memories: list[list[Tensor]] = [[] for _ in range((int(window_memories.max()) + 1) * rates)]
+        owners = [memory * rates + rate for memory in window_memories.tolist() for rate in range(rates)]
         lengths = mask.sum(dim=1).tolist()
-        for row, states, length in zip(owners, soft, lengths, strict=True):
-            rows[row].append(states[:length])
-        return [torch.cat(parts) for parts in rows]
+        for owner, states, length in zip(owners, soft, lengths, strict=True):
+            memories[owner].append(states[:length])
+        return [torch.cat(parts) for parts in memories]
 
     # -- read ------------------------------------------------------------------------------------------------------
 
-    def embed_prompts(
-        self, soft: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Join [before][soft tokens][after] per row, padded on the left: ((B, T, d), (B, T) mask).
+    def embed(self, prompts: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """What the decoder reads for each prompt: token ids are embedded, soft tokens stand as they are.
 
         Args:
-            soft: B tensors (M_i, d).
-            before, after: B tensors of decoder token ids each.
+            prompts: of each row its pieces in order: token ids (T,), or soft tokens (M, d), told apart by their dtype.
+
+        Returns:
+            embeds: a (T_i, d) tensor per row.
+            soft: a (T_i,) bool tensor per row, true where a soft token stands.
         """
-        around = embed_rows(self.get_input_embeddings(), [torch.cat(pair) for pair in zip(before, after, strict=True)])
-        rows = []
-        for states, ids, head in zip(soft, around, before, strict=True):
-            rows.append(torch.cat([ids[: len(head)], states.to(ids.dtype), ids[len(head) :]]))
-        return pad_left(rows)
+        ids = [piece for pieces in prompts for piece in pieces if not piece.is_floating_point()]
+        embedded = iter(embed_rows(self.get_input_embeddings(), ids)) if ids else iter(())
+        dtype: torch.dtype = self.get_input_embeddings().weight.dtype  # type: ignore[assignment]
+        embeds, soft = [], []
+        for pieces in prompts:
+            embeds.append(torch.cat([p.to(dtype) if p.is_floating_point() else next(embedded) for p in pieces]))
+            marks = [torch.full((len(p),), p.is_floating_point(), device=p.device) for p in pieces]
+            soft.append(torch.cat(marks))
+        return embeds, soft
 
     def forward(
         self,
-        window_ids: Tensor,
-        window_mask: Tensor,
-        window_rows: Tensor,
-        merge_size: int | Tensor,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
+        prompts: Sequence[Sequence[Tensor]],
         targets: Sequence[Tensor],
-        texts: Sequence[Tensor] | None = None,
+        window_ids: Tensor | None = None,
+        window_mask: Tensor | None = None,
+        window_memories: Tensor | None = None,
+        merge_size: int | Tensor = 1,
         learned: Sequence[Tensor] | None = None,
         keep_logits: bool = True,
     ) -> dict[str, Tensor]:
-        """Loss of restoring or answering (paper section 3): cross-entropy on the targets only.
+        """Loss of restoring (autoencoder stage) or answering (KEFT stage): cross-entropy on the targets only.
 
         Args:
-            window_ids, window_mask, window_rows, merge_size: see `compress`; at K rates per row every row is scored K
-                times.
-            before, after: token ids around the soft tokens of each row, B each.
-            targets: token ids to predict after them, B tensors.
-            texts: the contexts as decoder token ids, B tensors. Where given, the decoder reads them in place of soft
-                tokens and nothing is compressed: what distillation learns from, and the fair bound to compare with.
+            prompts: of each of B rows token ids (T,), one list more than the row has memories: between each two that
+                follow one another its next memory stands. A row without any is text alone, as a teacher reads it.
+            targets: token ids to predict after each prompt, B tensors.
+            window_ids, window_mask, window_memories, merge_size: of all memories, those of the first row first; see
+                `compress`. At K rates per memory every row is scored K times. None: no row has a memory.
             learned: B bool tensors, true for the tokens of a target that count; the others (further questions) are
                 only read. None: all count.
             keep_logits: return them; otherwise they exist for a few tokens at a time only, which takes less memory.
@@ -136,32 +140,44 @@ class GmsaNetwork(PreTrainedModel):
             "loss": mean over target tokens. "labels": (N,), rows one after the other. "correct": how many of them have
             the highest logit. "logits": (N, vocabulary), if kept. The LM head never runs where there is no label.
         """
-        if texts is not None:
-            soft = list(embed_rows(self.get_input_embeddings(), texts))
-            return self.score(soft, before, after, targets, learned, keep_logits)
-        soft = self.compress(window_ids, window_mask, window_rows, merge_size)
-        if (rates := rates_of(merge_size)) > 1:
-            before, after, targets = ([x for x in part for _ in range(rates)] for part in (before, after, targets))
-            learned = learned and [x for x in learned for _ in range(rates)]
-        return self.score(soft, before, after, targets, learned, keep_logits)
+        if window_ids is None:
+            return self.score(prompts, targets, learned, keep_logits)
+        assert window_mask is not None
+        assert window_memories is not None
+        memories = self.compress(window_ids, window_mask, window_memories, merge_size)
+        rates = rates_of(merge_size)
+        rows: list[list[Tensor]] = []
+        first = 0
+        for texts in prompts:
+            for rate in range(rates):
+                pieces = [texts[0]]
+                for number, text in enumerate(texts[1:]):
+                    pieces += [memories[(first + number) * rates + rate], text]
+                rows.append(pieces)
+            first += len(texts) - 1
+        if rates > 1:
+            targets = [target for target in targets for _ in range(rates)]
+            learned = learned and [counts for counts in learned for _ in range(rates)]
+        return self.score(rows, targets, learned, keep_logits)
 
     def score(
         self,
-        soft: Sequence[Tensor],
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
+        prompts: Sequence[Sequence[Tensor]],
         targets: Sequence[Tensor],
         learned: Sequence[Tensor] | None = None,
         keep_logits: bool = True,
     ) -> dict[str, Tensor]:
-        """Teacher-forced prediction of the targets from soft tokens that exist already; returns as `forward` does."""
-        tails = [torch.cat(pair) for pair in zip(after, targets, strict=True)]
-        embeds, mask = self.embed_prompts(soft, before, tails)
-        hidden = body_of(self.decoder)(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions(mask), use_cache=False
-        ).last_hidden_state
-        # Rows end together, so the state that predicts the first of t targets stands t + 1 from the end.
-        picked = torch.cat([state[-len(target) - 1 : -1] for state, target in zip(hidden, targets, strict=True)])
+        """Teacher-forced prediction of the targets after prompts of pieces (see `embed`); returns as `forward` does."""
+        embeds, soft = self.embed([[*pieces, target] for pieces, target in zip(prompts, targets, strict=True)])
+        with self.entry.hold(embeds, soft) as padded:
+            hidden = body_of(self.decoder)(inputs_embeds=padded, use_cache=False).last_hidden_state
+        # The state before each target token predicts it.
+        picked = torch.cat(
+            [
+                states[len(row) - len(target) - 1 : len(row) - 1]
+                for states, row, target in zip(hidden, embeds, targets, strict=True)
+            ]
+        )
         labels = torch.cat(list(targets))
         if learned is not None:
             counts = torch.cat(list(learned))
@@ -181,12 +197,15 @@ class GmsaNetwork(PreTrainedModel):
         return head_logits(self.decoder, hidden)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self, soft: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor], **kwargs: Any
-    ) -> Tensor:
-        """New tokens (B, N) for each row's soft tokens and prompt, right-padded; arguments as for `generate`."""
-        embeds, mask = self.embed_prompts(soft, before, after)
-        return self.decoder.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+    def generate(self, prompts: Sequence[Sequence[Tensor]], **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """New tokens (B, N) after prompts of pieces, right-padded, by transformers' `generate`, whose options it takes.
+
+        For beams and other ways of searching that gmsa/decode does not know.
+        """
+        embeds, soft = self.embed(prompts)
+        _, mask = pad_left(soft)
+        with self.entry.hold(embeds, soft, left=True) as padded:
+            return self.decoder.generate(inputs_embeds=padded, attention_mask=mask, **kwargs)
 
     # -- training --------------------------------------------------------------------------------------------------
 

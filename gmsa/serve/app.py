@@ -44,7 +44,7 @@ from gmsa.serve.schemas import (
     Usage,
     WorkerCounts,
 )
-from gmsa.serve.service import Job, Prompt, Service
+from gmsa.serve.service import Job, ReadyPrompt, Service
 from gmsa.store import MemoryStore, StoredMemory
 
 T = TypeVar("T")
@@ -210,7 +210,7 @@ def _add_answer_routes(app: FastAPI, service: Service) -> None:
         """Answer the last message of a chat; memories and long texts stand in it as soft tokens."""
         form = _ChatForm(_known_model(service, body.model))
 
-        async def prompts() -> list[Prompt]:
+        async def prompts() -> list[ReadyPrompt]:
             return [await service.chat_prompt(body)]
 
         return await _answer(service, request, body, form, prompts)
@@ -286,7 +286,7 @@ async def _answer(
     request: Request,
     body: Generation,
     form: _ChatForm,
-    make_prompts: Callable[[], Awaitable[list[Prompt]]],
+    make_prompts: Callable[[], Awaitable[list[ReadyPrompt]]],
 ) -> Response:
     """Answer a request, at once or as a stream; its place is given back at the end of either."""
     job = service.admit()
@@ -303,7 +303,7 @@ async def _answer(
             job.close()
 
 
-async def _whole(job: Job, form: _ChatForm, prompts: list[Prompt]) -> dict[str, Any]:
+async def _whole(job: Job, form: _ChatForm, prompts: list[ReadyPrompt]) -> dict[str, Any]:
     texts: list[list[str]] = [[] for _ in job.rows]
     finishes: list[Any] = [None] * len(job.rows)
     async for number, piece in job.pieces():
@@ -312,7 +312,7 @@ async def _whole(job: Job, form: _ChatForm, prompts: list[Prompt]) -> dict[str, 
     return form.whole(["".join(text) for text in texts], finishes, _usage(job, prompts)).model_dump()
 
 
-async def _chunks(job: Job, body: Generation, form: _ChatForm, prompts: list[Prompt]) -> AsyncIterator[str]:
+async def _chunks(job: Job, body: Generation, form: _ChatForm, prompts: list[ReadyPrompt]) -> AsyncIterator[str]:
     head = {"id": form.id, "object": form.chunk, "created": form.created, "model": form.model}
     if body.wants_usage:
         head["usage"] = None  # type: ignore[assignment]  # as OpenAI does: null in all but the last
@@ -331,8 +331,8 @@ async def _chunks(job: Job, body: Generation, form: _ChatForm, prompts: list[Pro
     yield "data: [DONE]\n\n"
 
 
-def _usage(job: Job, prompts: list[Prompt]) -> Usage:
-    read, written = sum(map(len, prompts)), sum(row.count for row in job.rows)
+def _usage(job: Job, prompts: list[ReadyPrompt]) -> Usage:
+    read, written = sum(map(len, prompts)), sum(len(row.tokens) for row in job.rows)
     details = PromptDetails(
         soft_tokens=sum(p.soft_tokens for p in prompts), origin_tokens=sum(p.origin_tokens for p in prompts)
     )

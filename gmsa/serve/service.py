@@ -11,9 +11,10 @@ import binascii
 import contextlib
 import copy
 import os
+import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,17 +25,20 @@ from transformers import PreTrainedTokenizerBase
 
 from gmsa.api import GMSA
 from gmsa.decode.checked import CheckedPiece
+from gmsa.decode.loop import Loop, Piece, PrefixStore, Row
+from gmsa.decode.prompt import PromptTemplate, Turn, memories_of
+from gmsa.decode.sampler import Sampling
 from gmsa.decode.stream import TextPieces
 from gmsa.errors import ContextTooLongError, InputError, MemoryFileError
 from gmsa.io.memory import Memory
-from gmsa.serve.chat import Turn, render, split_question
+from gmsa.serve.chat import split_question
 from gmsa.serve.errors import ApiError
-from gmsa.serve.generation import Sampling
 from gmsa.serve.metrics import Metrics
-from gmsa.serve.scheduler import Decoding, Piece, Row, Scheduler
+from gmsa.serve.scheduler import Decoding, Scheduler
 from gmsa.serve.schemas import ChatRequest, CompletionRequest, Generation, MemoryPart
 from gmsa.serve.settings import Settings
 from gmsa.store import MemoryStore, StoredMemory
+from gmsa.text import encode
 
 T = TypeVar("T")
 RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other requests
@@ -45,15 +49,24 @@ CHARACTERS_PER_TOKEN = 16  # more than texts have; only how much is tokenized fi
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What the decoder is to read: `embeds` (T, d), of which `soft_tokens` stand for `origin_tokens`."""
+class ReadyPrompt:
+    """What the decoder is to read.
 
-    embeds: Tensor
+    Attributes:
+        pieces: token ids (T,) and soft tokens (M, d), in order.
+        soft_tokens, origin_tokens: how many of the latter there are, and what they stand for.
+        shares: positions up to the last memory, which other questions about the same memories begin with, too.
+        key: of these; None: there is no memory.
+    """
+
+    pieces: tuple[Tensor, ...]
     soft_tokens: int
     origin_tokens: int
+    shares: int = 0
+    key: Hashable = None
 
     def __len__(self) -> int:
-        return len(self.embeds)
+        return sum(map(len, self.pieces))
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Job:
         self.closed = False
         self.checks = False
 
-    def submit(self, prompt: Prompt, max_new_tokens: int, sampling: Sampling, stops: tuple[str, ...] = ()) -> None:
+    def submit(self, prompt: ReadyPrompt, max_new_tokens: int, sampling: Sampling, stops: tuple[str, ...] = ()) -> None:
         """Queue one more answer; they are numbered in the order they were submitted."""
         number = len(self.rows)
 
@@ -88,7 +101,7 @@ class Job:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
                 self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
 
-        row = Row(prompt.embeds, max_new_tokens, emit, sampling, stops)
+        row = Row(prompt.pieces, max_new_tokens, emit, sampling, stops, shares=prompt.shares, key=prompt.key)
         self.rows.append(row)
         self._left += 1
         self.service.scheduler.submit(row)
@@ -150,11 +163,12 @@ class Service:
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(gmsa.tokenizer)
         self.counter: PreTrainedTokenizerBase = copy.deepcopy(gmsa.encoder_tokenizer)
         self.restorer: PreTrainedTokenizerBase = copy.deepcopy(gmsa.tokenizer)  # the event loop's
+        self.template = PromptTemplate(self.tokenizer, gmsa.config)
         self.prompting = ThreadPoolExecutor(1, "gmsa-prompts")
         self.compressing = ThreadPoolExecutor(1, "gmsa-compress")
         self.checking = ThreadPoolExecutor(1, "gmsa-check")
         self.scheduler = decoding or _own_decoder(gmsa, settings, self.metrics)
-        self._checker = gmsa.twin() if decoding is None else None  # for that thread alone
+        self._checker = gmsa.share_weights() if decoding is None else None  # for that thread alone
         self.checks = 0
         self._stopping = False
 
@@ -244,36 +258,36 @@ class Service:
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    async def chat_prompt(self, request: ChatRequest) -> Prompt:
+    async def chat_prompt(self, request: ChatRequest) -> ReadyPrompt:
         """What the decoder reads for a chat; long texts are compressed, memories looked up."""
         plan = await self._prompting(lambda: self._plan(request))
         turns = [Turn(role, [await self._resolve(part, request) for part in parts]) for role, parts in plan]
-        return await self._prompting(lambda: self._prompt(render(turns, self.tokenizer, self.gmsa.config), bos=False))
+        for turn in turns:
+            for part in turn.parts:
+                if isinstance(part, str):
+                    await self._prompting(lambda text=part: self._check_fits(text))  # type: ignore[misc]
+        return await self._prompting(lambda: self._prompt(self.template.chat(turns)))
 
-    async def completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
+    async def completion_prompts(self, request: CompletionRequest) -> list[ReadyPrompt]:
         """What the decoder reads for each prompt of a completion request: memories, then text to go on with."""
         memories = [await self.load(id) for id in request.memory_ids]
         prompts = []
         for text in request.prompts():
             parts = await self._prompting(lambda text=text: self._shorten(text, request, last=True))  # type: ignore[misc]
-            pieces = [await self._resolve(part, request) for part in parts]
-            prompts.append(await self._prompting(lambda pieces=pieces: self._prompt([*memories, *pieces], bos=True)))  # type: ignore[misc]
+            given = [*memories, *[await self._resolve(part, request) for part in parts]]
+            prompts.append(await self._prompting(lambda given=given: self._prompt(self._bare(given))))  # type: ignore[misc]
         return prompts
 
-    async def restore_prompts(self, memory: Memory) -> list[tuple[Prompt, int]]:
+    async def restore_prompts(self, memory: Memory) -> list[tuple[ReadyPrompt, int]]:
         """For each window of a memory the prompt that restores it, and the most tokens that can take."""
-        return await self._prompting(lambda: list(self._restore_prompts(memory)))
+        return await self._prompting(lambda: self._restore_prompts(memory))
 
-    def _restore_prompts(self, memory: Memory) -> list[tuple[Prompt, int]]:
-        window = self.gmsa.config.window_size or memory.origin_tokens
-        around = self.gmsa.template.restore()
-        made = []
-        for number, soft in enumerate(memory.soft_tokens.split(-(-window // memory.merge_size))):
-            tokens = min(window, memory.origin_tokens - number * window)
-            part = Memory(soft, memory.merge_size, tokens, memory.fingerprint)
-            limit = self.gmsa.longest_restoration(tokens)
-            made.append((self._joined([around.before, part, around.after]), limit))
-        return made
+    def _restore_prompts(self, memory: Memory) -> list[tuple[ReadyPrompt, int]]:
+        frame = self.template.restore()
+        return [
+            (self._prompt(frame.around(window)), self.gmsa.longest_restoration(window.origin_tokens))
+            for window in self.gmsa.windows(memory)
+        ]
 
     def _plan(self, request: ChatRequest) -> list[tuple[str, list[Part]]]:
         """Each message's role and parts, long texts marked."""
@@ -338,44 +352,45 @@ class Service:
         self.gmsa.check(memory)
         return memory
 
-    def _prompt(self, pieces: Sequence[str | Memory], bos: bool) -> Prompt:
-        """Rendered text and memories as one prompt."""
-        ids: list[Tensor | Memory] = []
-        for piece in pieces:
-            if isinstance(piece, Memory):
-                self.gmsa.check(piece)
-                ids.append(piece)
-            else:
-                if exceeds(self.tokenizer, piece, self.max_prompt_tokens):
-                    raise self._too_long(f"more than {self.max_prompt_tokens}", 0)
-                ids.append(torch.tensor(tokens_of(self.tokenizer, piece), dtype=torch.long))
+    def _bare(self, parts: Sequence[str | Memory]) -> list[Tensor | Memory]:
+        """A prompt without any template: what the tokenizer puts before a text, then the parts as they are."""
+        pieces: list[Tensor | Memory] = []
         start = getattr(self.tokenizer, "bos_token_id", None)
-        if bos and start is not None and self._starts_with_bos():
-            ids.insert(0, torch.tensor([start]))
-        return self._joined(ids)
+        if start is not None and self.tokenizer("a")["input_ids"][:1] == [start]:
+            pieces.append(torch.tensor([start]))
+        for part in parts:
+            if isinstance(part, str):
+                self._check_fits(part)
+                pieces.append(torch.tensor(encode(self.tokenizer, part), dtype=torch.long))
+            else:
+                pieces.append(part)
+        return pieces
 
-    def _starts_with_bos(self) -> bool:
-        """Whether the tokenizer itself puts a first token before a text."""
-        return self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+    def _check_fits(self, text: str) -> None:
+        """Look at no more of a text than it takes to know that it is too long."""
+        if exceeds(self.tokenizer, text, self.max_prompt_tokens):
+            raise self._too_long(f"more than {self.max_prompt_tokens}", 0)
 
-    @torch.no_grad()
-    def _joined(self, parts: Sequence[Tensor | Memory]) -> Prompt:
-        """Token ids (T,) and memories, in order, as vectors."""
-        embeddings = self.gmsa.model.get_input_embeddings()
-        device, dtype = self.gmsa.model.device, embeddings.weight.dtype  # type: ignore[union-attr]
-        rows = [
-            part.soft_tokens.to(device, dtype) if isinstance(part, Memory) else embeddings(part.to(device))  # type: ignore[arg-type]
-            for part in parts
-        ]
-        memories = [part for part in parts if isinstance(part, Memory)]
-        embeds = torch.cat(rows)
-        if not len(embeds):
+    def _prompt(self, pieces: Sequence[Tensor | Memory]) -> ReadyPrompt:
+        """Pieces as a prompt, its memories checked."""
+        memories = memories_of(pieces)
+        for memory in memories:
+            self.gmsa.check(memory)
+        if not sum(map(len, pieces)):
             raise InputError("the prompt is empty")
-        return Prompt(embeds, sum(len(m) for m in memories), sum(m.origin_tokens for m in memories))
+        last = max((number for number, piece in enumerate(pieces) if isinstance(piece, Memory)), default=-1)
+        begin = pieces[: last + 1]
+        return ReadyPrompt(
+            tuple(piece.soft_tokens if isinstance(piece, Memory) else piece for piece in pieces),
+            sum(map(len, memories)),
+            sum(memory.origin_tokens for memory in memories),
+            sum(map(len, begin)),
+            tuple(p.digest if isinstance(p, Memory) else tuple(p.tolist()) for p in begin) or None,
+        )
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
-    def start_answers(self, job: Job, prompts: Sequence[Prompt], request: Generation) -> None:
+    def start_answers(self, job: Job, prompts: Sequence[ReadyPrompt], request: Generation) -> None:
         """Queue the answers to each prompt, those of a prompt one after the other.
 
         Raises:
@@ -391,7 +406,7 @@ class Service:
             for number in range(request.n or 1):
                 job.submit(prompt, tokens, sampling_of(request, number), request.stops())
 
-    def _room(self, prompt: Prompt, asked: int | None) -> int:
+    def _room(self, prompt: ReadyPrompt, asked: int | None) -> int:
         """How many new tokens an answer may have."""
         room = self.max_prompt_tokens - len(prompt)
         if room < (asked or 1):
@@ -497,13 +512,15 @@ class Service:
 
 
 def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Decoding:
-    return Scheduler(
-        gmsa.model.decoder,
+    loop = Loop(
+        gmsa.model,
         copy.deepcopy(gmsa.tokenizer),
-        {gmsa.template.end_id, gmsa.tokenizer.eos_token_id} - {None},
+        gmsa.ends,
         max_batch=settings.max_batch,
-        on_step=metrics.on_step,
+        prefixes=PrefixStore(settings.prefix_cache),
+        packed=gmsa.packed,
     )
+    return Scheduler(loop, on_step=metrics.on_step)
 
 
 def given_up() -> ApiError:
@@ -513,23 +530,21 @@ def given_up() -> ApiError:
 
 def sampling_of(request: Generation, number: int) -> Sampling:
     """How answer `number` of a prompt is chosen; given a seed, each has one of its own."""
+    seed = random.getrandbits(62) if request.seed is None else (request.seed + number) % 2**63
     return Sampling(
+        do_sample=bool(request.temperature),
         temperature=request.temperature or 0.0,
+        top_k=0,
         top_p=request.top_p if request.top_p is not None else 1.0,
-        seed=None if request.seed is None else (request.seed + number) % 2**63,
+        seed=seed,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
     )
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, nothing around it."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Tokens of a text."""
-    return len(tokens_of(tokenizer, text))
+    return len(encode(tokenizer, text))
 
 
 def exceeds(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> bool:

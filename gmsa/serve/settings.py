@@ -23,6 +23,7 @@ class Settings:
         max_queue: requests that may wait beyond those; more are answered 429.
         max_body: bytes of a request.
         max_store: bytes of memories kept; the least recently used go first. None: no limit.
+        prefix_cache: bytes of what the decoder keeps of memories it has read, for further questions about them.
         accept_soft_tokens: take memory files in requests.
         drain_seconds: how long requests under way may take after SIGTERM.
     """
@@ -39,6 +40,7 @@ class Settings:
     max_queue: int = 32
     max_body: int = 8 * 2**20
     max_store: int | None = None
+    prefix_cache: int = 2**28
     accept_soft_tokens: bool = False
     drain_seconds: int = 30
 

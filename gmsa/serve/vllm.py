@@ -62,14 +62,13 @@ def prompt_embeddings(gmsa: "GMSA", question: str, memories: Memory | Sequence[M
     group = [memories] if isinstance(memories, Memory) else list(memories)
     if not group:
         raise InputError("there is no memory to answer from")
-    prompt = gmsa.template(question)
     for memory in group:
         gmsa.check(memory)
     device = gmsa.model.device
-    soft = torch.cat([memory.soft_tokens.to(device) for memory in group])
+    pieces = gmsa.template(question).around(*(memory.soft_tokens for memory in group))
     with torch.no_grad():
-        embeds, _ = gmsa.model.embed_prompts([soft], [prompt.before.to(device)], [prompt.after.to(device)])
-    return embeds[0]
+        (embeds,), _ = gmsa.model.embed([[piece.to(device) for piece in pieces]])
+    return embeds
 
 
 def encode_embeddings(embeds: Tensor) -> str:
@@ -220,7 +219,7 @@ class RemoteDecoder:
                 f"{len(embeds)} prompt positions + {max_new_tokens} new tokens exceed the {limit} that the decoder at "
                 f"{self.url} was started for: use a larger merge size, fewer documents, or fewer new tokens"
             )
-        return completion_body(name, embeds, max_new_tokens, self.gmsa._ends(), sampling)
+        return completion_body(name, embeds, max_new_tokens, self.gmsa.ends, sampling)
 
 
 # -- what is said, for clients of any kind -----------------------------------------------------------------------------
@@ -421,7 +420,7 @@ class LocalDecoder:
         options = {
             "temperature": 0.0,
             "max_tokens": max_new_tokens,
-            "stop_token_ids": sorted(self.gmsa._ends()),
+            "stop_token_ids": sorted(self.gmsa.ends),
             **sampling,
         }
         requests = [{"prompt_embeds": embeds.cpu()} for embeds in prompts]

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from gmsa.api import GMSA
+from gmsa.decode.loop import Piece, Row
+from gmsa.decode.sampler import COLDEST, Sampling
 from gmsa.decode.stream import TextPieces
 from gmsa.errors import GmsaError, RemoteDecoderError
-from gmsa.serve.generation import COLDEST, Sampling
 from gmsa.serve.metrics import Metrics
-from gmsa.serve.scheduler import Piece, Row
 from gmsa.serve.vllm import (
     NAMED,
     STREAM,
@@ -120,6 +120,7 @@ class Workers:
         metrics: Metrics | None = None,
         on_step: Callable[[int, int], None] = lambda batch, waiting: None,
     ) -> None:
+        self.gmsa = gmsa
         self.fingerprint = gmsa.fingerprint
         self.tokenizer = copy.deepcopy(gmsa.tokenizer)  # for this thread alone
         self.ends: set[int] = {gmsa.template.end_id, gmsa.tokenizer.eos_token_id} - {None}
@@ -253,7 +254,7 @@ class Workers:
             rows = [*self._running, *self._waiting]
             await asyncio.gather(*tasks, return_exceptions=True)
         for row in rows:
-            row.say(Piece("", row.count, finish="error"))
+            row.say(Piece("", len(row.tokens), finish="error"))
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
@@ -302,10 +303,10 @@ class Workers:
             await self._try(row)
         except GmsaError as error:
             log.error("an answer was given up: %s", error)
-            row.say(Piece("", row.count, finish="error"))
+            row.say(Piece("", len(row.tokens), finish="error"))
         except Exception:
             log.exception("an answer was given up")
-            row.say(Piece("", row.count, finish="error"))
+            row.say(Piece("", len(row.tokens), finish="error"))
 
     async def _try(self, row: Row) -> None:
         tried: list[Worker] = []
@@ -383,13 +384,20 @@ class Workers:
             return going
         if going:
             text = row.pieces.finish()
-            row.say(Piece(text, row.count, finish="stop" if row.pieces.stopped else piece.finish))
+            row.say(Piece(text, len(row.tokens), finish="stop" if row.pieces.stopped else piece.finish))
         return True  # little more comes, and the connection can be used again
 
     def _request(self, row: Row, worker: Worker) -> bytes:
         assert worker.name is not None
         fields = sampling_fields(row.sampling)
-        return _encoded(completion_body(worker.name, row.embeds, row.max_new_tokens, self.ends, fields) | STREAM)
+        return _encoded(
+            completion_body(worker.name, self._embedded(row), row.max_new_tokens, self.ends, fields) | STREAM
+        )
+
+    def _embedded(self, row: Row) -> Tensor:
+        with torch.no_grad():
+            (embeds,), _ = self.gmsa.model.embed([row.prompt])
+        return embeds
 
     def _count(self, worker: Worker, change: int) -> None:
         worker.rows += change
@@ -474,7 +482,7 @@ class Workers:
 def sampling_fields(sampling: Sampling) -> dict[str, Any]:
     """How the next token is chosen, in vLLM's words."""
     fields: dict[str, Any] = {"temperature": 0}
-    if sampling.temperature >= COLDEST:
+    if sampling.do_sample and sampling.temperature >= COLDEST:
         fields |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.seed is not None:
             fields["seed"] = sampling.seed

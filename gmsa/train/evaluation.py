@@ -11,7 +11,8 @@ from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import InputError
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import read_rows
-from gmsa.train.examples import Example, collate
+from gmsa.text import encode
+from gmsa.train.examples import Document, Example, arguments, collate
 
 
 class RestorationProbe:
@@ -58,7 +59,7 @@ class RestorationProbe:
         Raises:
             InputError: no row is that long.
         """
-        tokens = (tokenizer(r["text"], add_special_tokens=False)["input_ids"] for r in read_rows(path) if "text" in r)
+        tokens = (encode(tokenizer, r["text"]) for r in read_rows(path) if "text" in r)
         chosen = list(islice((t[:length] for t in tokens if len(t) >= length), texts))
         if not chosen:
             raise InputError(f"{path} has no text of {length} tokens to evaluate on")
@@ -69,16 +70,17 @@ class RestorationProbe:
     def accuracy(self, model: GmsaModel) -> dict[str, Any]:
         """{"token_accuracy": {merge size: share}, "first_tokens": {merge size: shares of the first three}}."""
         accuracy, first = {}, {}
+        frame = self.template.restore()
         device = next(model.parameters()).device
         for size in self.merge_sizes:
             hits: list[torch.Tensor] = []
             for start in range(0, len(self.texts), self.batch_size):
                 part = slice(start, start + self.batch_size)
                 examples = [
-                    Example([text], self.template.restore(), [*target, self.template.end_id], size)
+                    Example(frame.around(Document(text)), [*target, self.template.end_id], size)
                     for text, target in zip(self.texts[part], self.targets[part], strict=True)
                 ]
-                out = model(**vars(collate(examples, self.window_size).to(device)))
+                out = model(**arguments(collate(examples, self.window_size).to(device)))
                 right = out["logits"].argmax(-1) == out["labels"]
                 hits += [row[:-1].float() for row in right.split([len(target) + 1 for target in self.targets[part]])]
             accuracy[str(size)] = round(torch.cat(hits).mean().item(), 4)
@@ -89,9 +91,11 @@ class RestorationProbe:
     def sample(self, model: GmsaModel) -> str:
         """The first text as the model restores it at the first merge size."""
         text, device = self.texts[0], next(model.parameters()).device
-        example = Example([text], self.template.restore(), [], self.merge_sizes[0])
-        batch = collate([example], self.window_size).to(device)
-        soft = model.compress(batch.window_ids, batch.window_mask, batch.window_rows, batch.merge_size)
+        frame = self.template.restore()
+        batch = collate([Example(frame.around(Document(text)), [], self.merge_sizes[0])], self.window_size).to(device)
+        windows = batch.window_ids, batch.window_mask, batch.window_memories
+        (soft,) = model.compress(*windows, batch.merge_size)  # type: ignore[arg-type]  # there is a document
+        before, after = batch.prompts[0]
         options = {"max_new_tokens": len(self.targets[0]) + 8, "do_sample": False, "eos_token_id": self.template.end_id}
-        new = model.generate(soft, batch.before, batch.after, **options)
+        new = model.generate([[before, soft, after]], **options)
         return self.template.tokenizer.decode(new[0], skip_special_tokens=True)

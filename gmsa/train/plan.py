@@ -9,7 +9,7 @@ from gmsa.decode.prompt import PromptTemplate
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine
 from gmsa.train.batches import TrainingBatches
-from gmsa.train.examples import Batch, Example, collate
+from gmsa.train.examples import Batch, Document, Example, arguments, collate
 from gmsa.train.recipe import Recipe
 from gmsa.train.stages import STAGES
 from gmsa.train.trainer import prepare, training_batches
@@ -114,14 +114,13 @@ def bytes_for_backward(model: GmsaModel, batch: Batch, recipe: Recipe) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    arguments: dict[str, Any] = vars(batch.to(next(model.parameters()).device))
-    texts = arguments.pop("texts")
+    batch = batch.to(next(model.parameters()).device)
     model.train()
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=recipe.bf16),
     ):
-        out = model(**arguments, texts=texts if recipe.reads == "text" else None, keep_logits=False)
+        out = model(**arguments(batch, teacher=recipe.reads == "text"), keep_logits=False)
     del out
     return sum(kept.values())
 
@@ -133,15 +132,18 @@ def show_example(example: Example, template: PromptTemplate, encoder_tokenizer: 
     sizes = example.merge_size if isinstance(example.merge_size, tuple) else (example.merge_size,)
     tokens = [len(context) for context in example.contexts]
     soft = " or ".join(f"{sum(-(-n // size) for n in tokens)} ({size}x)" for size in sizes)
-    memory = documents[0] if reads == "text" else f"[about {soft} soft tokens]"
     shown = [f"document of {n} tokens:\n{_indented(text)}" for n, text in zip(tokens, documents, strict=True)]
-    before, after = decode(example.prompt.before), decode(example.prompt.after)
+    if reads == "text" and example.teacher is not None:
+        read = decode(example.teacher)
+    else:
+        marked = f"[about {soft} soft tokens]"
+        read = "".join(marked if isinstance(piece, Document) else decode(piece) for piece in example.prompt)
     return "\n".join(
         [
             "first example",
             *shown,
             "the decoder reads, and none of it is learned (masked):",
-            _indented(f"{before}{memory}{after}"),
+            _indented(read),
             f"and learns to write ({len(example.target)} tokens):",
             _indented(decode(example.target)),
         ]

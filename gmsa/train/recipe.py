@@ -42,6 +42,7 @@ class Recipe:
     distractors: int = 0  # up to so many other rows' documents beside a question's own, each a memory of its own
     continuation: dict[str, Any] | None = None  # {"share", "instruction"}: so many of the texts are to be continued
     lookup: dict[str, Any] | None = None  # {"share", "instruction", "turns"}: so many of the texts are asked about
+    mixed: dict[str, Any] | None = None  # {"share", "part"}: so many questions read so much of a document as text, too
     distil: dict[str, Any] | None = None  # {"weight", "temperature"}: learn from the decoder reading the full text
     reads: str = "memory"  # text: the decoder reads the context itself; what a fair comparison is trained with
     tokens_per_batch: int = 1024  # context tokens in one micro-batch
@@ -118,10 +119,14 @@ class Recipe:
         self.continuation = self._part(
             "continuation", self.continuation, {"share": 0.5, "instruction": "Continue the text."}
         )
-        lookup = {"share": 0.5, "instruction": 'What comes after "{words}"?', "turns": 6}
+        lookup = {"share": 0.5, "instruction": 'What comes after "{words}"?', "gap": "", "turns": 6}
         self.lookup = self._part("lookup", self.lookup, lookup)
+        self.mixed = self._part("mixed", self.mixed, {"share": 0.5, "part": 0.125})
         self.distil = self._part("distil", self.distil, {"weight": 0.5, "temperature": 1.0})
-        for name, part in (("share", self.continuation), ("share", self.lookup), ("weight", self.distil)):
+        for name, part in (
+            *(("share", part) for part in (self.continuation, self.lookup, self.mixed)),
+            *(("part", self.mixed), ("weight", self.distil)),
+        ):
             if part and not 0 < part[name] <= 1:
                 raise ConfigError(f"{name} must be above 0 and at most 1, got {part[name]!r}")
         if self.continuation and self.lookup and self.continuation["share"] + self.lookup["share"] > 1:

@@ -30,6 +30,7 @@ from gmsa.model.losses import distilled
 from gmsa.train import checkpoints
 from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.train.evaluation import RestorationProbe
+from gmsa.train.examples import arguments
 from gmsa.train.log import Progress, RunLog, draw_curve, tell
 from gmsa.train.recipe import Recipe, read_yaml
 from gmsa.train.rows import Conversations, Rows, index_rows
@@ -68,19 +69,18 @@ class GmsaTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross-entropy over the targets of one micro-batch, mixed with distillation where the recipe says so."""
-        number, truncated = inputs.pop("number"), inputs.pop("truncated")
-        texts = inputs.pop("texts")
+        number, truncated = inputs["number"], inputs["truncated"]
+        batch = inputs["batch"].to(self.args.device)
         distil = self.recipe.distil
+        reads_text = self.recipe.reads == "text"
         if distil is not None:
             with torch.no_grad():
-                teacher = model(**inputs, texts=texts)["logits"]
-        read = texts if self.recipe.reads == "text" else None
-        out = model(**inputs, texts=read, keep_logits=distil is not None)
+                teacher = model(**arguments(batch, teacher=True))["logits"]
+        out = model(**arguments(batch, teacher=reads_text), keep_logits=distil is not None)
         loss = out["loss"]
         if distil is not None:
-            learned = inputs["learned"]
-            counts = [int(row.sum()) for row in learned] if learned else [len(row) for row in inputs["targets"]]
-            loss = distilled(loss, out["logits"], teacher, counts, rates_of(inputs["merge_size"]), **distil)
+            counts = [int(row.sum()) for row in batch.learned] if batch.learned else [len(row) for row in batch.targets]
+            loss = distilled(loss, out["logits"], teacher, counts, rates_of(batch.merge_size), **distil)
         if not bool(torch.isfinite(loss)):
             last = checkpoints.all_in(Path(self.args.output_dir))
             kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been saved yet"
@@ -199,7 +199,7 @@ class GmsaTrainer(Trainer):
 
 def _inputs(items: list[NumberedBatch]) -> dict[str, Any]:
     (item,) = items
-    return {**vars(item.batch), "number": item.number, "truncated": item.truncated}
+    return {"batch": item.batch, "number": item.number, "truncated": item.truncated}
 
 
 def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:

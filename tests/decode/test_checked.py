@@ -13,7 +13,7 @@ from torch import Tensor
 from gmsa import GMSA
 from gmsa.cli import main as cli
 from gmsa.decode import checked as verification
-from gmsa.decode.checked import CheckedGroup, CheckedText, _Judge, _Writer, checked_text, why_not
+from gmsa.decode.checked import CheckedGroup, CheckedText, Proposer, Verifier, checked_text, why_not
 from gmsa.decode.stream import REPLACEMENT
 from gmsa.errors import InputError, MemoryMismatchError
 from gmsa.evaluate.cache import AnswerCache
@@ -54,7 +54,7 @@ def test_the_right_tokens_give_the_soft_tokens_of_the_memory(
     model = trained_model(family, **fields)
     rows = random_ids(13, 8, 16)
     soft = soft_of(model, rows, size)
-    judge = _Judge(model.compressor, len(rows))
+    verifier = Verifier(model.compressor, len(rows))
     for group in range(max(map(len, soft))):
         parts = [row[group * size : (group + 1) * size] for row in rows]
         sizes = torch.tensor([max(1, len(part)) for part in parts])
@@ -62,17 +62,17 @@ def test_the_right_tokens_give_the_soft_tokens_of_the_memory(
         for line, part in zip(tokens, parts, strict=True):
             line[: len(part)] = part
         wrong = (tokens[:, None] + torch.arange(4)[:, None]) % 256
-        made = judge.soft_tokens(torch.arange(len(rows)), wrong, sizes)
-        some = judge.soft_tokens(torch.tensor([2, 0]), wrong[[2, 0]], sizes[[2, 0]])
+        made = verifier.soft_tokens(torch.arange(len(rows)), wrong, sizes)
+        some = verifier.soft_tokens(torch.tensor([2, 0]), wrong[[2, 0]], sizes[[2, 0]])
         torch.testing.assert_close(some, made[[2, 0]], rtol=1e-4, atol=1e-4)
         for row, wanted in enumerate(soft):
             if group < len(wanted):
                 torch.testing.assert_close(made[row, 0], wanted[group], rtol=1e-4, atol=1e-4)
                 assert (made[row, 1:] - wanted[group]).norm(dim=-1).min() > 1e-2 * wanted[group].norm()
-        judge.accept(tokens, sizes)
+        verifier.accept(tokens, sizes)
 
 
-# -- the writer --------------------------------------------------------------------------------------------------------
+# -- the proposer ------------------------------------------------------------------------------------------------------
 
 
 def beams(score: Callable[[list[int]], Tensor], steps: int, width: int) -> list[list[int]]:
@@ -97,16 +97,16 @@ def test_continuations_are_those_of_a_beam_search(
     model = tiny_model(family)
     soft = soft_of(model, random_ids(13, 8), 2)
     before, after, banned = random_ids(3)[0], random_ids(4, seed=5)[0], [260]
-    writer = _Writer(model, soft, [before] * 2, [after] * 2, 16, banned)
+    proposer = Proposer(model, [[before, one, after] for one in soft], 16, banned)
     said: list[list[int]] = [[], []]
     for _ in range(2):
-        paths = writer.propose(torch.tensor([1, 0]), torch.tensor([2, 3]), 5)
+        paths = proposer.propose(torch.tensor([1, 0]), torch.tensor([2, 3]), 5)
         for place, row in enumerate((1, 0)):
 
             def score(path: list[int], row: int = row, earlier: list[int] = said[row]) -> Tensor:
                 tail = torch.cat([after, torch.tensor([*earlier, *path], dtype=torch.long)])
-                embeds, _ = model.embed_prompts([soft[row]], [before], [tail])
-                scores = model.decoder(inputs_embeds=embeds).logits[0, -1].log_softmax(-1)
+                (embeds,), _ = model.embed([[before, soft[row], tail]])
+                scores = model.decoder(inputs_embeds=embeds[None]).logits[0, -1].log_softmax(-1)
                 scores[banned] = -torch.inf
                 return scores
 
@@ -114,7 +114,7 @@ def test_continuations_are_those_of_a_beam_search(
             assert paths[place, :, :steps].tolist() == beams(score, steps, 5)
             assert not paths[place, :, steps:].any()
         chosen = random_ids(3, 3, seed=len(said[0]))
-        writer.accept(torch.stack(chosen))
+        proposer.accept(torch.stack(chosen))
         said = [line + new.tolist() for line, new in zip(said, chosen, strict=True)]
 
 
@@ -139,7 +139,7 @@ def test_the_right_continuation_is_found_among_others(gmsa: GMSA, monkeypatch: p
     asked: list[tuple[list[int], int]] = []
     written = [0] * len(ids)
 
-    def propose(self: _Writer, rows: Tensor, sizes: Tensor, width: int) -> Tensor:
+    def propose(self: Proposer, rows: Tensor, sizes: Tensor, width: int) -> Tensor:
         asked.append((rows.tolist(), width))
         paths = torch.randint(0, 256, (len(rows), width, int(sizes.max())))
         if width > 2:
@@ -148,12 +148,12 @@ def test_the_right_continuation_is_found_among_others(gmsa: GMSA, monkeypatch: p
                 line[width // 2, : len(part)] = torch.tensor(part)
         return paths
 
-    def accept(self: _Writer, tokens: Tensor) -> None:
+    def accept(self: Proposer, tokens: Tensor) -> None:
         for row in range(len(ids)):
             written[row] += size
 
-    monkeypatch.setattr(_Writer, "propose", propose)
-    monkeypatch.setattr(_Writer, "accept", accept)
+    monkeypatch.setattr(Proposer, "propose", propose)
+    monkeypatch.setattr(Proposer, "accept", accept)
     found = gmsa.restore_checked(gmsa.compress(texts, size), candidates=(2, 7))
     assert [one.text for one in found] == texts
     assert all(one.exact for one in found)
@@ -170,22 +170,22 @@ def test_single_tokens_are_exchanged_at_last(gmsa: GMSA, monkeypatch: pytest.Mon
     ids = gmsa.template.encode(text)
     written = 0
 
-    def propose(self: _Writer, rows: Tensor, sizes: Tensor, width: int) -> Tensor:
+    def propose(self: Proposer, rows: Tensor, sizes: Tensor, width: int) -> Tensor:
         part = torch.zeros(1, 1, int(sizes.max()), dtype=torch.long)
         part[0, 0, : int(sizes[0])] = torch.tensor(ids[written : written + size])
         place = (written // size) % int(sizes[0])
         part[0, 0, place] = (part[0, 0, place] + 1) % 256
         return part
 
-    accept = _Writer.accept
+    accept = Proposer.accept
 
-    def accepted(self: _Writer, tokens: Tensor) -> None:
+    def accepted(self: Proposer, tokens: Tensor) -> None:
         nonlocal written
         written += size
         accept(self, tokens)
 
-    monkeypatch.setattr(_Writer, "propose", propose)
-    monkeypatch.setattr(_Writer, "accept", accepted)
+    monkeypatch.setattr(Proposer, "propose", propose)
+    monkeypatch.setattr(Proposer, "accept", accepted)
     monkeypatch.setattr(verification, "_commonest", lambda paths: paths[:, :1].transpose(1, 2))  # changes nothing
     found = gmsa.restore_checked(gmsa.compress(text, size), candidates=(1,))
     assert found.text == text

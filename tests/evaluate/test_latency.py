@@ -1,7 +1,7 @@
 """Latency rows: shape, tokens, the cost model. What was measured is never asserted."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import pytest
 
 from gmsa import GMSA
 from gmsa.cli.main import main
-from gmsa.decode import batch as generation
 from gmsa.errors import InputError
 from gmsa.evaluate import latency
 from gmsa.evaluate.cache import AnswerCache
@@ -81,14 +80,8 @@ def test_an_interrupted_timing_goes_on(gmsa: GMSA, tmp_path: Path, monkeypatch: 
 
 def test_exactly_so_many_tokens_are_generated(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
-    real = generation.write
-
-    def note(*args: Any) -> Iterator[list[list[int]]]:
-        for rows in real(*args):
-            yield rows
-        lengths.extend(map(len, rows))
-
-    monkeypatch.setattr(generation, "write", note)
+    run = gmsa.run
+    monkeypatch.setattr(gmsa, "run", lambda rows, size: run(rows, size) or lengths.extend(len(r.tokens) for r in rows))
     list(evaluate_latency(gmsa, [40], [4], [7], rounds=1))
     assert set(lengths) == {7}
 

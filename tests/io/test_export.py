@@ -89,7 +89,7 @@ def test_an_exported_decoder_has_all_that_a_server_needs(make: Make, tmp_path: P
     folder = tmp_path / "decoder"
     gmsa.export_decoder(folder)
     generation = GenerationConfig.from_pretrained(folder)
-    assert generation.eos_token_id == sorted(gmsa._ends())
+    assert generation.eos_token_id == sorted(gmsa.ends)
     assert generation.temperature in (None, 1.0)
     assert gmsa.model.decoder.generation_config.temperature == 0.3
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from tiny import FAMILIES, LAYERS, WIDTH, make_model, make_tokenizer, random_ids, windows_of
+from tiny import FAMILIES, LAYERS, WIDTH, ask, make_model, make_tokenizer, random_ids, windows_of, write
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -104,17 +104,17 @@ def test_a_batch_is_its_members_one_by_one(tiny_model: Build, family: str) -> No
     assert len(windows[0]) == 6  # the first context has three windows
     soft = model.compress(*windows, sizes)
     assert [len(s) for s in soft] == [6 + 6 + 2, 3, 1, 16]
-    out = model(*windows, sizes, before, after, targets)
+    out = ask(model, windows, sizes, before, after, targets)
     logits = out["logits"].split([len(t) for t in targets])
-    new = model.generate(soft, before, after, **EIGHT)
+    new = write(model, soft, before, after, **EIGHT)
     assert len({tuple(row) for row in new.tolist()}) == 4
     for i, context in enumerate(contexts):
         alone = windows_of([context], 16)
         own = model.compress(*alone, int(sizes[i]))
         torch.testing.assert_close(soft[i], own[0], rtol=1e-4, atol=1e-4)
-        single = model(*alone, sizes[i : i + 1], before[i : i + 1], after[i : i + 1], targets[i : i + 1])
+        single = ask(model, alone, sizes[i : i + 1], before[i : i + 1], after[i : i + 1], targets[i : i + 1])
         torch.testing.assert_close(logits[i], single["logits"], rtol=1e-3, atol=1e-3)
-        assert torch.equal(new[i], model.generate(own, before[i : i + 1], after[i : i + 1], **EIGHT)[0])
+        assert torch.equal(new[i], write(model, own, before[i : i + 1], after[i : i + 1], **EIGHT)[0])
 
 
 @family
@@ -130,7 +130,7 @@ def test_generate_reads_embedded_tokens_as_the_backbone_reads_tokens(tiny_model:
         ([empty] * 3, [row[:2] for row in rows], [row[2:] for row in rows]),
         ([embed(row[2:5]) for row in rows], [row[:2] for row in rows], [row[5:] for row in rows]),
     ):
-        assert torch.equal(model.generate(soft, before, after, **EIGHT), torch.stack(expected))
+        assert torch.equal(write(model, soft, before, after, **EIGHT), torch.stack(expected))
 
 
 @family
@@ -175,7 +175,7 @@ def test_every_trained_weight_of_a_family_gets_a_gradient(tiny_model: Build, fam
     model = tiny_model(family)
     model.set_trainable(["encoder", "lsa", "decoder-qkv"])
     before, after, targets = prompts()
-    model(*windows_of(random_ids(20, 5, 9, 16), 16), 2, before, after, targets)["loss"].backward()
+    ask(model, windows_of(random_ids(20, 5, 9, 16), 16), 2, before, after, targets)["loss"].backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert with_gradient == names_of_trained(dict(model.named_parameters()))
 
@@ -194,7 +194,7 @@ def test_an_encoder_of_another_family_width_and_tokenizer(trained_model: Build, 
     soft = model.compress(*windows_of(contexts, 16), 4)
     assert [s.shape for s in soft] == [(4 + 2, WIDTH), (1, WIDTH)]
     before, after, targets = prompts()
-    out = model(*windows_of(contexts, 16), 4, before[:2], after[:2], targets[:2])
+    out = ask(model, windows_of(contexts, 16), 4, before[:2], after[:2], targets[:2])
     out["loss"].backward()
     lowest = next(layers_of(model.compressor.encoder).parameters())
     assert lowest.grad is not None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from tiny import BEGIN, LAYERS, WIDTH, make_model, random_ids, windows_of
+from tiny import BEGIN, LAYERS, WIDTH, ask, make_model, random_ids, windows_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -184,7 +184,7 @@ def test_the_loss_is_the_decoders_cross_entropy_on_the_targets(tiny_model: Build
     model = tiny_model(family)
     contexts, sizes = random_ids(20, 7), torch.tensor([4, 2])
     before, after, targets = example()
-    out = model(*windows_of(contexts, 16), sizes, before, after, targets)
+    out = ask(model, windows_of(contexts, 16), sizes, before, after, targets)
     embed, losses, logits = model.get_input_embeddings(), [], []
     for i, soft in enumerate(model.compress(*windows_of(contexts, 16), sizes)):
         sequence = torch.cat([embed(before[i]), soft, embed(after[i]), embed(targets[i])])
@@ -203,7 +203,7 @@ def test_the_head_runs_on_target_positions_only(tiny_model: Build) -> None:
     model = tiny_model()
     shapes: list[torch.Size] = []
     model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))  # type: ignore[union-attr]
-    model(*windows_of(random_ids(20, 7), 16), 4, *example())
+    ask(model, windows_of(random_ids(20, 7), 16), 4, *example())
     assert shapes == [(5 + 2, WIDTH)]
 
 
@@ -213,7 +213,7 @@ def test_a_few_steps_lower_the_loss(tiny_model: Build) -> None:
     windows, (before, after, targets) = windows_of(random_ids(20, 7), 16), example()
     losses = []
     for _ in range(15):
-        loss = model(*windows, 4, before, after, targets)["loss"]
+        loss = ask(model, windows, 4, before, after, targets)["loss"]
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -230,7 +230,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Build) -> None:
             model.gradient_checkpointing_enable()
             assert all(layer.gradient_checkpointing for layer in layers_of(model.compressor.encoder))
         model.train()
-        model(*windows_of(random_ids(20, 7), 16), 4, *example())["loss"].backward()
+        ask(model, windows_of(random_ids(20, 7), 16), 4, *example())["loss"].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     plain, checkpointed = gradients
     assert plain.keys() == checkpointed.keys()
@@ -266,7 +266,7 @@ def test_groups(tiny_model: Build, groups: list[str], starts: tuple[str, ...], c
     assert all(name.startswith(starts) for name in names)
     assert model.config.trained == sorted(groups)
     before, after, targets = example()
-    model(*windows_of(random_ids(20, 7), 16), 4, before, after, targets)["loss"].backward()
+    ask(model, windows_of(random_ids(20, 7), 16), 4, before, after, targets)["loss"].backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == names
 
 
@@ -340,14 +340,14 @@ def test_training_the_whole_decoder_leaves_memories_valid(tiny_model: Build, fam
     soft = model.compress(*windows, 4)
     optimizer = torch.optim.SGD(model.set_trainable(["decoder"]), lr=0.1)
     old = model.get_input_embeddings().weight.clone()
-    model(*windows, 4, *prompt)["loss"].backward()
+    ask(model, windows, 4, *prompt)["loss"].backward()
     optimizer.step()
     assert not torch.equal(model.get_input_embeddings().weight, old)
     assert all(torch.equal(a, b) for a, b in zip(soft, model.compress(*windows, 4), strict=True))
     model.save_pretrained(tmp_path)
     reloaded = GmsaModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(soft, reloaded.compress(*windows, 4), strict=True))
-    assert torch.equal(model(*windows, 4, *prompt)["logits"], reloaded(*windows, 4, *prompt)["logits"])
+    assert torch.equal(ask(model, windows, 4, *prompt)["logits"], ask(reloaded, windows, 4, *prompt)["logits"])
 
 
 def test_embeddings_are_shared_while_they_are_frozen(tiny_model: Build) -> None:
@@ -419,8 +419,8 @@ def test_bf16(tiny_backbone: Callable[..., Backbone], merging: str) -> None:
     windows, prompt = windows_of(random_ids(20, 7), 16), example()
     soft = model.compress(*windows, 4)
     assert all(s.dtype == torch.bfloat16 for s in soft)
-    coarse = model(*windows, 4, *prompt)["loss"]
-    torch.testing.assert_close(coarse, model.float()(*windows, 4, *prompt)["loss"], rtol=0.1, atol=0.1)
+    coarse = ask(model, windows, 4, *prompt)["loss"]
+    torch.testing.assert_close(coarse, ask(model.float(), windows, 4, *prompt)["loss"], rtol=0.1, atol=0.1)
 
 
 def test_merging_uses_the_states_of_the_right_rows(tiny_model: Build) -> None:

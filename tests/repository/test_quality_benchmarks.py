@@ -161,21 +161,20 @@ def test_the_loss_of_answers_is_that_of_training(
     benchmark_of: Callable[[str], ModuleType], make_gmsa: Callable[[int | None], GMSA], data: dict[str, str]
 ) -> None:
     from gmsa.io.rows import read_rows
-    from gmsa.train.examples import Example, collate
+    from gmsa.train.examples import Document, Example, arguments, collate
 
     gmsa, rows = make_gmsa(16), list(read_rows(data["questions"]))[:3]
     found = benchmark_of("measuring").answer_loss(gmsa, rows, 4, batch_size=2)
     examples = [
         Example(
-            [gmsa.tokenizer(row["input"], add_special_tokens=False)["input_ids"]],
-            gmsa.template(row["prompt"]),
+            gmsa.template(row["prompt"]).around(Document(gmsa.template.encode(row["input"]))),
             [*gmsa.template.encode(row["answer"][0]), gmsa.template.end_id],
             4,
         )
         for row in rows
     ]
     with torch.no_grad():
-        loss = gmsa.model(**vars(collate(examples, 16)))["loss"]
+        loss = gmsa.model(**arguments(collate(examples, 16)))["loss"]
     assert [count for _, count in found] == [len(example.target) for example in examples]
     assert sum(nats for nats, _ in found) / sum(count for _, count in found) == pytest.approx(float(loss), rel=1e-4)
 

@@ -104,7 +104,7 @@ def test_an_answer_is_the_engines_own(client: openai.OpenAI, url: str, gmsa: GMS
     stored = remembered(url, merge_size=2)
     memory = Memory(gmsa.compress(TEXT, 2).soft_tokens.bfloat16().float(), 2, len(TEXT), gmsa.fingerprint)
     said = client.chat.completions.create(model="gmsa", messages=about(stored, QUESTIONS[1]), max_tokens=NEW)
-    assert said.choices[0].message.content.strip() == gmsa.answer(QUESTIONS[1], memory, max_new_tokens=NEW)
+    assert said.choices[0].message.content == gmsa.answer(QUESTIONS[1], memory, max_new_tokens=NEW)
     assert said.choices[0].finish_reason == "length"
     assert said.usage.completion_tokens == NEW
     prompt = gmsa.template(QUESTIONS[1])
@@ -119,7 +119,7 @@ def test_text_is_read_in_full_where_it_is_not_to_be_compressed(client: openai.Op
         model="gmsa", messages=about(TEXT, "Who?"), max_tokens=NEW, extra_body={"auto_compress": 0}
     )
     ids = torch.tensor(gmsa.template.encode(TEXT))
-    assert said.choices[0].message.content.strip() == gmsa.read(["Who?"], [ids], max_new_tokens=NEW)[0]
+    assert said.choices[0].message.content == gmsa.read(["Who?"], [[ids]], max_new_tokens=NEW)[0]
     assert said.usage.prompt_tokens_details.soft_tokens == 0
 
 
@@ -164,7 +164,10 @@ def test_a_chat_of_several_turns_keeps_memories_where_they_stood(client: openai.
         "\nAnd here?<|im_end|>\n<|im_start|>assistant\n",
     ]  # fmt: skip
     embed = gmsa.model.get_input_embeddings()
-    rows = [embed(torch.tensor(gmsa.template.encode(p))) if isinstance(p, str) else p for p in pieces]
+    rows = [
+        embed(torch.tensor(gmsa.tokenizer(p, add_special_tokens=False)["input_ids"])) if isinstance(p, str) else p
+        for p in pieces
+    ]
     out = gmsa.model.decoder.generate(
         inputs_embeds=torch.cat(rows)[None], max_new_tokens=NEW, do_sample=False, pad_token_id=256,
         eos_token_id=[gmsa.template.end_id],
@@ -319,7 +322,7 @@ def test_restoring_is_the_engines_own(url: str, gmsa: GMSA) -> None:
     expected = gmsa.restore(Memory(soft, 2, len(text), gmsa.fingerprint))
     restored = http.post(f"{url}/v1/memories/{memory['id']}/restore", json={}, timeout=60).json()
     whole = restored["text"]
-    assert whole.strip() == expected
+    assert whole == expected
     with http.stream("POST", f"{url}/v1/memories/{memory['id']}/restore", json={"stream": True}, timeout=60) as stream:
         data = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
     assert data[-1] == "[DONE]"
@@ -442,7 +445,7 @@ def test_soft_tokens_in_requests_are_checked(
     assert error_of(ask(url, good))["code"] == "not_enabled"
     with running(make_service(accept_soft_tokens=True)) as address:
         said = ask(address, good).json()["choices"][0]["message"]["content"]
-        assert said.strip() == gmsa.answer("Who?", memory, max_new_tokens=NEW)
+        assert said == gmsa.answer("Who?", memory, max_new_tokens=NEW)
         for raw in (*bad, "no base64!"):
             answer = ask(address, raw)
             assert answer.status_code == 400, raw[:20]
@@ -591,20 +594,20 @@ def test_a_client_that_leaves_frees_its_place(service: Service, url: str) -> Non
     assert service.open == 1
     gone.close()
     eventually(lambda: service.open == 0)
-    eventually(lambda: len(service.scheduler._batch) == 0)
+    eventually(lambda: len(service.scheduler.loop) == 0)
     before = left._value.get()
 
     async def impatient() -> None:  # a whole answer, not a stream
         async with httpx.AsyncClient() as client:
             body = {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 450}
             request = asyncio.ensure_future(client.post(f"{url}/v1/chat/completions", json=body))
-            while not len(service.scheduler._batch):
+            while not len(service.scheduler.loop):
                 await asyncio.sleep(0.005)
             request.cancel()
 
     asyncio.run(impatient())
     eventually(lambda: service.open == 0)
-    eventually(lambda: len(service.scheduler._batch) == 0)
+    eventually(lambda: len(service.scheduler.loop) == 0)
     eventually(lambda: left._value.get() == before + 1)
 
 
@@ -614,7 +617,7 @@ def test_openais_client_can_cancel(client: openai.OpenAI, service: Service) -> N
     next(iter(stream))
     stream.close()
     eventually(lambda: service.open == 0)
-    eventually(lambda: len(service.scheduler._batch) == 0)
+    eventually(lambda: len(service.scheduler.loop) == 0)
 
 
 def test_slow_readers_do_not_hold_up_others(client: openai.OpenAI, url: str, service: Service) -> None:

@@ -21,11 +21,11 @@ from server import eventually, running
 
 from gmsa import GMSA
 from gmsa.cli.main import main
+from gmsa.decode.sampler import Sampling
 from gmsa.errors import MemoryMismatchError, RemoteDecoderError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.serve import workers
-from gmsa.serve.generation import Sampling
 from gmsa.serve.metrics import Metrics
 from gmsa.serve.service import Service
 from gmsa.serve.settings import Settings
@@ -187,7 +187,7 @@ def test_what_is_asked_of_a_worker(gmsa: GMSA, fakes: list[FakeVllm], front: Cal
     body = fakes[0].answered[0]
     expected = {
         "model": f"gmsa-{gmsa.fingerprint}", "max_tokens": 9, "temperature": 1.5, "top_p": 0.9,
-        "presence_penalty": 0.5, "frequency_penalty": -0.5, "stop_token_ids": sorted(gmsa._ends()), "stream": True,
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "stop_token_ids": sorted(gmsa.ends), "stream": True,
     }  # fmt: skip
     assert expected.items() <= body.items()
     assert sorted(body["seed"] for body in fakes[0].answered[:2]) == [7, 8]
@@ -197,9 +197,9 @@ def test_what_is_asked_of_a_worker(gmsa: GMSA, fakes: list[FakeVllm], front: Cal
     ("sampling", "fields"),
     [
         (Sampling(), {"temperature": 0}),
-        (Sampling(1e-9, 0.5, 3), {"temperature": 0}),  # as here: too cold to draw
-        (Sampling(0.7), {"temperature": 0.7, "top_p": 1.0}),
-        (Sampling(0.7, 0.2, 0), {"temperature": 0.7, "top_p": 0.2, "seed": 0}),
+        (Sampling(True, 1e-9, top_p=0.5, seed=3), {"temperature": 0}),  # as here: too cold to draw
+        (Sampling(True, 0.7), {"temperature": 0.7, "top_p": 1.0}),
+        (Sampling(True, 0.7, top_p=0.2, seed=0), {"temperature": 0.7, "top_p": 0.2, "seed": 0}),
         (Sampling(presence_penalty=1), {"temperature": 0, "presence_penalty": 1}),
     ],
 )

@@ -23,8 +23,9 @@ from gmsa.config import GmsaConfig
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
 from gmsa.train import batches as batches_module
-from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches, lookups
+from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.train.examples import Batch, Example
+from gmsa.train.objectives import quotes
 from gmsa.train.recipe import Recipe
 from gmsa.train.rows import Conversations, RowIndex, index_rows
 from gmsa.train.schedule import RateSchedule
@@ -83,9 +84,12 @@ def batches_of(
 
 def contexts(batch: Batch) -> list[list[int]]:
     """What the encoder sees of each row, its windows joined."""
+    assert batch.window_ids is not None
+    owners = [row for row, texts in enumerate(batch.prompts) for _ in texts[1:]]  # of each memory
     rows: list[list[int]] = [[] for _ in batch.targets]
-    for ids, mask, row in zip(batch.window_ids, batch.window_mask.bool(), batch.window_rows.tolist(), strict=True):
-        rows[row] += ids[mask].tolist()
+    windows = zip(batch.window_ids, batch.window_mask.bool(), batch.window_memories.tolist(), strict=True)
+    for ids, mask, memory in windows:
+        rows[owners[memory]] += ids[mask].tolist()
     return rows
 
 
@@ -99,9 +103,9 @@ def examples_of(batches: TrainingBatches) -> list[Example]:
 
 def as_lists(numbered: NumberedBatch) -> dict[str, Any]:
     def plain(value: Any) -> Any:
-        if value is None:
-            return None
-        return [t.tolist() for t in value] if isinstance(value, list) else value.tolist()
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return value if value is None else value.tolist()
 
     tensors = {name: plain(value) for name, value in vars(numbered.batch).items()}
     return {**tensors, "number": numbered.number, "truncated": numbered.truncated}
@@ -289,8 +293,8 @@ def test_the_target_is_what_the_encoder_saw_and_the_end_token() -> None:
     for numbered in all_of(batches_of(texts())):
         batch = numbered.batch
         assert [t.tolist() for t in batch.targets] == [[*seen, TURN_END] for seen in contexts(batch)]
-        assert all("Restate the aforementioned Text." in TOKENIZER.decode(after) for after in batch.after)
-        assert batch.texts is None
+        assert all("Restate the aforementioned Text." in TOKENIZER.decode(texts[-1]) for texts in batch.prompts)
+        assert batch.teacher is None
         assert numbered.truncated == 0
 
 
@@ -351,7 +355,7 @@ def test_a_continuation_follows_its_context_in_the_text(characters: int, length:
     context, target = TOKENIZER.decode(example.contexts[0]), TOKENIZER.decode(example.target)
     assert context + target in text
     assert len(target) == len(context) == min(length, characters // 2)
-    assert "Go on." in TOKENIZER.decode(example.prompt.after)
+    assert "Go on." in TOKENIZER.decode(example.prompt[-1])
     assert TURN_END not in example.target  # the text goes on
 
 
@@ -369,7 +373,7 @@ def test_a_share_of_the_texts_is_continued(share: float) -> None:
     assert len(found) > 900
     assert abs(sum(found) / len(found) - share) < 0.06
     for example, continued in zip(examples_of(batches), found, strict=True):
-        after = TOKENIZER.decode(example.prompt.after)
+        after = TOKENIZER.decode(example.prompt[-1])
         assert ("Continue the text." in after) == continued
         assert ("Restate" in after) != continued
 
@@ -405,7 +409,7 @@ def test_a_lookup_asks_what_follows_words_of_the_text() -> None:
     for example in examples_of(batches_of(source, steps=30, lookup=LOOKUP)):
         (context,) = example.contexts
         crop = TOKENIZER.decode(context)
-        said = TOKENIZER.decode([*example.prompt.after, *example.target])
+        said = TOKENIZER.decode([*example.prompt[-1], *example.target])
         turns = re.findall(r"After (.+?)\?<\|im_end\|>\n<\|im_start\|>assistant\n(.+?)<\|im_end\|>", said)
         assert 1 <= len(turns) <= 6
         for quoted, following in turns:
@@ -416,16 +420,16 @@ def test_a_lookup_asks_what_follows_words_of_the_text() -> None:
 
 
 def test_a_quote_that_occurs_twice_is_not_asked_about() -> None:
-    found = lookups("a b c a b d", "{words}", 500, random.Random(0))
-    quotes = {prompt for prompt, _ in found}
-    assert "a b" not in quotes
-    assert {"b c", "c a", "a b c"} <= quotes
-    assert len(found) == len(quotes)  # nor twice about the same
+    found = quotes("a b c a b d", "{words}", 500, random.Random(0))
+    asked = {prompt for prompt, _ in found}
+    assert "a b" not in asked
+    assert {"b c", "c a", "a b c"} <= asked
+    assert len(found) == len(asked)  # nor twice about the same
 
 
 @pytest.mark.parametrize("text", ["", "one", "one two", "same same same same"])
 def test_texts_with_nothing_to_look_up(text: str) -> None:
-    assert lookups(text, "{words}", 20, random.Random(0)) == []
+    assert quotes(text, "{words}", 20, random.Random(0)) == []
 
 
 def test_such_texts_are_restored() -> None:
@@ -440,7 +444,7 @@ def test_texts_are_looked_up_in_continued_or_restored_by_their_shares() -> None:
             source, steps=300, lookup={**LOOKUP, "share": 0.3}, continuation={"share": 0.5, "instruction": "On."}
         )
     )
-    kinds = Counter(next(k for k in ("After", "On.", "Restate") if k in TOKENIZER.decode(e.prompt.after)) for e in made)
+    kinds = Counter(next(k for k in ("After", "On.", "Restate") if k in TOKENIZER.decode(e.prompt[-1])) for e in made)
     assert len(made) >= 300
     for kind, share in {"After": 0.3, "On.": 0.5, "Restate": 0.2}.items():
         assert abs(kinds[kind] / len(made) - share) < 0.08
@@ -454,7 +458,7 @@ def test_a_question_becomes_prompt_and_first_answer(extra: dict[str, Any]) -> No
     row = {"input": "context", "prompt": "Who?", "answer": ["Ada", "Lovelace"], **extra}
     batch = batches_of(questions([row]))[0].batch
     assert TOKENIZER.decode(contexts(batch)[0]) == "context"
-    assert TOKENIZER.decode(batch.after[0]) == "\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert TOKENIZER.decode(batch.prompts[0][-1]) == "\nWho?<|im_end|>\n<|im_start|>assistant\n"
     assert TOKENIZER.decode(batch.targets[0]) == "Ada<|im_end|>"
 
 
@@ -479,9 +483,7 @@ def test_questions_about_one_context_become_one_conversation() -> None:
         for example in batches.examples(number % len(batches)):
             if example.learned is None:
                 continue
-            text = TOKENIZER.decode(
-                [*example.prompt.before, *example.contexts[0], *example.prompt.after, *example.target]
-            )
+            text = TOKENIZER.decode([*example.prompt[0], *example.contexts[0], *example.prompt[-1], *example.target])
             assert text in said
             found.add(text)
             learned = [token for token, counts in zip(example.target, example.learned, strict=True) if counts]
@@ -519,7 +521,7 @@ def test_several_documents_are_contexts_of_their_own_in_order() -> None:
     (example,) = batches.examples(0)
     assert [TOKENIZER.decode(context) for context in example.contexts] == row["input"]
     assert batches[0].batch.window_mask.sum(dim=1).tolist() == [5, 10, 5]
-    assert batches[0].batch.window_rows.tolist() == [0, 0, 0]
+    assert batches[0].batch.window_memories.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -557,7 +559,7 @@ def test_prompts_and_answers_are_in_the_decoders_tokens() -> None:
     (example,) = batches_of(questions([row]), encoder_tokenizer=other).examples(0)
     assert other.decode(example.contexts[0]) == "context"
     assert TOKENIZER.decode(example.target) == "Ada<|im_end|>"
-    assert "Who?" in TOKENIZER.decode(example.prompt.after)
+    assert "Who?" in TOKENIZER.decode(example.prompt[-1])
 
 
 # -- other rows' documents ---------------------------------------------------------------------------------------------
@@ -572,7 +574,7 @@ def test_distractors_stand_among_a_questions_own_documents() -> None:
     examples = examples_of(batches_of(questions(LETTERS), steps=120, distractors=3, max_context=1000))
     counts, places = Counter(), Counter()
     for example in examples:
-        asked = TOKENIZER.decode(example.prompt.after)[1]  # after a line break
+        asked = TOKENIZER.decode(example.prompt[-1])[1]  # after a line break
         found = letters_of(example)
         assert found.count(known[asked]) == 1  # its own, and once
         assert all(document == known[document[0]] for document in found)  # others are whole too, where there is room
@@ -592,7 +594,7 @@ def test_distractors_take_only_the_room_that_is_left(room: int) -> None:
     filled = 0
     for example in examples_of(batches_of(questions(LETTERS), steps=60, distractors=5, max_context=room)):
         found = letters_of(example)
-        asked = TOKENIZER.decode(example.prompt.after)[1]
+        asked = TOKENIZER.decode(example.prompt[-1])[1]
         assert sum(map(len, found)) <= room
         assert known[asked] in found  # never cut for others' sake
         assert not example.truncated
@@ -606,7 +608,7 @@ def test_own_documents_keep_their_order_among_distractors() -> None:
     apart = 0
     for example in examples_of(batches_of(questions([own, *LETTERS]), steps=60, distractors=4, max_context=1000)):
         found = letters_of(example)
-        if TOKENIZER.decode(example.prompt.after).startswith("\n?"):
+        if TOKENIZER.decode(example.prompt[-1]).startswith("\n?"):
             assert [document for document in found if document[0] in "123"] == own["input"]
             apart += found.index(own["input"][2]) - found.index(own["input"][0]) > 2
         else:  # of another row's documents only the first is taken
@@ -626,7 +628,7 @@ def test_a_cut_context_is_cut_as_without_distractors() -> None:
 def test_a_row_is_not_its_own_distractor(rows: list[dict[str, Any]]) -> None:
     most = Counter()
     for example in examples_of(batches_of(questions(rows), steps=20, distractors=3, max_context=1000)):
-        asked = TOKENIZER.decode(example.prompt.after)[1]
+        asked = TOKENIZER.decode(example.prompt[-1])[1]
         assert Counter(document[0] for document in letters_of(example))[asked] == 1
         most[len(example.contexts)] += 1
     assert max(most) == (1 if len(rows) == 1 else 4)
@@ -650,10 +652,12 @@ def test_the_decoder_can_read_what_the_encoder_read(fields: dict[str, Any], reve
     joined = 0
     for number in range(len(batches)):
         batch, examples = batches[number].batch, batches.examples(number)
-        assert batch.texts is not None
-        for text, example in zip(batch.texts, examples, strict=True):
+        assert batch.teacher is not None
+        for (text,), example in zip(batch.teacher, examples, strict=True):
             assert text.dtype == torch.long
-            assert TOKENIZER.decode(text) == "\n\n".join(map(tokenizer.decode, example.contexts))
+            read = "\n\n".join(map(tokenizer.decode, example.contexts))
+            before, after = (TOKENIZER.decode(example.prompt[place]) for place in (0, -1))
+            assert TOKENIZER.decode(text) == before + read + after
             joined += len(example.contexts) > 1
     assert joined > 20
 
@@ -664,7 +668,7 @@ def test_the_decoder_can_read_what_the_encoder_read(fields: dict[str, Any], reve
 def test_sources_are_drawn_by_weight() -> None:
     def share(weights: Sequence[float]) -> float:
         batches = batches_of((texts(), weights[0]), (questions(), weights[1]), steps=200)
-        prompts = [TOKENIZER.decode(batches.examples(number)[0].prompt.after) for number in range(200)]
+        prompts = [TOKENIZER.decode(batches.examples(number)[0].prompt[-1]) for number in range(200)]
         return sum("Restate" in prompt for prompt in prompts) / 200
 
     assert share([1, 0]) == 1.0
@@ -676,7 +680,7 @@ def test_each_source_goes_through_its_rows_whatever_the_others_do() -> None:
     letters = questions(LETTERS)
     batches = batches_of((texts(), 2.0), (letters, 1.0), steps=100)
     asked = [
-        TOKENIZER.decode(e.prompt.after)[1]
+        TOKENIZER.decode(e.prompt[-1])[1]
         for number, (source, _) in enumerate(batches.places)
         if source == 1
         for e in batches.examples(number)

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gmsa.decode.prompt import Prompt
+from gmsa.decode.prompt import Frame
 from gmsa.errors import InputError
 from gmsa.io.rows import BadLine, check_row, documents_of, find_files, parse_row, read_lines, read_rows
 from gmsa.model.windows import make_windows, split_windows
-from gmsa.train.examples import Example, collate
+from gmsa.train.examples import Document, Example, collate
 
 TEXT = {"text": "A text."}
 QUESTION = {"input": "A context.", "prompt": "What?", "answer": "That."}
@@ -261,34 +262,56 @@ def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
 
 
+def example(contexts: list[list[int]], before: Tensor, after: Tensor, *rest: Any) -> Example:
+    return Example(Frame(before, after).around(*map(Document, contexts)), *rest)
+
+
+def lists(prompts: list[list[Tensor]]) -> list[list[list[int]]]:
+    return [[text.tolist() for text in texts] for texts in prompts]
+
+
 def test_collate_keeps_every_row_as_it_is() -> None:
-    first = Example([[1, 2, 3], [4]], Prompt(ints(10), ints(11, 12)), [20, 21], 3)
-    second = Example([[5, 6]], Prompt(ints(), ints(13)), [], 1)
+    first = example([[1, 2, 3], [4]], ints(10), ints(11, 12), [20, 21], 3)
+    second = example([[5, 6]], ints(), ints(13), [], 1)
     batch = collate([first, second], window_size=2)
     assert batch.window_ids.tolist() == [[1, 2], [3, 0], [4, 0], [5, 6]]
-    assert batch.window_rows.tolist() == [0, 0, 0, 1]
-    assert batch.merge_size.tolist() == [3, 1]
-    assert [t.tolist() for t in batch.before] == [[10], []]
-    assert [t.tolist() for t in batch.after] == [[11, 12], [13]]
+    assert batch.window_memories.tolist() == [0, 0, 1, 2]
+    assert batch.merge_size.tolist() == [3, 3, 1]  # of each memory
+    assert lists(batch.prompts) == [[[10], [], [11, 12]], [[], [13]]]
     assert [t.tolist() for t in batch.targets] == [[20, 21], []]
-    assert all(t.dtype == torch.long for t in [*batch.before, *batch.after, *batch.targets])
-    assert batch.texts is None
+    assert all(t.dtype == torch.long for t in [*chain(*batch.prompts), *batch.targets])
+    assert batch.teacher is None
+
+
+def test_collate_takes_texts_between_memories() -> None:
+    mixed = Example([ints(1), Document([5]), ints(2), ints(3), Document([6]), ints(4)], [9], 2)
+    batch = collate([mixed, Example([ints(7)], [8], 2)], None)
+    assert lists(batch.prompts) == [[[1], [2, 3], [4]], [[7]]]
+    assert batch.window_memories.tolist() == [0, 1]
+    assert collate([Example([ints(7)], [8], 2)], None).window_ids is None
 
 
 def test_collate_takes_several_merge_sizes_and_texts() -> None:
-    prompt = Prompt(ints(10), ints(11))
-    batch = collate([Example([[1]], prompt, [20], (1, 4), [7, 8]), Example([[2]], prompt, [21], (2, 4), [9])], None)
+    frame = ints(10), ints(11)
+    rows = [example([[1]], *frame, [20], (1, 4), ints(7, 8)), example([[2]], *frame, [21], (2, 4), ints(9))]
+    batch = collate(rows, None)
     assert batch.merge_size.tolist() == [[1, 4], [2, 4]]
-    assert batch.texts is not None
-    assert [t.tolist() for t in batch.texts] == [[7, 8], [9]]
+    assert batch.teacher is not None
+    assert lists(batch.teacher) == [[[7, 8]], [[9]]]
 
 
 @pytest.mark.parametrize("text", [None, [6, 7]])
 @pytest.mark.parametrize("learned", [None, [False, True]])
 def test_a_batch_moves_as_a_whole(text: list[int] | None, learned: list[bool] | None) -> None:
-    batch = collate([Example([[1, 2]], Prompt(ints(3), ints(4)), [5, 6], 2, text, False, learned)], None).to("meta")
-    assert (batch.texts is None) == (text is None)
+    teacher = None if text is None else ints(*text)
+    made = example([[1, 2]], ints(3), ints(4), [5, 6], 2, teacher, False, learned)
+    batch = collate([made], None).to("meta")
+    assert (batch.teacher is None) == (text is None)
     assert (batch.learned is None) == (learned is None)
-    for name, value in vars(batch).items():
-        if value is not None or name not in ("texts", "learned"):
-            assert all(t.device.type == "meta" for t in (value if isinstance(value, list) else [value]))
+
+    def devices(value: Any) -> set[str]:
+        if isinstance(value, list):
+            return set().union(*map(devices, value))
+        return set() if value is None else {value.device.type}
+
+    assert devices(list(vars(batch).values())) == {"meta"}

@@ -67,12 +67,17 @@ def arguments(model: GmsaModel, merge_size: Any) -> dict[str, Any]:
     return {
         "window_ids": ids,
         "window_mask": mask,
-        "window_rows": owners,
+        "window_memories": owners,
         "merge_size": merge_size,
-        "before": random_ids(3, 3, 3, seed=1),
-        "after": random_ids(5, 4, 6, seed=2),
+        "prompts": [list(pair) for pair in zip(random_ids(3, 3, 3, seed=1), random_ids(5, 4, 6, seed=2), strict=True)],
         "targets": random_ids(*COUNTS, seed=3),
     }
+
+
+def as_text(given: dict[str, Any], texts: list[torch.Tensor]) -> dict[str, Any]:
+    """The same rows, whose contexts the decoder reads as text."""
+    prompts = [[torch.cat([b, text, a])] for text, (b, a) in zip(texts, given["prompts"], strict=True)]
+    return {"prompts": prompts, "targets": given["targets"]}
 
 
 # -- several rates of one pass -----------------------------------------------------------------------------------------
@@ -114,9 +119,9 @@ def test_reading_text_is_the_decoder_alone(tiny_model: Callable[..., GmsaModel])
     model = tiny_model()
     given = arguments(model, 4)
     texts = random_ids(20, 7, 33)
-    out = model(**given, texts=texts)
+    out = model(**as_text(given, texts))
     expected = []
-    for text, before, after, target in zip(texts, given["before"], given["after"], given["targets"], strict=True):
+    for text, (before, after), target in zip(texts, given["prompts"], given["targets"], strict=True):
         ids = torch.cat([before, text, after, target])[None]
         logits = model.decoder(input_ids=ids).logits[0]
         expected.append(logits[-len(target) - 1 : -1])
@@ -158,17 +163,18 @@ def test_a_conversation_is_its_questions_one_after_the_other(tiny_model: Callabl
     """The loss of a conversation is that of each answer after everything said before it."""
     model = tiny_model()
     given = arguments(model, 4)
-    given = {name: value[:1] if name in ("before", "after") else value for name, value in given.items()}
+    before, after = given["prompts"][0]
+    given["prompts"] = [[before, after]]
     first = model.config.window_size
     given |= {"window_ids": given["window_ids"][:1], "window_mask": given["window_mask"][:1]}
-    given |= {"window_rows": given["window_rows"][:1]}
+    given |= {"window_memories": given["window_memories"][:1]}
     assert first is not None
     told, asked, answer = random_ids(4, 3, 5, seed=7)
     learned = torch.tensor([True] * 4 + [False] * 3 + [True] * 5)
     both = model(**{**given, "targets": [torch.cat([told, asked, answer])]}, learned=[learned])
     one = model(**{**given, "targets": [told]})
-    after = [torch.cat([given["after"][0], told, asked])]
-    other = model(**{**given, "after": after, "targets": [answer]})
+    later = [[before, torch.cat([after, told, asked])]]
+    other = model(**{**given, "prompts": later, "targets": [answer]})
     expected = (4 * one["loss"] + 5 * other["loss"]) / 9
     assert both["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -185,7 +191,7 @@ def test_conversations_can_be_trained(recipe: Callable[..., Recipe], tmp_path: P
 def test_distillation_mixes_in_the_distance_to_the_text(tiny_model: Callable[..., GmsaModel]) -> None:
     model = tiny_model()
     given = arguments(model, torch.tensor([2, 2, 4]))
-    student, teacher = model(**given), model(**given, texts=random_ids(20, 7, 33))
+    student, teacher = model(**given), model(**as_text(given, random_ids(20, 7, 33)))
     found = distilled(student["loss"], student["logits"], teacher["logits"], COUNTS, 1, 0.3, 2.0)
     p = (teacher["logits"] / 2).softmax(-1)
     distance = (p * (p.log() - (student["logits"] / 2).log_softmax(-1))).sum(-1).mean()
@@ -195,7 +201,7 @@ def test_distillation_mixes_in_the_distance_to_the_text(tiny_model: Callable[...
 def test_distillation_at_several_rates_repeats_the_teacher(tiny_model: Callable[..., GmsaModel]) -> None:
     model = tiny_model()
     sizes = torch.tensor([[1, 4], [2, 3], [4, 8]])
-    teacher = model(**arguments(model, 1), texts=random_ids(20, 7, 33))["logits"]
+    teacher = model(**as_text(arguments(model, 1), random_ids(20, 7, 33)))["logits"]
     together = model(**arguments(model, sizes))
     found = distilled(together["loss"], together["logits"], teacher, COUNTS, 2, 1.0, 1.0)
     apart = []
@@ -216,9 +222,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_model: Callable
 def test_no_gradient_reaches_the_teacher(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = GmsaModel.forward, []
 
-    def forward(self: GmsaModel, *args: Any, texts: Any = None, **kwargs: Any) -> dict[str, torch.Tensor]:
-        out = real(self, *args, texts=texts, **kwargs)
-        seen.append((texts is not None, out["logits"].requires_grad))
+    def forward(self: GmsaModel, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        out = real(self, *args, **kwargs)
+        seen.append((kwargs.get("window_ids") is None, out["logits"].requires_grad))
         return out
 
     monkeypatch.setattr(GmsaModel, "forward", forward)
@@ -258,7 +264,7 @@ def test_frozen_lora_drops_nothing_out(tiny_model: Callable[..., GmsaModel]) -> 
     model.set_trainable(["lsa", "decoder-lora"])
     model.train()
     assert not torch.equal(model(**given)["logits"], model(**given)["logits"])
-    soft = [model.compress(*(given[k] for k in ("window_ids", "window_mask", "window_rows")), 2) for _ in range(2)]
+    soft = [model.compress(*(given[k] for k in ("window_ids", "window_mask", "window_memories")), 2) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*soft, strict=True))  # the encoder's is still frozen
 
 

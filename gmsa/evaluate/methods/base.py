@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from gmsa.api import GMSA, Content
+from gmsa.api import GMSA, Contents
 from gmsa.config import GmsaConfig
 from gmsa.errors import GmsaError, InputError
 from gmsa.io.backbones import fingerprint_of
@@ -53,7 +53,7 @@ class Reading:
         cut: how many tokens beyond the budget the method gave, which were dropped from the end.
     """
 
-    content: "Content | KeptCache"
+    content: "Contents | torch.Tensor | KeptCache"
     cut: int = 0
 
     def __len__(self) -> int:
@@ -166,9 +166,12 @@ class Method(ABC):
         Raises:
             ContextTooLongError: the decoder cannot read that much.
         """
-        contents: list[Any] = [reading.content for reading in readings]
+        contents: list[Any] = [
+            [reading.content] if isinstance(reading.content, torch.Tensor) else reading.content for reading in readings
+        ]
         prompts = [question.prompt for question in questions]
-        return self.reader.read(prompts, contents, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        answers = self.reader.read(prompts, contents, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return [answer.strip() for answer in answers]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -22,11 +22,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from gmsa.api import GMSA
-from gmsa.decode.prompt import Prompt
+from gmsa.decode.batch import CachedStates
+from gmsa.decode.loop import Row
+from gmsa.decode.prompt import Frame
 from gmsa.errors import ContextTooLongError
 from gmsa.evaluate.methods.base import Method, MethodUnavailable, Models, Question, Reading
 from gmsa.model.backbone import body_of, cache_argument
-from gmsa.model.padding import positions
 
 ROWS = 8  # prompts read in full at once
 OBSERVED = "gmsa_observed_sdpa"
@@ -95,7 +96,7 @@ class KeptCacheMethod(Method):
             readings += [Reading(kept) for kept in self._keep(contexts, prompts, merge_size)]
         return readings
 
-    def _keep(self, contexts: list[list[int]], prompts: list[Prompt], merge_size: int) -> list[KeptCache]:
+    def _keep(self, contexts: list[list[int]], prompts: list[Frame], merge_size: int) -> list[KeptCache]:
         model = self.reader.model
         rows = [
             torch.cat([prompt.before, torch.tensor(ids, dtype=torch.long), prompt.after])
@@ -179,54 +180,19 @@ def check_fits(reader: GMSA, tokens: int) -> None:
         raise ContextTooLongError(f"a prompt of {tokens} tokens exceeds the decoder's {limit}")
 
 
-@torch.no_grad()
 def generate(reader: GMSA, kept: Sequence[KeptCache], prompts: Sequence[Tensor], max_new_tokens: int) -> list[str]:
     """Greedy answers to prompts (T_i,) that stand after what is left of their caches.
 
     Raises:
         ContextTooLongError: more positions than the decoder has.
     """
-    model, device = reader.model, reader.model.device
+    rows = []
     for row, prompt in zip(kept, prompts, strict=True):
         check_fits(reader, row.position + len(prompt) + max_new_tokens)
-    cache = DynamicCache()
-    longest = max(row.layers[0][0].shape[1] for row in kept)
-    for layer in range(len(kept[0].layers)):
-        pairs = [row.layers[layer] for row in kept]
-        keys, values = (
-            torch.stack([F.pad(pair[side], (0, 0, longest - pair[side].shape[1], 0)) for pair in pairs])
-            for side in (0, 1)
-        )
-        cache.update(keys, values, layer)
-    # Both parts are padded on the left: [zeros, cache][zeros, prompt].
-    past = torch.tensor([row.layers[0][0].shape[1] for row in kept], device=device)
-    mask = _right_aligned(past, longest)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = torch.stack([F.pad(p, (int(lengths.max()) - len(p), 0)) for p in prompts]).to(device)
-    real = _right_aligned(lengths, tokens.shape[1])
-    places = torch.tensor([row.position for row in kept], device=device)[:, None] + positions(real)
-    mask = torch.cat([mask, real], dim=1)
-    ends = torch.tensor(sorted(reader._ends()), device=device)
-    body = body_of(model.decoder)
-    made, going = [], torch.ones(len(kept), dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        out = body(
-            input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=True, **cache_argument(body, cache)
-        )
-        tokens = model.lm_logits(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
-        going = going & ~torch.isin(tokens[:, 0], ends)
-        if not going.any():
-            break
-        made.append(torch.where(going, tokens[:, 0], -1))
-        places = places[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-    columns = torch.stack(made, dim=1).tolist() if made else [[] for _ in kept]
-    return [reader._text([token for token in row if token >= 0]) for row in columns]
-
-
-def _right_aligned(lengths: Tensor, width: int) -> Tensor:
-    """(B,) lengths -> (B, width) mask, 1 where a row padded on the left is real."""
-    return (torch.arange(width, device=lengths.device)[None] >= width - lengths[:, None]).long()
+        keys, values = ([pair[side] for pair in row.layers] for side in (0, 1))
+        rows.append(Row([prompt], max_new_tokens, begins=CachedStates(keys, values, row.position)))
+    reader.run(rows, len(rows))
+    return [row.text.strip() for row in rows]
 
 
 class SnapKV(KeptCacheMethod):

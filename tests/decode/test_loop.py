@@ -7,16 +7,18 @@ import pytest
 import torch
 from tiny import FAMILIES, random_ids
 from torch import Tensor
+from transformers import GenerationConfig
 
 from gmsa import GMSA, Memory
-from gmsa.decode import batch as generation
+from gmsa.api import PrefixCache
 from gmsa.decode.cpu import PackedLinears
+from gmsa.decode.loop import Row
+from gmsa.decode.sampler import Sampling
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of
 
-LOCAL = {"mistral", "gemma2", "gemma3"}  # families whose attention is local in some layers
 QUESTIONS = ["Who?", "And what about a rather longer question?", "Why", "When was it, and where?", "How"]
 TEXT = "The mill was built in 1731 by two brothers."
 
@@ -51,16 +53,25 @@ def positions_read(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def tokens_of(gmsa: GMSA, contents: Sequence[Any], questions: Sequence[str] = QUESTIONS, **options: Any) -> Any:
     """The tokens themselves: texts of a random model may hide differences."""
-    rows = [(content, gmsa.template(q)) for content, q in zip(contents, questions, strict=True)]
-    return gmsa._read(rows, 12, options.pop("batch_size", 8), **options)
+    rows = gmsa._rows(questions, contents, 12)
+    batch_size = options.pop("batch_size", 8)
+    for row in rows:
+        row.sampling = Sampling.of(options)
+    gmsa.run(rows, batch_size)
+    return [row.tokens for row in rows]
 
 
 def generated(gmsa: GMSA, memory: Memory, question: str, **options: Any) -> list[int]:
     """What transformers' `generate` writes, without what ends it."""
-    prompt = gmsa.template(question)
-    settings = gmsa._generation(12, options)
-    (row,) = gmsa.model.generate([memory.soft_tokens], [prompt.before], [prompt.after], **settings).tolist()
-    return gmsa._without_end(row)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": gmsa.tokenizer.pad_token_id, **options}
+    configuration = GenerationConfig(eos_token_id=sorted(gmsa.ends), **settings)
+    prompt = gmsa.template(question).around(memory.soft_tokens)
+    (row,) = gmsa.model.generate([prompt], generation_config=configuration).tolist()
+    return row[: next((n for n, token in enumerate(row) if token in gmsa.ends), len(row))]
+
+
+def text_of(gmsa: GMSA, tokens: list[int]) -> str:
+    return gmsa.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -93,7 +104,6 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("seed", [0, 1])
 def test_options_do_what_they_do_in_generate(gmsa: GMSA, options: dict[str, Any], seed: int) -> None:
-    assert generation.OPTIONS.issuperset(options)
     memory = gmsa.compress(TEXT, 2)
     torch.manual_seed(seed)
     expected = generated(gmsa, memory, "Who?", **options)
@@ -107,21 +117,59 @@ def test_options_do_what_they_do_in_generate(gmsa: GMSA, options: dict[str, Any]
 
 def test_other_options_are_left_to_generate(gmsa: GMSA) -> None:
     memory = gmsa.compress(TEXT, 2)
-    expected = gmsa._text(generated(gmsa, memory, "Who?", num_beams=3))
+    expected = text_of(gmsa, generated(gmsa, memory, "Who?", num_beams=3))
     assert gmsa.answer("Who?", memory, max_new_tokens=12, num_beams=3) == expected
     assert gmsa.answer("Who?", gmsa.prefill(memory), max_new_tokens=12, num_beams=3) == expected
-    whole = list(gmsa.answer("Who?", memory, max_new_tokens=12, num_beams=3, stream=True))
-    assert "".join(whole).strip() == expected
-    assert gmsa.timings.prefill > 0
+    assert gmsa.timings.decode > 0
+    with pytest.raises(InputError, match="stream=True does not go with num_beams"):
+        gmsa.answer("Who?", memory, num_beams=3, stream=True)
 
 
-def test_options_that_cannot_work(gmsa: GMSA) -> None:
+BAD = [
+    ({"do_sample": True, "temperature": -1.0}, "temperature must be a number >= 0"),
+    ({"do_sample": True, "top_k": -5}, "top_k must be a whole number >= 0"),
+    ({"do_sample": True, "top_p": "much"}, "top_p must be a number from 0 to 1"),
+    ({"repetition_penalty": -1.0}, "repetition_penalty must be a number >= 0"),
+    ({"do_sample": "yes"}, "do_sample must be true or false"),
+    ({"temprature": 2.0}, "unknown option 'temprature'; did you mean 'temperature'"),
+    ({"max_token": 2}, "unknown option 'max_token'; did you mean"),
+    ({"temperature": 5.0}, "temperature says how tokens are drawn: give do_sample=True"),
+    ({"seed": 1}, "seed says how tokens are drawn"),
+    ({"num_return_sequences": 3}, "num_return_sequences is not to be had here"),
+    ({"return_dict_in_generate": True}, "return_dict_in_generate is not to be had here"),
+    ({"logits_processor": []}, "unknown option 'logits_processor'"),
+    ({"streamer": 1}, "unknown option 'streamer'"),
+    ({"stopping_criteria": []}, "unknown option 'stopping_criteria'"),
+    ({"num_beams": 2, "presence_penalty": 1.0}, "presence_penalty does not go with num_beams"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(options) for options, _ in BAD])
+def test_options_that_cannot_work(gmsa: GMSA, options: dict[str, Any], message: str) -> None:
     memory = gmsa.compress(TEXT, 2)
-    for bad in ({"temperature": 0.0}, {"temperature": -1.0}, {"top_k": -5}, {"top_p": "much"}):
-        with pytest.raises(InputError, match="generation options: "):
-            gmsa.answer("Who?", memory, do_sample=True, **bad)
-    with pytest.raises(InputError, match="generation options: "):
-        gmsa.answer("Who?", memory, stream=True, repetition_penalty=-1.0)
+    for stream in (False, True):
+        with pytest.raises(InputError, match=message):
+            gmsa.answer("Who?", memory, stream=stream, **options)
+
+
+def test_none_is_not_given(gmsa: GMSA) -> None:
+    memory = gmsa.compress(TEXT, 2)
+    options: dict[str, Any] = {"temperature": None, "top_p": None, "seed": None, "stop": None, "num_beams": None}
+    assert gmsa.answer("Who?", memory, max_new_tokens=9, **options) == gmsa.answer("Who?", memory, max_new_tokens=9)
+
+
+def test_an_answer_says_how_it_ended(gmsa: GMSA) -> None:
+    memory = gmsa.compress(TEXT, 2)
+    cut = gmsa.answer("Who?", memory, max_new_tokens=9, min_new_tokens=9)
+    assert (cut.finish_reason, cut.tokens) == ("length", 9)
+    stopped = gmsa.answer("Who?", memory, max_new_tokens=9, min_new_tokens=9, stop=str(cut)[3:5])
+    assert (stopped, stopped.finish_reason) == (cut[: cut.find(cut[3:5])], "stop")
+    stream = gmsa.answer("Who?", memory, max_new_tokens=9, min_new_tokens=9, stream=True)
+    assert stream.answer is None
+    assert "".join(stream) == cut == stream.answer
+    assert stream.answer.finish_reason == "length"
+    beams = gmsa.answer(["Who?", "When?"], memory, max_new_tokens=3, min_new_tokens=3, num_beams=2)
+    assert [answer.finish_reason for answer in beams] == ["length", "length"]
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0, True])
@@ -134,36 +182,21 @@ def test_rows_that_have_ended_do_not_change_the_others(gmsa: GMSA) -> None:
     memories = gmsa.compress(["a", TEXT, "bc"], 1)
     full = tokens_of(gmsa, [[m] for m in memories], QUESTIONS[:3], min_new_tokens=12)
     assert [len(row) for row in full] == [12] * 3
-    cut = [full[0][:2], full[1], full[2][:5]]
-    before, after = ([getattr(gmsa.template(q), part) for q in QUESTIONS[:3]] for part in ("before", "after"))
-    start = generation.read_whole(gmsa.model, [m.soft_tokens for m in memories], before, after, 12)
-    choose = generation.Chooser(sorted(gmsa._ends()), gmsa.model.device, min_new_tokens=12)
-    *_, rows = generation.write(gmsa.model, start, choose, 12, lambda row: row in cut, 0)
-    assert rows == cut
-
-
-def test_buffers_grow_where_their_room_was_too_small() -> None:
-    torch.manual_seed(0)
-    parts = [torch.randn(2, 3, n, 4) for n in (5, 1, 1, 30, 1)]
-    layer = generation.RoomyLayer(6)
-    for i, part in enumerate(parts):
-        keys, values = layer.update(part, 2 * part)
-        assert torch.equal(keys, torch.cat(parts[: i + 1], dim=2))
-        assert torch.equal(values, 2 * keys)
-        assert layer.get_seq_length() == keys.shape[2]
+    rows = gmsa._rows(QUESTIONS[:3], [[m] for m in memories], 12)
+    for row, limit in zip(rows, (2, 12, 5), strict=True):
+        row.max_new_tokens, row.sampling = limit, Sampling(min_new_tokens=12)
+    gmsa.run(rows, 8)
+    assert [row.tokens for row in rows] == [full[0][:2], full[1], full[2][:5]]
 
 
 # -- what was read once ------------------------------------------------------------------------------------------------
 
 
-def test_questions_on_one_memory_are_answered_as_if_alone(any_gmsa: GMSA, request: pytest.FixtureRequest) -> None:
+def test_questions_on_one_memory_are_answered_as_if_alone(any_gmsa: GMSA) -> None:
     memory = any_gmsa.compress(TEXT, 2)
     alone = [tokens_of(any_gmsa, [[memory]], [q], **VARIED)[0] for q in QUESTIONS]
     assert tokens_of(any_gmsa, [[memory]] * 5, **VARIED) == alone
     prefix = any_gmsa.prefill(memory)
-    local = request.node.callspec.params["any_gmsa"] in LOCAL
-    assert bool(prefix.keys) is not local
-    assert generation.shares_prefixes(any_gmsa.model.decoder) is not local
     for _ in range(2):  # what was read is not written to
         assert tokens_of(any_gmsa, [prefix] * 5, **VARIED) == alone
         assert [tokens_of(any_gmsa, [prefix], [q], **VARIED)[0] for q in QUESTIONS] == alone
@@ -181,17 +214,15 @@ def test_memories_of_unlike_length_share_batches(gmsa: GMSA) -> None:
     mixed = [prefixes[0], contents[1], prefixes[2], contents[3], prefixes[4]]
     assert tokens_of(gmsa, mixed, questions) == alone
     answers = gmsa.answer(questions, [a, [b], prefixes[2], [c, b], b], max_new_tokens=12)  # type: ignore[list-item]
-    assert answers == [gmsa._text(row) for row in alone]
+    assert answers == [text_of(gmsa, row) for row in alone]
 
 
 def test_a_memory_is_read_once_for_all_questions(gmsa: GMSA, positions_read: list[int]) -> None:
     memory = gmsa.compress(TEXT * 3, 1)
-    prompt = gmsa.template(QUESTIONS[0])
     gmsa.answer(QUESTIONS, memory, max_new_tokens=1, batch_size=2)
-    assert positions_read[0] == len(prompt.before) + len(memory)
     longest = max(len(gmsa.template(q).after) for q in QUESTIONS)
-    assert sum(positions_read[1:]) <= 5 * longest
-    assert len(positions_read) == 1 + 3  # the memory, then 2 + 2 + 1 questions
+    assert positions_read[0] == len(gmsa.template("q").before) + len(memory) + longest  # the first, with its question
+    assert sum(positions_read[1:]) <= 4 * longest
 
 
 def test_a_prefix_costs_only_the_question(gmsa: GMSA, positions_read: list[int]) -> None:
@@ -205,17 +236,19 @@ def test_a_prefix_costs_only_the_question(gmsa: GMSA, positions_read: list[int])
     positions_read.clear()
     gmsa.answer("Who?", prefix, max_new_tokens=3, min_new_tokens=3)
     assert positions_read == [len(gmsa.template("Who?").after), 1, 1]
-    assert "".join(gmsa.answer("Who?", prefix, max_new_tokens=9, stream=True)).strip() == gmsa.answer(
+    assert "".join(gmsa.answer("Who?", prefix, max_new_tokens=9, stream=True)) == gmsa.answer(
         "Who?", memory, max_new_tokens=9
     )
 
 
 def test_texts_are_read_once_too(gmsa: GMSA, positions_read: list[int]) -> None:
     (text,) = random_ids(60)
-    alone = [gmsa.read([q], [text], max_new_tokens=6)[0] for q in QUESTIONS]
+    alone = [gmsa.read([q], [[text]], max_new_tokens=6)[0] for q in QUESTIONS]
     positions_read.clear()
-    assert gmsa.read(QUESTIONS, [text] * 5, max_new_tokens=6) == alone
-    assert positions_read[0] == 60 + len(gmsa.template("q").before)
+    assert gmsa.read(QUESTIONS, [[text]] * 5, max_new_tokens=6) == alone
+    longest = max(len(gmsa.template(q).after) for q in QUESTIONS)
+    assert positions_read[0] == 60 + len(gmsa.template("q").before) + longest
+    assert positions_read[1] <= 4 * longest
 
 
 def test_nothing_at_all_is_read_for_many_questions(
@@ -225,8 +258,8 @@ def test_nothing_at_all_is_read_for_many_questions(
     gmsa.template.tokenizer.bos_token = None  # so that nothing stands before the context either
     nothing = torch.zeros(0, dtype=torch.long)
     assert len(gmsa.template("q").before) == 0
-    alone = [gmsa.read([q], [nothing], max_new_tokens=6)[0] for q in QUESTIONS]
-    assert gmsa.read(QUESTIONS, [nothing] * 5, max_new_tokens=6) == alone
+    alone = [gmsa.read([q], [[nothing]], max_new_tokens=6)[0] for q in QUESTIONS]
+    assert gmsa.read(QUESTIONS, [[nothing]] * 5, max_new_tokens=6) == alone
 
 
 def test_prefixes_that_do_not_fit(gmsa: GMSA, tiny_backbone: Any, tiny_model: Any) -> None:
@@ -236,7 +269,7 @@ def test_prefixes_that_do_not_fit(gmsa: GMSA, tiny_backbone: Any, tiny_model: An
         other.answer("Who?", gmsa.prefill(memory))
     with pytest.raises(MemoryMismatchError, match="another compressor"):
         gmsa.prefill(Memory(memory.soft_tokens, 2, memory.origin_tokens, "0123456789abcdef"))
-    with pytest.raises(InputError, match="no memory to read"):
+    with pytest.raises(InputError, match="no memory to answer from"):
         gmsa.prefill([])
     long = gmsa.compress("x" * 490, 1)
     with pytest.raises(ContextTooLongError, match="490 soft tokens"):
@@ -246,7 +279,7 @@ def test_prefixes_that_do_not_fit(gmsa: GMSA, tiny_backbone: Any, tiny_model: An
 def test_a_prefix_made_with_another_beginning_is_not_used(gmsa: GMSA, positions_read: list[int]) -> None:
     memory = gmsa.compress(TEXT, 2)
     made = gmsa.prefill(memory)
-    moved = generation.Prefix(made.content, made.before[1:], made.decoder, made.keys, made.values)
+    moved = PrefixCache(made.contents, (made.pieces[0][1:], *made.pieces[1:]), made.states, made.decoder)
     positions_read.clear()
     assert gmsa.answer("Who?", moved, max_new_tokens=8) == gmsa.answer("Who?", memory, max_new_tokens=8)
     assert positions_read[0] > len(memory)
@@ -263,15 +296,15 @@ def test_an_answer_ends_before_a_stop(gmsa: GMSA) -> None:
     expected = []
     for text in full:
         places = [text.find(stop) for stop in stops if stop in text]
-        expected.append(text[: min(places)].strip())
+        expected.append(text[: min(places)])
     options: dict[str, Any] = {"max_new_tokens": 40, "min_new_tokens": 40, "stop": stops}
     assert gmsa.answer(["Who?"] * 2, [[m] for m in memories], **options) == expected
     for memory, text in zip(memories, expected, strict=True):
-        assert "".join(gmsa.answer("Who?", memory, stream=True, **options)).strip() == text
+        assert "".join(gmsa.answer("Who?", memory, stream=True, **options)) == text
     one = gmsa.answer(
         "Who?", memories[0], max_new_tokens=40, min_new_tokens=40, stop=stops[0], renormalize_logits=False
     )
-    assert one == full[0][: full[0].find(stops[0])].strip()  # transformers' own loop
+    assert one == full[0][: full[0].find(stops[0])]  # transformers' own loop
 
 
 def test_writing_ends_with_a_stop(gmsa: GMSA, positions_read: list[int]) -> None:
@@ -344,3 +377,25 @@ def test_gradients_flow_past_packed_weights(bf16_decoder: Any) -> None:
     with PackedLinears(bf16_decoder).applied():
         bf16_decoder(torch.randint(0, 256, (1, 5))).logits.sum().backward()
     assert bf16_decoder.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+# -- memories and texts in any order -----------------------------------------------------------------------------------
+
+
+def test_memories_and_texts_in_any_order_are_what_their_pieces_are(gmsa: GMSA) -> None:
+    a, b = gmsa.compress([TEXT, "A short one."], 2)
+    frame = gmsa.template("Who?")
+    ids = torch.tensor(gmsa.template.encode("\nin between"))
+    line = torch.tensor(gmsa.template.encode("\n"))
+    rows = [Row([frame.before, a.soft_tokens, ids, line, b.soft_tokens, frame.after], 9)]
+    gmsa.run(rows, 1)
+    assert gmsa.answer("Who?", [a, "in between", b], max_new_tokens=9) == rows[0].text
+    prefix = gmsa.prefill([a, "in between", b])
+    assert gmsa.answer("Who?", prefix, max_new_tokens=9) == rows[0].text
+
+
+def test_a_text_alone_is_read_as_text(gmsa: GMSA) -> None:
+    frame = gmsa.template("Who?")
+    rows = [Row([torch.cat([frame.before, torch.tensor(gmsa.template.encode(TEXT)), frame.after])], 9)]
+    gmsa.run(rows, 1)
+    assert gmsa.answer("Who?", [TEXT], max_new_tokens=9) == rows[0].text

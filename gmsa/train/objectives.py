@@ -1,0 +1,246 @@
+"""What is learned of a row: one function for each objective, from a row to an example.
+
+    restore          the text itself: the autoencoder's objective (paper section 3, stage 1)
+    answer           questions about documents: the objective of KEFT (paper section 3, stage 2)
+    continue_text    what follows the text; not in the paper
+    look_up          what follows words quoted from the text, or fills a gap in a quote; not in the paper
+
+All are learned by cross-entropy on the target alone (model/losses.py), mixed with distillation where a recipe says
+`distil`. A new objective of texts is a function here, a line in TEXT_OBJECTIVES, and a recipe field of that name.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gmsa.decode.prompt import Piece, PromptTemplate
+from gmsa.io.rows import documents_of
+from gmsa.text import encode
+from gmsa.train.examples import Document, Example
+from gmsa.train.recipe import Recipe
+
+# Shorter pieces of text teach neither restoring nor continuing.
+LEAST_CONTINUATION = 8
+# Words that a lookup quotes, words that are to follow, and words that fill a gap: least and most.
+QUOTED_WORDS = (2, 5)
+FOLLOWING_WORDS = (1, 8)
+GAP_WORDS = (1, 3)
+NAMES = 0.7  # of the gaps are where a name or number begins, if there is one
+
+
+class Maker:
+    """Makes examples of rows.
+
+    Args:
+        recipe: what is learned.
+        template: renders prompts and tokenises targets, for the decoder.
+        tokenizer: the encoder's.
+    """
+
+    def __init__(self, recipe: Recipe, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.recipe = recipe
+        self.template = template
+        self.tokenizer = tokenizer
+        self.needs_text = recipe.reads == "text" or recipe.distil is not None
+
+    def text(self, text: str, length: int | None, sizes: tuple[int, ...], rng: random.Random) -> Example:
+        """An example of a text, by one of the objectives of texts, drawn by their shares; what is left is restored.
+
+        Args:
+            text: whole.
+            length: tokens the encoder reads at most; None: all.
+            sizes: merge sizes.
+            rng: draws the objective and its choices.
+        """
+        tokens = self.tokenise(text)
+        wanted = [(make, getattr(self.recipe, name)) for name, make in TEXT_OBJECTIVES.items()]
+        drawn = rng.random() if any(options for _, options in wanted) else 1.0
+        for make, options in wanted:
+            if options is None:
+                continue
+            if drawn < options["share"]:
+                made = make(self, tokens, length or len(tokens), sizes, options, rng)
+                if made is not None:
+                    return made
+                break
+            drawn -= options["share"]
+        return restore(self, tokens, length or len(tokens), sizes, rng)
+
+    def example(
+        self,
+        contents: Sequence[Piece],
+        question: str | None,
+        target: list[int],
+        sizes: tuple[int, ...],
+        truncated: bool = False,
+        learned: list[bool] | None = None,
+    ) -> Example:
+        """The example that asks a question about contents; None asks for the text itself."""
+        frame = self.template.restore() if question is None else self.template(question)
+        teacher = None
+        if self.needs_text:
+            teacher = torch.cat(list(frame.around(*self._as_text(contents))))
+        size = sizes[0] if len(sizes) == 1 else sizes
+        return Example(frame.around(*self.template.contents(contents)), target, size, teacher, truncated, learned)
+
+    def _as_text(self, contents: Sequence[Piece]) -> list[Tensor]:
+        """Contents as the decoder reads them where nothing is compressed: documents with a blank line between them."""
+        texts = [self.tokenizer.decode(c) if isinstance(c, Document) else str(c) for c in contents]
+        return [torch.tensor(self.template.encode("\n\n".join(texts)), dtype=torch.long)]
+
+    def tokenise(self, text: str) -> list[int]:
+        """Token ids for the encoder."""
+        return encode(self.tokenizer, text)
+
+
+def restore(maker: Maker, tokens: list[int], length: int, sizes: tuple[int, ...], rng: random.Random) -> Example:
+    """Restore a crop of a text: the target is the crop and the end token."""
+    tokens = _crop(tokens, length, rng)
+    target = [*maker.template.recode(tokens, maker.tokenizer), maker.template.end_id]
+    return maker.example([Document(tokens)], None, target, sizes)
+
+
+def continue_text(
+    maker: Maker, tokens: list[int], length: int, sizes: tuple[int, ...], options: dict[str, Any], rng: random.Random
+) -> Example | None:
+    """Go on after a crop of a text with as many tokens as it has; None: the text is too short."""
+    half = min(length, len(tokens) // 2)
+    if half < LEAST_CONTINUATION:
+        return None
+    tokens = _crop(tokens, 2 * half, rng)
+    target = maker.template.recode(tokens[half:], maker.tokenizer)
+    return maker.example([Document(tokens[:half])], options["instruction"], target, sizes)
+
+
+def look_up(
+    maker: Maker, tokens: list[int], length: int, sizes: tuple[int, ...], options: dict[str, Any], rng: random.Random
+) -> Example | None:
+    """Questions about words quoted from a crop of a text, as one conversation; None: none is found."""
+    tokens = _crop(tokens, length, rng)
+    text = maker.tokenizer.decode(tokens)
+    turns = quotes(text, options["instruction"], options["turns"], rng)
+    if options["gap"]:
+        turns += gaps(text, options["gap"], options["turns"], rng)
+        turns = rng.sample(turns, min(len(turns), options["turns"]))
+    return _conversation(maker, [Document(tokens)], turns, sizes, False) if turns else None
+
+
+TEXT_OBJECTIVES: dict[str, Callable[..., Example | None]] = {"continuation": continue_text, "lookup": look_up}
+
+
+def answer(
+    maker: Maker, row: dict[str, Any], others: Sequence[str], sizes: tuple[int, ...], rng: random.Random
+) -> Example:
+    """Answer a question about its documents, with other rows' documents strewn among them, each a memory of its own.
+
+    Further questions about the same documents follow as turns of one conversation, in any order. Where the recipe says
+    `mixed`, some documents are read as text beside the memories of the others.
+    """
+    room, truncated = maker.recipe.max_context, False
+    documents: list[Document] = []
+    for text in documents_of(row):
+        tokens = maker.tokenise(text)
+        truncated |= len(tokens) > room
+        documents.append(Document(tokens[:room]))
+        room -= len(documents[-1])
+    for text in others:
+        tokens = maker.tokenise(text)[:room]
+        documents.insert(rng.randint(0, len(documents)), Document(tokens))
+        room -= len(tokens)
+    documents = [tokens for tokens in documents if tokens]
+    turns = row.get("turns") or [(row["prompt"], row["answer"])]
+    turns = rng.sample(turns, len(turns)) if len(turns) > 1 else turns
+    contents: list[Piece] = list(documents)
+    if maker.recipe.mixed and rng.random() < maker.recipe.mixed["share"]:
+        contents = _partly_text(maker, documents, maker.recipe.mixed["part"], rng)
+    return _conversation(maker, contents, turns, sizes, truncated)
+
+
+def _conversation(
+    maker: Maker, contents: Sequence[Piece], turns: Sequence[tuple[str, Any]], sizes: tuple[int, ...], truncated: bool
+) -> Example:
+    """Questions about contents, each answered before the next is asked."""
+    template = maker.template
+    (question, answers), *further = turns
+    target = [*template.encode(_first(answers)), template.end_id]
+    learned = [True] * len(target)
+    for asked, told in further:
+        between = template.following(asked)
+        said = [*template.encode(_first(told)), template.end_id]
+        target += [*between, *said]
+        learned += [maker.recipe.learn_questions] * len(between) + [True] * len(said)
+    return maker.example(contents, question, target, sizes, truncated, learned if further else None)
+
+
+def _partly_text(maker: Maker, documents: Sequence[Document], part: float, rng: random.Random) -> list[Piece]:
+    """Each document a memory, and a run of its words once more as text, so many of them: what a reader quotes."""
+    contents: list[Piece] = []
+    for document in documents:
+        count = max(1, round(part * len(document)))
+        start = rng.randrange(len(document) - count + 1)
+        contents += [maker.tokenizer.decode(document[start : start + count]).strip() or "...", document]
+    return contents
+
+
+def _first(answers: Any) -> str:
+    return answers if isinstance(answers, str) else answers[0]
+
+
+def _crop(tokens: list[int], length: int, rng: random.Random) -> list[int]:
+    """At most `length` tokens; half of the crops begin where the text does, as a user's text would."""
+    slack = len(tokens) - length
+    start = 0 if slack <= 0 or rng.random() < 0.5 else rng.randrange(slack + 1)
+    return tokens[start : start + length]
+
+
+def quotes(text: str, instruction: str, turns: int, rng: random.Random) -> list[tuple[str, list[str]]]:
+    """Questions about what follows some words of a text, as (prompt, answers): reading soft tokens by content.
+
+    Args:
+        text: what is asked about.
+        instruction: the question; "{words}" in it becomes the quoted words.
+        turns: questions at most; quotes that do not occur exactly once are passed over.
+        rng: draws places and lengths.
+    """
+    words = text.split()
+    whole = " ".join(words)
+    found: dict[str, list[str]] = {}
+    for _ in range(turns):
+        quoted, following = rng.randint(*QUOTED_WORDS), rng.randint(*FOLLOWING_WORDS)
+        if len(words) < quoted + following:
+            continue
+        start = rng.randrange(len(words) - quoted - following + 1)
+        quote = " ".join(words[start : start + quoted])
+        if whole.count(quote) == 1:
+            prompt = instruction.replace("{words}", quote)
+            found[prompt] = [" ".join(words[start + quoted : start + quoted + following])]
+    return list(found.items())
+
+
+def gaps(text: str, instruction: str, turns: int, rng: random.Random) -> list[tuple[str, list[str]]]:
+    """Questions about what fills a gap in a quote, mostly a name or a number: nearer to a question than `quotes`.
+
+    Args:
+        text: what is asked about.
+        instruction: the question; "{words}" in it becomes the quote with a blank in it.
+        turns: questions at most.
+        rng: draws places and lengths.
+    """
+    words = text.split()
+    found: dict[str, list[str]] = {}
+    for _ in range(turns):
+        before, after, size = rng.randint(3, 7), rng.randint(2, 6), rng.randint(*GAP_WORDS)
+        places = range(before, len(words) - after - size + 1)
+        if not places:
+            continue
+        named = [place for place in places if words[place][0].isupper() or words[place][0].isdigit()]
+        place = rng.choice(named) if named and rng.random() < NAMES else rng.choice(places)
+        missing = " ".join(words[place : place + size]).strip(".,;:()\"'")
+        if missing:
+            quote = [*words[place - before : place], "___", *words[place + size : place + size + after]]
+            found[instruction.replace("{words}", " ".join(quote))] = [missing]
+    return list(found.items())
