@@ -107,7 +107,8 @@ def evaluate(options: argparse.Namespace) -> None:
         import sacrebleu  # noqa: F401
     except ImportError as error:
         raise GmsaError(f"measuring needs more packages ({error.name}): pip install 'gmsa[eval]'") from error
-    from gmsa.evaluate.report import example_key, results_meta, write_results
+    from gmsa.evaluate.report import write_results
+    from gmsa.evaluate.results import example_key, results_meta
 
     logs = [Path(path) for path in options.log]
     for path in logs:  # say so before the work, not after it

@@ -1,233 +1,139 @@
-"""Charts of results as SVG that takes its text colour from the page. All return None where there is nothing to draw."""
+"""Charts of results, for a page that gives them its own text colour. Imported only where matplotlib is there."""
 
 import io
 import re
+from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from gmsa.evaluate.results import Result
 
 INK = "#010203"  # replaced by the page's own text colour
 COLOURS = ("#3b7dd8", "#e07b39", "#3f9e6b", "#c44e8a", "#8a6fd1", "#a89328", "#4aa3b5", "#b5554a")
-MARKS = ("o", "s", "^", "D")  # for what is beyond the colours
-LINES = ("-", "--", ":", "-.")
-MAP = "viridis"
-SEAMLESS = {"edgecolors": "face", "linewidth": 0.4}  # or lines of the background show between cells
-NAMES = {"bleu": "BLEU", "prefix_em": "Prefix EM", "bertscore_f1": "BERTScore F1", "em": "EM", "f1": "F1"}
+MARKS = "os^D"  # for what is beyond the colours
+DASHES = ("--", ":", "-.")
+SHOWN = {  # of each task's metrics, with their names on a chart
+    "restoration": {"bleu": "BLEU", "prefix_em": "Prefix EM", "bertscore_f1": "BERTScore F1"},
+    "qa": {"em": "EM", "f1": "F1"},
+    "summ": {"rougeL": "ROUGE-L", "f1": "F1"},
+}
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.titlesize": 10},
+    **{"grid.color": INK, "grid.alpha": 0.15, "font.size": 9, "legend.frameon": False, "font.family": "sans-serif"},
+    **{"svg.fonttype": "none", "text.parse_math": False},  # text stays text, and a name may hold a dollar sign
+}
+Lines = dict[str, list[tuple[float | None, float, Sequence[float] | None]]]  # by name: x, y and the interval of y
 
 
-def restoration_bars(rows: Sequence[dict[str, Any]]) -> str | None:
-    """A group of bars per length, a bar per method and merge size, a panel per metric."""
-    names = [n for n in ("bleu", "prefix_em", "bertscore_f1") if any(r["metrics"].get(n) is not None for r in rows)]
-    if not names:
+def results_chart(results: Sequence[Result], title: str) -> Markup | None:
+    """The chart of one task on one data set: scores or seconds against merge size or length, or heat maps."""
+    rows = [row for row, _ in results]
+    task = rows[0]["task"]
+    if task == "attention":
+        return to_svg(heat_maps(results), title)
+    sizes, lengths = ({row[name] for row in rows} - {None} for name in ("merge_size", "length"))
+    by_length = task == "latency" or len(lengths) > len(sizes)
+    panels: dict[str, Lines] = defaultdict(lambda: defaultdict(list))
+    for row in sorted(rows, key=lambda row: row["new_tokens"] or 0):
+        label = row["label"] if by_length else row["method"]
+        if not by_length and len(lengths) > 1:
+            label += f", {row['length']} tokens"
+        if task == "latency":
+            found = [(f"Seconds, {row['new_tokens']} new tokens", (row["seconds"] or {}).get("total"), None)]
+        else:
+            found = [(panel, row["metrics"].get(k), (row["ci"] or {}).get(k)) for k, panel in SHOWN[task].items()]
+        for panel, value, bounds in found:
+            if value is not None:
+                panels[panel][label].append((row["length" if by_length else "merge_size"], value, bounds))
+    xlabel, ticks = ("tokens of text", lengths) if by_length else ("merge size", sizes)
+    return to_svg(draw(panels, xlabel, sorted(ticks)), title)
+
+
+def loss_chart(logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Markup | None:
+    """Training loss by optimiser step, of several (name, entries of log.jsonl); beside it what probes restored."""
+    panels: dict[str, Lines] = defaultdict(lambda: defaultdict(list))
+    for name, entries in logs:
+        for entry in entries:
+            if "loss" in entry:
+                panels["Training loss, nats per token"][name].append((entry["step"], entry["loss"], None))
+            for size, value in ((entry.get("probe") or {}).get("token_accuracy") or {}).items():
+                panels["Probe: token accuracy"][f"{name} {size}x"].append((entry["step"], value, None))
+    return to_svg(draw(panels, "optimiser step"), "Training")
+
+
+@matplotlib.rc_context(STYLE)
+def draw(panels: dict[str, Lines], xlabel: str, ticks: Sequence[int] = ()) -> Figure | None:
+    """Panels by title, side by side, a name in one colour in all of them; what has no x is drawn all across.
+
+    Where ticks are given, x is on a logarithmic scale.
+    """
+    if not panels:
         return None
-    lengths = sorted({row["length"] or 0 for row in rows})
-    variants = list(dict.fromkeys((row["method"], row["merge_size"]) for row in rows))
-    figure, panels = _figure(len(names))
-    width = 0.8 / len(variants)
-    for axes, name in zip(panels, names, strict=True):
-        for i, variant in enumerate(variants):
-            for row in rows:
-                value = row["metrics"].get(name)
-                if (row["method"], row["merge_size"]) == variant and value is not None:
-                    x = lengths.index(row["length"] or 0) + (i - (len(variants) - 1) / 2) * width
-                    colour = COLOURS[i % len(COLOURS)]
-                    axes.bar(x, value, width * 0.92, color=colour, yerr=_error(row, name), ecolor=INK)
-        axes.set(xticks=range(len(lengths)), xticklabels=lengths, xlabel="tokens of text", title=NAMES[name])
-        axes.set_ylim(0, 1.05)
-    _legend(figure, [label_of(*variant) for variant in variants])
-    return _svg(figure, "restoration")
-
-
-def rate_curves(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Scores against merge size, a line per method; a dashed line for a method that has no merge size."""
-    names = [n for n in ("em", "f1", "rougeL") if any(r["metrics"].get(n) is not None for r in rows)][:2]
-    if not names:
-        return None
-    figure, panels = _figure(len(names))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    sizes = sorted({row["merge_size"] for row in rows if row["merge_size"] is not None})
-    for axes, name in zip(panels, names, strict=True):
-        for i, method in enumerate(methods):
-            found = [r for r in rows if r["method"] == method and r["metrics"].get(name) is not None]
-            colour, mark = COLOURS[i % len(COLOURS)], _mark(i)
-            for row in (r for r in found if r["merge_size"] is None):
-                axes.axhline(
-                    row["metrics"][name], color=colour, linestyle=LINES[1 + i // len(COLOURS) % 3], linewidth=1.5
-                )
-            points = sorted((r for r in found if r["merge_size"] is not None), key=lambda r: r["merge_size"])
-            for row in points:
-                at = (row["merge_size"], row["metrics"][name])
-                axes.errorbar(*at, yerr=_error(row, name), color=colour, fmt=mark, markersize=4, capsize=2)
-            axes.plot([r["merge_size"] for r in points], [r["metrics"][name] for r in points], color=colour)
-        axes.set(xlabel="merge size", title=NAMES.get(name, name), ylim=(0, None))
-        if sizes:
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    columns = -(-len(names) // 12)
+    figure = Figure(figsize=(2.9 * len(panels) + 2.2 * columns, 2.9), layout="constrained")
+    handles: dict[str, Any] = {}
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            turn, place = divmod(names.index(name), len(COLOURS))
+            colour = COLOURS[place]
+            for y in [y for x, y, _ in points if x is None]:
+                handles[name] = axes.axhline(y, color=colour, linestyle=DASHES[turn % len(DASHES)])
+            if placed := sorted((p for p in points if p[0] is not None), key=lambda point: point[0] or 0):
+                xs, ys, bounds = zip(*placed, strict=True)
+                # How far intervals reach below and above; matplotlib draws nothing for NaN.
+                ends = [(y - b[0], b[1] - y) if b else (np.nan, np.nan) for y, b in zip(ys, bounds, strict=True)]
+                axes.errorbar(xs, ys, np.transpose(ends).clip(min=0), color=colour, fmt="none", capsize=2)
+                mark = MARKS[turn % len(MARKS)] if len(xs) < 40 else ""
+                (handles[name],) = axes.plot(xs, ys, color=colour, marker=mark, markersize=4)
+        axes.set(title=title, xlabel=xlabel, ylim=(0, None))
+        axes.grid(axis="y")
+        if ticks:
             axes.set_xscale("log", base=2)
-            axes.set(xticks=sizes, xticklabels=[f"{size}x" for size in sizes])
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.minorticks_off()
-    _legend(figure, methods)
-    return _svg(figure, "rates")
-
-
-def latency_curves(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Seconds end to end against the length of the context, a line per method and merge size, a panel per answer."""
-    rows = [row for row in rows if row["length"] and (row["seconds"] or {}).get("total") is not None]
-    if not rows:
-        return None
-    answers = sorted({row["new_tokens"] or 0 for row in rows})
-    variants = list(dict.fromkeys((row["method"], row["merge_size"]) for row in rows))
-    figure, panels = _figure(len(answers))
-    for axes, new in zip(panels, answers, strict=True):
-        for i, variant in enumerate(variants):
-            points = sorted(
-                (row["length"], row["seconds"]["total"])
-                for row in rows
-                if (row["method"], row["merge_size"]) == variant and (row["new_tokens"] or 0) == new
-            )
-            xs, ys = [x for x, _ in points], [y for _, y in points]
-            axes.plot(xs, ys, marker=_mark(i), markersize=4, color=COLOURS[i % len(COLOURS)])
-        axes.set(xlabel="tokens of context", ylabel="seconds", title=f"{new} new tokens", ylim=(0, None))
-    _legend(figure, [label_of(*variant) for variant in variants])
-    return _svg(figure, "latency")
-
-
-def loss_curves(logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str | None:
-    """Training loss by optimiser step, a line per log; beside it what the probes restored, where there were any.
-
-    Args:
-        logs: names and the entries of their log.jsonl.
-    """
-    losses = [[(e["step"], e["loss"]) for e in entries if "loss" in e and "step" in e] for _, entries in logs]
-    if not any(losses):
-        return None
-    probes = [_probes(entries) for _, entries in logs]
-    rates = sorted({rate for found in probes for rate in found})
-    figure, panels = _figure(2 if rates else 1)
-    for i, (found, probed) in enumerate(zip(losses, probes, strict=True)):
-        colour = COLOURS[i % len(COLOURS)]
-        panels[0].plot([step for step, _ in found], [loss for _, loss in found], color=colour, linewidth=1.2)
-        for rate, points in probed.items():
-            style = LINES[rates.index(rate) % len(LINES)]
-            panels[1].plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1.5)
-    panels[0].set(xlabel="optimiser step", ylabel="nats per token", title="Training loss", ylim=(0, None))
-    if rates:
-        panels[1].set(xlabel="optimiser step", title="Probe: token accuracy", ylim=(0, 1.02))
-        for i, rate in enumerate(rates):
-            panels[1].plot([], [], color=INK, linestyle=LINES[i % len(LINES)], label=f"{rate}x")
-        panels[1].legend(frameon=False, loc="lower right")
-    _legend(figure, [name for name, _ in logs])
-    return _svg(figure, "loss")
-
-
-def _probes(entries: Sequence[dict[str, Any]]) -> dict[int, list[tuple[int, float]]]:
-    """Token accuracy of a log's restoration probes by step, for each merge size."""
-    found: dict[int, list[tuple[int, float]]] = {}
-    for entry in entries:
-        for rate, value in ((entry.get("probe") or {}).get("token_accuracy") or {}).items():
-            found.setdefault(int(rate), []).append((entry["step"], value))
-    return found
-
-
-def heat_maps(found: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> Any | None:
-    """A matplotlib figure: per method and rate, what each soft token stands for, and how alike soft tokens are.
-
-    Args:
-        found: result rows of `gmsa eval attention`, each with the example that has the matrices.
-    """
-    from matplotlib.figure import Figure
-
-    if not found:
-        return None
-    figure = Figure(figsize=(9.4, 0.5 + 2.9 * len(found)), layout="constrained")
-    lines = figure.subplots(len(found), 2, squeeze=False, width_ratios=(3, 1.15))
-    for axes, (row, example) in zip(lines, found, strict=True):
-        label = label_of(row["method"], row["merge_size"]).replace("$", r"\$")
-        change, alike = np.array(example["influence"]), np.array(example["similarity"])
-        share = change / change.sum(axis=1, keepdims=True).clip(min=1e-12)
-        mesh = axes[0].pcolormesh(share, cmap=MAP, vmin=0, vmax=float(share.max()), **SEAMLESS)
-        axes[0].set(title=f"{label}: what each soft token hangs on", xlabel="token of the text", ylabel="soft token")
-        figure.colorbar(mesh, ax=axes[0], fraction=0.04)
-        mesh = axes[1].pcolormesh(alike, cmap=MAP, vmin=0, vmax=1, **SEAMLESS)
-        axes[1].set(title="cosines", xlabel="soft token", ylabel="soft token", aspect="equal")
-        figure.colorbar(mesh, ax=axes[1], fraction=0.05)
-        for one in axes:
-            one.invert_yaxis()
+    figure.legend([handles[name] for name in names], names, loc="outside right upper", ncols=columns)
     return figure
 
 
-def heat_map_svg(found: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str | None:
-    """The figure of `heat_maps` for a page."""
-    figure = heat_maps(found)
-    return _svg(figure, "heat") if figure else None
-
-
-def heat_map_png(found: Sequence[tuple[dict[str, Any], dict[str, Any]]], path: Path) -> None:
-    """The figure of `heat_maps` as a picture of its own.
-
-    Raises:
-        OSError: the path cannot be written to.
-    """
-    if figure := heat_maps(found):
-        figure.savefig(path, dpi=150)
-
-
-def label_of(method: str, merge_size: int | None) -> str:
-    """A method at a rate, in a few characters."""
-    return method if merge_size is None else f"{method} {merge_size}x"
-
-
-def _figure(panels: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1 + 3.1 * panels, 3.2), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for one in axes:
-        one.grid(axis="y", color=INK, alpha=0.15)
-        one.set_axisbelow(True)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _legend(figure: Any, labels: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    texts = [label.replace("$", r"\$") for label in labels]  # or matplotlib takes it for a formula
-    marks = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=_mark(i), linewidth=4, markersize=7, label=text)
-        for i, text in enumerate(texts)
-    ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=min(4, len(marks)), frameon=False)
-
-
-def _mark(number: int) -> str:
-    return MARKS[number // len(COLOURS) % len(MARKS)]
-
-
-def _error(row: dict[str, Any], name: str) -> list[list[float]] | None:
-    bounds = (row.get("ci") or {}).get(name)
-    if not bounds:
+@matplotlib.rc_context(STYLE)
+def heat_maps(results: Sequence[Result]) -> Figure | None:
+    """What each soft token stands for and how alike they are, of each row whose first example has the matrices."""
+    found = [(row, examples[0]) for row, examples in results if examples and "influence" in examples[0]]
+    if not found:
         return None
-    value = row["metrics"][name]
-    return [[max(0.0, value - bounds[0])], [max(0.0, bounds[1] - value)]]
+    figure = Figure(figsize=(9.4, 0.5 + 2.9 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), 2, squeeze=False, width_ratios=(3, 1.15))
+    for (left, right), (row, example) in zip(panels, found, strict=True):
+        change = np.array(example["influence"])
+        share = change / change.sum(axis=1, keepdims=True).clip(min=1e-12)
+        left.set(
+            title=f"{row['label']}: what each soft token hangs on", xlabel="token of the text", ylabel="soft token"
+        )
+        right.set(title="cosines", xlabel="soft token", aspect="equal")
+        for axes, values, top in ((left, share, share.max()), (right, np.array(example["similarity"]), 1)):
+            # Edges in the cells' colours, or lines of the background show between cells.
+            mesh = axes.pcolormesh(values, vmin=0, vmax=top, edgecolors="face", linewidth=0.4)
+            axes.locator_params(integer=True)
+            axes.invert_yaxis()
+            figure.colorbar(mesh, ax=axes, fraction=0.05)
+    return figure
 
 
-def _svg(figure: Any, salt: str) -> str:
-    import matplotlib
-
-    for axes in figure.axes:
-        for part in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            part.set_color(INK)
-        axes.tick_params(colors=INK)
-        for spine in axes.spines.values():
-            spine.set_color(INK)
-    for legend in figure.legends:
-        for text in legend.get_texts():
-            text.set_color(INK)
+@matplotlib.rc_context(STYLE)
+def to_svg(figure: Figure | None, salt: str) -> Markup | None:
+    """A figure to stand in a page; the salt keeps its ids apart from other figures', and alike from run to run."""
+    if figure is None:
+        return None
     buffer = io.StringIO()
-    # The salt keeps ids apart where several pictures stand in one page, and the same from run to run.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return svg.replace(INK, "currentColor")
+    return Markup(svg.replace(INK, "currentColor"))

@@ -1,4 +1,4 @@
-import builtins
+import importlib
 import json
 import re
 import sys
@@ -8,23 +8,21 @@ from typing import Any
 
 import pytest
 
+from gmsa import evaluate
 from gmsa.cli import main as cli
 from gmsa.errors import InputError
 from gmsa.evaluate.differences import Piece, marked, word_differences
 from gmsa.evaluate.report import (
-    FIELDS,
-    Run,
+    Section,
     Table,
-    example_key,
     numbers,
-    read_run,
-    report_blocks,
-    to_html,
-    to_markdown,
+    render,
+    report_sections,
     worst,
     write_report,
     write_results,
 )
+from gmsa.evaluate.results import FIELDS, Run, example_key, read_run
 from gmsa.evaluate.summaries import judge_summaries
 
 META = {"versions": {"gmsa": "1", "torch": "2"}, "model_fingerprint": "abc", "command": "gmsa eval", "seed": 0}
@@ -73,6 +71,19 @@ def latencies() -> Run:
     return Run("latency", META, rows)
 
 
+def page_of(*of: Any) -> str:
+    return render(*of)["report.html"]
+
+
+def markdown_of(*of: Any) -> str:
+    return render(*of)["report.md"]
+
+
+def tables_of(sections: list[Section], first: str) -> list[Table]:
+    """Those whose first column has this name."""
+    return [table for section in sections for table in section.tables if table.header[0] == first]
+
+
 class Page(HTMLParser):
     """Tags with their attributes, and the text."""
 
@@ -102,7 +113,7 @@ def test_the_page_needs_nothing_else_and_escapes_everything() -> None:
     pytest.importorskip("matplotlib")
     runs = [restored(), answered("gmsa", (0.0, 100.0)), answered("<b>$x$", (0.0, 0.0)), latencies()]
     log = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "probe": {}}]
-    text = to_html(list(report_blocks(runs, [("<i>run</i>", log)])))
+    text = page_of(runs, [("<i>run</i>", log)])
     page = Page(text)
     found = {tag for tag, _ in page.tags}
     assert not found & {"script", "link", "img", "iframe", "b", "i"}
@@ -120,28 +131,27 @@ def test_the_page_needs_nothing_else_and_escapes_everything() -> None:
     assert len(ids) == len(set(ids))
     assert "currentColor" in text
     assert "#010203" not in text
-    assert text == to_html(list(report_blocks(runs, [("<i>run</i>", log)])))  # the same from run to run
+    assert text == page_of(runs, [("<i>run</i>", log)])  # the same from run to run
 
 
 def test_tables_are_readable_on_a_phone_and_long_ones_folded() -> None:
     runs = [answered("gmsa", (0.0, 100.0)), *(answered(f"method-{i}", (0.0, 0.0)) for i in range(7))]
-    blocks = list(report_blocks(runs))
-    page = Page(to_html(blocks))
+    page = Page(page_of(runs))
     cells = [attributes for tag, attributes in page.tags if tag == "td"]
     assert all(attributes["data-label"] is not None for attributes in cells)
     assert "14 comparisons" in page.text  # 7 methods, EM and F1
-    assert next(b for b in blocks if isinstance(b, Table) and b.header[0] == "a").caption == "14 comparisons"
-    assert "14 comparisons" not in to_markdown(blocks)
+    assert tables_of(report_sections(runs), "a")[0].caption == "14 comparisons"
+    assert "14 comparisons" not in markdown_of(runs)
 
 
 def test_costs_stand_apart_where_a_table_would_be_too_wide() -> None:
     run = answered("gmsa", (0.0, 100.0))
     run.rows[0]["tokens"] = {"context": 40.0, "soft": 10.0, "prompt": 30.0}
     run.rows[0]["seconds"] = {"compress": 0.1, "answer": 0.2}
-    tables = [b for b in report_blocks([run]) if isinstance(b, Table) and b.header[0] == "method"]
+    tables = tables_of(report_sections([run]), "method")
     assert len(tables) == 1
     run.rows[0]["metrics"] |= dict.fromkeys(("acc", "f1_first", "answer_tokens"), 1.0)
-    tables = [b for b in report_blocks([run]) if isinstance(b, Table) and b.header[0] == "method"]
+    tables = tables_of(report_sections([run]), "method")
     assert [table.header[:3] for table in tables] == [["method", "merge size", "n"]] * 2
     assert "soft tokens" not in tables[0].header
     assert tables[1].header[3:] == ["context tokens", "soft tokens", "prompt tokens", "compress s", "answer s"]
@@ -159,28 +169,28 @@ def test_heat_maps_of_what_soft_tokens_stand_for() -> None:
             {**example_key(row), "text": "c", **metrics},
         ]
         runs.append(Run(name, META, [row], examples))
-    text = to_html(list(report_blocks(runs)))
+    text = page_of(runs)
     assert "What soft tokens stand for: dev.jsonl" in text
     assert text.count("what each soft token hangs on") == 2
     assert "<b>" not in text
     assert "nan" not in text
     without = [Run(run.name, run.meta, run.rows) for run in runs]  # no examples at hand, so nothing to draw
-    assert "<svg" not in to_html(list(report_blocks(without)))
+    assert "<svg" not in page_of(without)
 
 
 def test_losses_of_several_logs_share_a_chart() -> None:
     pytest.importorskip("matplotlib")
     entries = [{"step": 1, "loss": 3.0}, {"step": 2, "probe": {"token_accuracy": {"2": 0.5, "4": 0.25}}}]
-    text = to_html(list(report_blocks([], [("first", entries), ("second", entries[:1]), ("empty", [])])))
+    text = page_of([], [("first", entries), ("second", entries[:1]), ("empty", [])])
     assert text.count("<svg") == 1
     assert "Probe: token accuracy" in text
-    assert ">4x<" in text
+    assert ">first 4x<" in text
     page = Page(text)
     assert "first13.000" in page.text.replace("\n", "")
 
 
 def test_markdown_shows_text_as_it_is() -> None:
-    text = to_markdown(list(report_blocks([restored(), answered("a|b", (0.0, 100.0))])))
+    text = markdown_of([restored(), answered("a|b", (0.0, 100.0))])
     assert "a\\|b" in text
     assert "<script>" not in re.sub(r"(```+)text\n.*?\n\1", "", text, flags=re.DOTALL)
     assert "| gmsa | 4 | 16 | 2 | 0.500 | 0.200 | 0.700 ±0.200 | – |" in text
@@ -191,14 +201,14 @@ def test_markdown_shows_text_as_it_is() -> None:
 def test_a_fence_is_longer_than_what_it_holds() -> None:
     run = restored()
     run.examples[1]["restored"] = "before ```` after"
-    text = to_markdown(list(report_blocks([run])))
+    text = markdown_of([run])
     assert "`````text\n" in text
 
 
 def test_methods_are_compared_on_the_same_examples() -> None:
     runs = [answered("gmsa", (100.0, 100.0, 0.0)), answered("truncate", (0.0, 0.0, 0.0)),
             answered("original-prompt", (100.0, 100.0, 100.0), None), answered("truncate", (0.0,) * 3, 8)]  # fmt: skip
-    tables = [b for b in report_blocks(runs) if isinstance(b, Table) and b.header[:2] == ["a", "b"]]
+    tables = tables_of(report_sections(runs), "a")
     lines = {(line[0], line[1], line[3]): line[4:] for line in tables[0].rows}
     # Other rates are not compared; a method without a rate is.
     assert {key[1] for key in lines} == {"truncate 4x", "original-prompt"}
@@ -209,8 +219,8 @@ def test_methods_are_compared_on_the_same_examples() -> None:
 def test_other_examples_are_not_compared() -> None:
     other = answered("truncate", (0.0, 0.0))
     other.examples[0]["prompt"] = "Another?"
-    blocks = list(report_blocks([answered("gmsa", (100.0, 0.0)), other, answered("closed-book", (1.0,), None)]))
-    assert not any(isinstance(b, Table) and b.header[0] == "a" for b in blocks)
+    sections = report_sections([answered("gmsa", (100.0, 0.0)), other, answered("closed-book", (1.0,), None)])
+    assert tables_of(sections, "a") == []
 
 
 def test_the_same_method_of_two_runs_is_told_apart(tmp_path: Path) -> None:
@@ -269,8 +279,19 @@ def test_results_of_before_there_were_reports_are_read() -> None:
     folder = Path(__file__).parents[2] / "docs/results"
     kept = json.loads((folder / "restoration-128-100-stage-4.json").read_text())
     assert len(kept["rows"]) == 2
-    blocks = list(report_blocks([Run("old", kept["meta"], kept["rows"])]))
-    assert any(isinstance(b, Table) and len(b.rows) == 2 for b in blocks)
+    sections = report_sections([Run("old", kept["meta"], kept["rows"])])
+    assert len(tables_of(sections, "method")[0].rows) == 2
+
+
+RESULTS = sorted((Path(__file__).parents[2] / "docs/results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", [p for p in RESULTS if '"task"' in p.read_text()], ids=lambda path: path.stem)
+def test_every_published_result_is_read(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(path.read_text())
+    run = read_run(tmp_path)
+    assert [table.rows for table in tables_of(report_sections([run]), "method")]
+    assert all(str(row["n"]) in page_of([run]) for row in run.rows)
 
 
 def test_bad_folders_and_logs_are_one_line(tmp_path: Path) -> None:
@@ -307,17 +328,12 @@ def test_the_command_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_without_matplotlib_there_are_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **options: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    text = to_html(list(report_blocks([restored(), latencies()], [("run", [{"step": 1, "loss": 2.0}])])))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    for name in ("report", "charts"):
+        monkeypatch.delitem(sys.modules, f"gmsa.evaluate.{name}", raising=False)
+        monkeypatch.delattr(evaluate, name, raising=False)
+    plain = importlib.import_module("gmsa.evaluate.report")
+    text = plain.render([restored(), latencies()], [("run", [{"step": 1, "loss": 2.0}])])["report.html"]
     assert text.count("matplotlib is not installed") == 1
     assert "<svg" not in text
     assert "<table" in text

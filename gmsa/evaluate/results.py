@@ -1,0 +1,133 @@
+"""What an evaluation leaves on disk: results.json, a row for each method and setting, and examples.jsonl."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gmsa import __version__
+from gmsa.errors import InputError
+
+if TYPE_CHECKING:
+    from gmsa.api import GMSA
+
+FIELDS = ("task", "dataset", "method", "merge_size", "length", "new_tokens", "n", "metrics", "ci", "tokens", "seconds")
+KEY = FIELDS[:6]  # what tells one row from another; examples carry it
+TASKS = {
+    "restoration": "Restoration",
+    "qa": "Question answering",
+    "summ": "Summaries",
+    "latency": "Latency",
+    "attention": "What soft tokens stand for",
+}
+Result = tuple[dict[str, Any], list[dict[str, Any]]]  # a row and its examples
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation: the folder's name, what made it, its rows and its examples."""
+
+    name: str
+    meta: dict[str, Any]
+    rows: list[dict[str, Any]]
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def examples_of(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """Examples behind a row, in the order in which they were measured."""
+        return [e for e in self.examples if all(name not in e or e[name] == row[name] for name in KEY)]
+
+
+def merge_runs(runs: Sequence[Run]) -> list[Result]:
+    """Results by task and data set; rows have a "label", and a method measured twice is named with its run."""
+    keys = [tuple(row[name] for name in KEY) for run in runs for row in run.rows]
+    doubled = {key[2] for key in keys if keys.count(key) > 1}
+    results = []
+    for run in runs:
+        for row in run.rows:
+            method = f"{row['method']} ({run.name})" if row["method"] in doubled else row["method"]
+            label = method if row["merge_size"] is None else f"{method} {row['merge_size']}x"
+            results.append(({**row, "method": method, "label": label}, run.examples_of(row)))
+    return sorted(results, key=lambda result: (list(TASKS).index(result[0]["task"]), str(result[0]["dataset"] or "")))
+
+
+def results_meta(gmsa: "GMSA", data: str, **more: Any) -> dict[str, Any]:
+    """What made a result: versions, model, command; `more` is added, such as the seed."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {
+        "versions": {"gmsa": __version__, "python": platform.python_version(), **versions},
+        "model_fingerprint": gmsa.fingerprint,
+        "dtype": str(gmsa.model.dtype).removeprefix("torch."),
+        "data": Path(data).name,
+        "command": " ".join(["gmsa", *sys.argv[1:]]),
+        **more,
+    }
+
+
+def example_key(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields an example carries to be found again from its row."""
+    return {name: row.get(name) for name in KEY}
+
+
+def write_run(folder: Path, results: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
+    """Write results.json, with absent fields null, and examples.jsonl.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    rows = [{name: row.get(name) for name in FIELDS} for row in results["rows"]]
+    lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+    written = json.dumps({**results, "rows": rows}, indent=1) + "\n"
+    write_texts(folder, {"results.json": written, "examples.jsonl": "".join(lines)})
+
+
+def read_run(folder: Path) -> Run:
+    """What `write_run` wrote; examples.jsonl may be missing.
+
+    Raises:
+        InputError: results.json is missing or damaged.
+    """
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        rows = [{**{name: row.get(name) for name in FIELDS}, "metrics": row["metrics"]} for row in results["rows"]]
+        if not all(row["task"] in TASKS for row in rows):
+            raise ValueError("a task of another program")
+        run = Run(folder.resolve().name, dict(results["meta"]), rows)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} does not hold results of `gmsa eval`") from error
+    examples = folder / "examples.jsonl"
+    return replace(run, examples=read_jsonl(examples)) if examples.is_file() else run
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSONL: {error}") from error
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write files by name into a folder, made where it does not exist.
+
+    Raises:
+        InputError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write results to {folder}: {error.strerror}") from error
