@@ -15,8 +15,8 @@ from gmsa.api import GMSA
 from gmsa.errors import ContextTooLongError, InputError
 from gmsa.evaluate import metrics
 from gmsa.evaluate.cache import AnswerCache
+from gmsa.evaluate.methods import load_methods
 from gmsa.evaluate.methods.base import Method, Models, Question
-from gmsa.evaluate.methods.soft_tokens import SoftTokens
 from gmsa.evaluate.statistics import interval
 from gmsa.io.rows import documents_of, read_rows
 
@@ -89,7 +89,7 @@ def evaluate_qa(
     dataset = path.rsplit("/", 1)[-1]
     cache = cache or AnswerCache(None, note)
     if methods is None:
-        methods = [SoftTokens(Models(gmsa), gmsa)]
+        methods = load_methods(["gmsa"], Models(gmsa), note)
     for method in methods:
         for size in merge_sizes if method.compresses else [None]:
             run = AnswerRun(method, size, max_new_tokens, batch_size, cache)
@@ -151,25 +151,25 @@ class AnswerRun:
     def _answer(self, questions: list[Question]) -> list[dict[str, Any]]:
         reader = self.method.reader
         started = time.perf_counter()
-        readings = self.method.read(questions, self.merge_size or 1)
+        outputs = self.method.read(questions, self.merge_size or 1)
         read = time.perf_counter()
-        answers = self.method.answer(questions, readings, self.max_new_tokens, len(questions))
+        answers = self.method.answer(questions, outputs, self.max_new_tokens, len(questions))
         answered = time.perf_counter()
         seconds = {
             "compress": (read - started) / len(questions),
             "answer": (answered - read) / len(questions),
         }
         entries = []
-        for question, reading, answer in zip(questions, readings, answers, strict=True):
+        for question, output, answer in zip(questions, outputs, answers, strict=True):
             around = reader.template(question.prompt)
             entries.append(
                 {
                     "predicted": answer,
                     "answer_tokens": len(reader.template.encode(answer)),
                     "context": len(reader.template.encode(question.context)),
-                    "read": len(reading),
-                    "cut": reading.cut,
-                    "prompt": len(around.before) + len(reading) + len(around.after),
+                    "read": len(output),
+                    "cut": output.cut,
+                    "prompt": len(around.before) + len(output) + len(around.after),
                     "seconds": seconds,
                 }
             )

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,12 @@ def test_an_unknown_method_names_the_nearest(models: Models, capsys: pytest.Capt
     ):
         assert main(command) == 1
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_documentation_lists_every_method() -> None:
+    lines = (Path(__file__).parents[2] / "docs/baselines.md").read_text().splitlines()
+    named = [name for line in lines if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
+    assert [name for name in METHODS if name not in named] == []
 
 
 def test_other_checkpoints_are_methods(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Where each method's class is; it is imported, and what it needs loaded, only when the method is asked for.
 METHODS = {
-    "gmsa": "soft_tokens:SoftTokens",
+    "gmsa": "soft_tokens:GmsaMethod",
     "original-prompt": "original_prompt:OriginalPrompt",
     "closed-book": "closed_book:ClosedBook",
     "truncate-head": "truncate:TruncateHead",

@@ -4,30 +4,62 @@ A method says what the decoder reads in place of a context. How it is asked and 
 padding, greedy decoding - is `GMSA.read`, the same for all.
 """
 
+import contextlib
 import hashlib
+import importlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 
-from gmsa.api import GMSA, Contents
+from gmsa.api import GMSA
 from gmsa.config import GmsaConfig
 from gmsa.errors import GmsaError, InputError
-from gmsa.io.backbones import fingerprint_of
+from gmsa.evaluate.methods.minilm import hub_answers
+from gmsa.io.backbones import fingerprint_of, quiet_transformers
 from gmsa.io.checkpoint import load_backbones
 from gmsa.io.loading import GmsaModel
-
-if TYPE_CHECKING:
-    from gmsa.evaluate.methods.kv_cache import KeptCache
 
 
 class MethodUnavailable(GmsaError):
     """A method's package, weights or model are not at hand; the message says what to do. Others go on without it."""
+
+
+def require(package: str, extra: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        MethodUnavailable: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MethodUnavailable(f"it needs {package}: pip install 'gmsa[{extra}]'") from error
+
+
+@contextlib.contextmanager
+def from_hub(models: str) -> Iterator[dict[str, Any]]:
+    """Load models of others; gives the options of `from_pretrained` that keep it from waiting where there is no hub.
+
+    Args:
+        models: which, and what to do where they are not at hand.
+
+    Raises:
+        MethodUnavailable: they are not.
+    """
+    try:
+        with quiet_transformers():
+            yield {"local_files_only": not hub_answers()}
+    except InputError as error:
+        raise MethodUnavailable(str(error)) from error
+    except (OSError, ValueError, ImportError) as error:  # transformers raises any of them where a model is not there
+        raise MethodUnavailable(f"it needs {models}") from error
 
 
 @dataclass(frozen=True)
@@ -44,16 +76,16 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Reading:
+class MethodOutput:
     """What the decoder reads in place of one context.
 
     Attributes:
-        content: memories, or token ids (T,) in the decoder's vocabulary, where T may be 0, or a part of a cache, which
-            only the method that made it can answer from.
+        content: a list of memories and token ids (T,) in the decoder's vocabulary, where T may be 0; or what its method
+            alone can answer from, as long as it takes positions in the decoder.
         cut: how many tokens beyond the budget the method gave, which were dropped from the end.
     """
 
-    content: "Contents | torch.Tensor | KeptCache"
+    content: Sized
     cut: int = 0
 
     def __len__(self) -> int:
@@ -129,16 +161,16 @@ class Models:
 
 
 class Method(ABC):
-    """One way to give a context to a decoder.
+    """One way to give a context to a decoder; `read` is all that one needs to write.
 
     Args:
         models: what there is to load.
         reader: the model whose decoder answers.
 
     Attributes:
-        name: on the command line and in results.
+        name: on the command line and in results; the registry's.
         compresses: whether a merge size means anything to it.
-        made_with: models and packages that its readings depend on, beside the reader's weights.
+        made_with: models and packages that its outputs depend on, beside the reader's weights.
     """
 
     name: str
@@ -150,7 +182,7 @@ class Method(ABC):
         self.reader = reader
 
     @abstractmethod
-    def read(self, questions: Sequence[Question], merge_size: int) -> list[Reading]:
+    def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
         """What the decoder reads for each question, in order.
 
         Args:
@@ -159,16 +191,14 @@ class Method(ABC):
         """
 
     def answer(
-        self, questions: Sequence[Question], readings: Sequence[Reading], max_new_tokens: int, batch_size: int
+        self, questions: Sequence[Question], outputs: Sequence[MethodOutput], max_new_tokens: int, batch_size: int
     ) -> list[str]:
         """The reader's greedy answers from what `read` gave.
 
         Raises:
             ContextTooLongError: the decoder cannot read that much.
         """
-        contents: list[Any] = [
-            [reading.content] if isinstance(reading.content, torch.Tensor) else reading.content for reading in readings
-        ]
+        contents: list[Any] = [output.content for output in outputs]
         prompts = [question.prompt for question in questions]
         answers = self.reader.read(prompts, contents, max_new_tokens=max_new_tokens, batch_size=batch_size)
         return [answer.strip() for answer in answers]
@@ -188,14 +218,14 @@ class TextMethod(Method):
     def shorten(self, context: str, question: str, budget: int) -> str:
         """A text of at most `budget` decoder tokens; what is longer is cut at the end."""
 
-    def read(self, questions: Sequence[Question], merge_size: int) -> list[Reading]:
+    def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
         """See `Method.read`."""
-        readings = []
+        outputs = []
         for question in questions:
             budget = math.ceil(len(self.encode(question.context)) / merge_size)
             ids = self.encode(self.shorten(question.context, question.prompt, budget))
-            readings.append(Reading(torch.tensor(ids[:budget], dtype=torch.long), max(0, len(ids) - budget)))
-        return readings
+            outputs.append(MethodOutput([torch.tensor(ids[:budget], dtype=torch.long)], max(0, len(ids) - budget)))
+        return outputs
 
     def encode(self, text: str) -> list[int]:
         """Decoder token ids of a text, without special tokens."""

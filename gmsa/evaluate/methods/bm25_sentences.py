@@ -7,7 +7,7 @@ of the one context at hand.
 import re
 
 from gmsa.api import GMSA
-from gmsa.evaluate.methods.base import MethodUnavailable, Models
+from gmsa.evaluate.methods.base import Models, require
 from gmsa.evaluate.methods.sentences import SentenceMethod
 
 
@@ -19,15 +19,9 @@ def words_of(text: str) -> list[str]:
 class Bm25Sentences(SentenceMethod):
     """The decoder reads the sentences that share rare words with the question."""
 
-    name = "bm25-sentences"
-
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
-        try:
-            import bm25s
-        except ImportError as error:
-            raise MethodUnavailable("it needs bm25s: pip install 'gmsa[eval]'") from error
-        self.bm25s = bm25s
+        self.bm25s = require("bm25s", "eval")
 
     def rank(self, sentences: list[str], question: str) -> list[float]:
         """See `SentenceMethod.rank`."""

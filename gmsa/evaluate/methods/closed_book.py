@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from gmsa.evaluate.methods.base import Method, Question, Reading
+from gmsa.evaluate.methods.base import Method, MethodOutput, Question
 
 
 class ClosedBook(Method):
     """Nothing stands in place of the context."""
 
-    name = "closed-book"
     compresses = False
 
-    def read(self, questions: Sequence[Question], merge_size: int) -> list[Reading]:
+    def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
         """See `Method.read`."""
-        return [Reading(torch.empty(0, dtype=torch.long)) for _ in questions]
+        return [MethodOutput([torch.empty(0, dtype=torch.long)]) for _ in questions]

@@ -9,11 +9,9 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from gmsa.api import GMSA
-from gmsa.errors import InputError
-from gmsa.evaluate.methods.base import MethodUnavailable, Models
-from gmsa.evaluate.methods.minilm import HUB_ID, INSTALL, find_minilm, hub_answers
+from gmsa.evaluate.methods.base import Models, from_hub
+from gmsa.evaluate.methods.minilm import HUB_ID, INSTALL, find_minilm
 from gmsa.evaluate.methods.sentences import SentenceMethod
-from gmsa.io.backbones import quiet_transformers
 
 LONGEST = 256  # tokens
 BATCH = 32  # sentences
@@ -22,21 +20,14 @@ BATCH = 32  # sentences
 class EmbeddingSentences(SentenceMethod):
     """The decoder reads the sentences whose meaning is nearest to the question's."""
 
-    name = "embedding-sentences"
     made_with = HUB_ID
 
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
-        try:
+        with from_hub(f"{HUB_ID}: {INSTALL}") as options:
             name = find_minilm()
-            local = name != HUB_ID or not hub_answers()
-            with quiet_transformers():
-                self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-                model = AutoModel.from_pretrained(name, local_files_only=local, dtype=torch.float32)
-        except InputError as error:
-            raise MethodUnavailable(str(error)) from error
-        except (OSError, ValueError) as error:
-            raise MethodUnavailable(f"it needs {HUB_ID}: {INSTALL}") from error
+            self.tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
         self.model = model.eval().to(reader.model.device)
 
     def rank(self, sentences: list[str], question: str) -> list[float]:

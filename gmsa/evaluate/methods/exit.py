@@ -9,10 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gmsa.api import GMSA
-from gmsa.evaluate.methods.base import MethodUnavailable, Models
-from gmsa.evaluate.methods.minilm import hub_answers
+from gmsa.evaluate.methods.base import Models, from_hub, require
 from gmsa.evaluate.methods.sentences import SentenceMethod
-from gmsa.io.backbones import quiet_transformers
 from gmsa.model.padding import pad_left, positions
 
 BASE = "google/gemma-2b-it"
@@ -29,25 +27,16 @@ AFTER = (
 class Exit(SentenceMethod):
     """The decoder reads the sentences that a language model, asked one by one, finds useful."""
 
-    name = "exit"
     made_with = f"{ADAPTER} on {BASE}"
 
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise MethodUnavailable("it needs peft: pip install 'gmsa[train]'") from error
-        options = {"local_files_only": not hub_answers()}
-        try:
-            with quiet_transformers():
-                self.tokenizer = AutoTokenizer.from_pretrained(BASE, **options)
-                base = AutoModelForCausalLM.from_pretrained(BASE, dtype=reader.model.dtype, **options)
-                self.model = PeftModel.from_pretrained(base, ADAPTER, **options).merge_and_unload()
-        except (OSError, ValueError) as error:
-            raise MethodUnavailable(
-                f"it needs {BASE} and {ADAPTER} from the hub (hf auth login, then hf download; the first is gated)"
-            ) from error
+        peft = require("peft", "train")
+        models_needed = f"{BASE} and {ADAPTER} from the hub (hf auth login, then hf download; the first is gated)"
+        with from_hub(models_needed) as options:
+            self.tokenizer = AutoTokenizer.from_pretrained(BASE, **options)
+            base = AutoModelForCausalLM.from_pretrained(BASE, dtype=reader.model.dtype, **options)
+            self.model = peft.PeftModel.from_pretrained(base, ADAPTER, **options).merge_and_unload()
         self.model.to(reader.model.device).eval()
         self.choices = [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No")]
 

@@ -26,7 +26,7 @@ from gmsa.decode.batch import CachedStates
 from gmsa.decode.loop import Row
 from gmsa.decode.prompt import Frame
 from gmsa.errors import ContextTooLongError
-from gmsa.evaluate.methods.base import Method, MethodUnavailable, Models, Question, Reading
+from gmsa.evaluate.methods.base import Method, MethodOutput, MethodUnavailable, Models, Question
 from gmsa.model.backbone import body_of, cache_argument
 
 ROWS = 8  # prompts read in full at once
@@ -35,7 +35,7 @@ Observer = Callable[[int, Tensor, Tensor, float], None]  # layer, queries (B, Hq
 
 
 @dataclass(frozen=True)
-class KeptCache:
+class PrunedCache:
     """What is left of one prompt's cache.
 
     Attributes:
@@ -66,7 +66,7 @@ AttentionInterface.register(OBSERVED, _observed_attention)
 AttentionMaskInterface.register(OBSERVED, sdpa_mask)
 
 
-class KeptCacheMethod(Method):
+class PrunedCacheMethod(Method):
     """Keeps a part of the cache of the whole prompt; which part is what its subclasses say."""
 
     def __init__(self, models: Models, reader: GMSA) -> None:
@@ -86,17 +86,17 @@ class KeptCacheMethod(Method):
         """
 
     @torch.no_grad()
-    def read(self, questions: Sequence[Question], merge_size: int) -> list[Reading]:
+    def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
         """See `Method.read`."""
-        readings: list[Reading] = []
+        outputs: list[MethodOutput] = []
         for start in range(0, len(questions), ROWS):
             part = questions[start : start + ROWS]
             contexts = [self.reader.template.encode(q.context) for q in part]
             prompts = [self.reader.template(q.prompt) for q in part]
-            readings += [Reading(kept) for kept in self._keep(contexts, prompts, merge_size)]
-        return readings
+            outputs += [MethodOutput(kept) for kept in self._keep(contexts, prompts, merge_size)]
+        return outputs
 
-    def _keep(self, contexts: list[list[int]], prompts: list[Frame], merge_size: int) -> list[KeptCache]:
+    def _keep(self, contexts: list[list[int]], prompts: list[Frame], merge_size: int) -> list[PrunedCache]:
         model = self.reader.model
         rows = [
             torch.cat([prompt.before, torch.tensor(ids, dtype=torch.long), prompt.after])
@@ -124,7 +124,7 @@ class KeptCacheMethod(Method):
         finally:
             body.config._attn_implementation = before
         return [
-            KeptCache(
+            PrunedCache(
                 [
                     (_take(layer.keys[i], start, index), _take(layer.values[i], start, index))
                     for layer, index in zip(cache.layers, chosen[i], strict=True)
@@ -136,13 +136,13 @@ class KeptCacheMethod(Method):
         ]
 
     def answer(
-        self, questions: Sequence[Question], readings: Sequence[Reading], max_new_tokens: int, batch_size: int
+        self, questions: Sequence[Question], outputs: Sequence[MethodOutput], max_new_tokens: int, batch_size: int
     ) -> list[str]:
         """See `Method.answer`."""
-        kept = [reading.content for reading in readings]
+        kept = [output.content for output in outputs]
         answers: list[str] = []
         for start in range(0, len(kept), batch_size):
-            part = [cache for cache in kept[start : start + batch_size] if isinstance(cache, KeptCache)]
+            part = [cache for cache in kept[start : start + batch_size] if isinstance(cache, PrunedCache)]
             prompts = [self.reader.template(q.prompt).after for q in questions[start : start + batch_size]]
             answers += generate(self.reader, part, prompts, max_new_tokens)
         return answers
@@ -180,7 +180,7 @@ def check_fits(reader: GMSA, tokens: int) -> None:
         raise ContextTooLongError(f"a prompt of {tokens} tokens exceeds the decoder's {limit}")
 
 
-def generate(reader: GMSA, kept: Sequence[KeptCache], prompts: Sequence[Tensor], max_new_tokens: int) -> list[str]:
+def generate(reader: GMSA, kept: Sequence[PrunedCache], prompts: Sequence[Tensor], max_new_tokens: int) -> list[str]:
     """Greedy answers to prompts (T_i,) that stand after what is left of their caches.
 
     Raises:
@@ -195,24 +195,20 @@ def generate(reader: GMSA, kept: Sequence[KeptCache], prompts: Sequence[Tensor],
     return [row.text.strip() for row in rows]
 
 
-class SnapKV(KeptCacheMethod):
+class SnapKV(PrunedCacheMethod):
     """Keeps what the question attends to, smoothed over 5 neighbours as in the authors' code."""
 
-    name = "snapkv"
-
     def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
-        """See `KeptCacheMethod.choose`."""
+        """See `PrunedCacheMethod.choose`."""
         smooth = F.avg_pool1d(attention[None], kernel_size=5, padding=2, stride=1)[0]
         return smooth.topk(budget, dim=-1).indices.sort(dim=-1).values
 
 
-class StreamingLLM(KeptCacheMethod):
+class StreamingLLM(PrunedCacheMethod):
     """Keeps the first 4 tokens of the prompt and the last of the context; blind to the question."""
 
-    name = "streaming-llm"
-
     def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
-        """See `KeptCacheMethod.choose`."""
+        """See `PrunedCacheMethod.choose`."""
         heads, length = attention.shape
         sinks = min(budget, max(0, 4 - before))
         index = torch.arange(length, device=attention.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gmsa.api import GMSA
-from gmsa.evaluate.methods.base import MethodUnavailable, Models, TextMethod
+from gmsa.evaluate.methods.base import Models, TextMethod, require
 from gmsa.model.backbone import cache_argument
 
 
@@ -42,12 +42,8 @@ def make_compressor(lm: GMSA) -> Any:
     Raises:
         MethodUnavailable: llmlingua is not installed.
     """
-    try:
-        from llmlingua import PromptCompressor
-    except ImportError as error:
-        raise MethodUnavailable("it needs llmlingua: pip install 'gmsa[baselines]'") from error
 
-    class Compressor(PromptCompressor):
+    class Compressor(require("llmlingua", "baselines").PromptCompressor):  # type: ignore[misc]
         def __init__(self) -> None:  # its own would load weights again and fetch a tokenizer of OpenAI's
             self.model_name = lm.model.decoder.name_or_path
             self.use_llmlingua2 = False
@@ -74,8 +70,6 @@ def make_compressor(lm: GMSA) -> Any:
 class LLMLingua(TextMethod):
     """Does not look at the question."""
 
-    name = "llmlingua"
-
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
         self.compressor = make_compressor(models.backbone)
@@ -97,8 +91,6 @@ class LLMLingua(TextMethod):
 
 class LongLLMLingua(LLMLingua):
     """Prefers documents and tokens that the question makes likelier, or that make the question likelier."""
-
-    name = "longllmlingua"
 
     def options(self, question: str) -> dict[str, Any]:
         """As its authors use it."""

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from gmsa.evaluate.methods.base import Method, Question, Reading
+from gmsa.evaluate.methods.base import Method, MethodOutput, Question
 
 
 class OriginalPrompt(Method):
     """The decoder reads every token of the context."""
 
-    name = "original-prompt"
     compresses = False
 
-    def read(self, questions: Sequence[Question], merge_size: int) -> list[Reading]:
+    def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
         """See `Method.read`."""
-        return [Reading(torch.tensor(self.reader.template.encode(q.context), dtype=torch.long)) for q in questions]
+        return [MethodOutput([torch.tensor(self.reader.template.encode(q.context), dtype=torch.long)]) for q in questions]

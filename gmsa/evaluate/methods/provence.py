@@ -14,10 +14,8 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast
 
 from gmsa.api import GMSA
-from gmsa.evaluate.methods.base import MethodUnavailable, Models
-from gmsa.evaluate.methods.minilm import hub_answers
+from gmsa.evaluate.methods.base import MethodUnavailable, Models, from_hub
 from gmsa.evaluate.methods.sentences import SentenceMethod
-from gmsa.io.backbones import quiet_transformers
 
 MODEL = "naver/provence-reranker-debertav3-v1"
 LONGEST = 512  # tokens of question and sentences together
@@ -26,25 +24,21 @@ LONGEST = 512  # tokens of question and sentences together
 class Provence(SentenceMethod):
     """The decoder reads the sentences that a trained pruner finds the question to need."""
 
-    name = "provence"
     made_with = MODEL
 
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
-        local = not hub_answers()
-        try:
-            with quiet_transformers():
-                # Not the Auto classes: its configuration names code of its own.
-                self.tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL, local_files_only=local)
-                config = DebertaV2Config.from_pretrained(MODEL, local_files_only=local)
-            weights = load_file(weights_of(MODEL, local))
+        with from_hub(f"{MODEL} from the hub (hf download {MODEL})") as options:
+            # Not the Auto classes: its configuration names code of its own.
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL, **options)
+            config = DebertaV2Config.from_pretrained(MODEL, **options)
+            weights = load_file(find_weights(MODEL, **options))
             self.body = DebertaV2Model(config)
             self.head = nn.Linear(config.hidden_size, 2)  # drop, keep
-            parts: dict[str, nn.Module] = {"deberta.": self.body, "token_classifier.": self.head}
+        parts: dict[str, nn.Module] = {"deberta.": self.body, "token_classifier.": self.head}
+        try:
             for prefix, part in parts.items():
                 part.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-        except (OSError, ValueError, ImportError) as error:
-            raise MethodUnavailable(f"it needs {MODEL} from the hub (hf download {MODEL})") from error
         except RuntimeError as error:
             raise MethodUnavailable(f"the weights of {MODEL} are not those of a DeBERTa with a token head") from error
         self.body.to(reader.model.device).eval()
@@ -79,7 +73,7 @@ def windows(parts: list[list[int]], room: int) -> list[list[list[int]]]:
     return found
 
 
-def weights_of(name: str, local_files_only: bool) -> Path:
+def find_weights(name: str, local_files_only: bool) -> Path:
     """The safetensors file of a folder or a hub id.
 
     Raises:

@@ -5,15 +5,13 @@ Any checkpoint of this project reads so: the model under test, an ablation, or a
 
 from collections.abc import Sequence
 
-from gmsa.evaluate.methods.base import Method, Question, Reading
+from gmsa.evaluate.methods.base import Method, MethodOutput, Question
 
 
-class SoftTokens(Method):
+class GmsaMethod(Method):
     """The decoder reads soft tokens."""
 
-    name = "gmsa"
-
-    def read(self, questions: Sequence[Question], merge_size: int) -> list[Reading]:
+    def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
         """See `Method.read`."""
         memories = iter(self.reader.compress([d for q in questions for d in q.documents], merge_size))
-        return [Reading([next(memories) for _ in q.documents]) for q in questions]
+        return [MethodOutput([next(memories) for _ in q.documents]) for q in questions]

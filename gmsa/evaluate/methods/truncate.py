@@ -6,8 +6,6 @@ from gmsa.evaluate.methods.base import TextMethod
 class TruncateHead(TextMethod):
     """The beginning stays."""
 
-    name = "truncate-head"
-
     def shorten(self, context: str, question: str, budget: int) -> str:
         """See `TextMethod.shorten`."""
         return self.decode(self.encode(context)[:budget])
@@ -16,8 +14,6 @@ class TruncateHead(TextMethod):
 class TruncateTail(TextMethod):
     """The end stays."""
 
-    name = "truncate-tail"
-
     def shorten(self, context: str, question: str, budget: int) -> str:
         """See `TextMethod.shorten`."""
         return self.decode(self.encode(context)[-budget:])
@@ -25,8 +21,6 @@ class TruncateTail(TextMethod):
 
 class TruncateMiddle(TextMethod):
     """The middle goes and both ends stay, as in LongBench (https://arxiv.org/abs/2308.14508)."""
-
-    name = "truncate-middle"
 
     def shorten(self, context: str, question: str, budget: int) -> str:
         """See `TextMethod.shorten`."""
