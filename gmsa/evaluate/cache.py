@@ -1,5 +1,6 @@
 """What was measured, kept on disk as it comes: an interrupted evaluation goes on, a repeated one costs nothing."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,11 @@ SHAPES = (
     {"score"},
     {"tokens", "taken"},
 )
+
+
+def key_of(*parts: Any) -> str:
+    """Identifies an entry by everything it depends on."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class AnswerCache:

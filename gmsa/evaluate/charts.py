@@ -41,9 +41,8 @@ def results_chart(results: Sequence[Result], title: str) -> Markup | None:
     by_length = task == "latency" or len(lengths) > len(sizes)
     panels: dict[str, Lines] = defaultdict(lambda: defaultdict(list))
     for row in sorted(rows, key=lambda row: row["new_tokens"] or 0):
-        label = row["label"] if by_length else row["method"]
-        if not by_length and len(lengths) > 1:
-            label += f", {row['length']} tokens"
+        length = f", {row['length']} tokens" if len(lengths) > 1 else ""
+        label = row["label"] if by_length else row["method"] + length
         if task == "latency":
             found = [(f"Seconds, {row['new_tokens']} new tokens", (row["seconds"] or {}).get("total"), None)]
         else:

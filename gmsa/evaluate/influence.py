@@ -7,6 +7,7 @@ are alike, have lost the others.
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +19,8 @@ from tqdm import tqdm
 from gmsa.api import GMSA
 from gmsa.errors import InputError
 from gmsa.evaluate.restoration import texts_of_length
-from gmsa.evaluate.statistics import interval
+from gmsa.evaluate.results import Result
+from gmsa.evaluate.statistics import means_and_intervals
 from gmsa.model.windows import make_windows
 
 ROWS = 32  # texts compressed at once
@@ -110,7 +112,7 @@ def evaluate_influence(
     show_progress_bar: bool = False,
     seed: int = 0,
     method: str = "gmsa",
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+) -> Iterator[Result]:
     """Measure texts of one length at each merge size.
 
     Args:
@@ -144,17 +146,17 @@ def evaluate_influence(
             drawn = {} if examples else _figure(gmsa, ids, change, soft)
             examples.append({"text": text, **measures(change, soft), **drawn})
             lengths.append((len(ids), len(soft)))
-        values = {name: [e[name] for e in examples] for name in MEASURES}
+        means, intervals = means_and_intervals(examples, MEASURES, seed=seed)
         yield (
             {
                 "task": "attention",
-                "dataset": path.rsplit("/", 1)[-1],
+                "dataset": Path(path).name,
                 "method": method,
                 "merge_size": size,
                 "length": length,
                 "n": len(texts),
-                "metrics": {name: round(fmean(found), 4) for name, found in values.items()},
-                "ci": {name: [round(b, 4) for b in interval(found, seed=seed)] for name, found in values.items()},
+                "metrics": means,
+                "ci": intervals,
                 "tokens": {
                     "context": round(fmean(tokens for tokens, _ in lengths), 1),
                     "soft": round(fmean(soft for _, soft in lengths), 1),

@@ -4,8 +4,6 @@ Every way of answering is run in turn in every round, so that a machine that slo
 """
 
 import contextlib
-import hashlib
-import json
 import platform
 import re
 import tempfile
@@ -25,7 +23,8 @@ from tqdm import tqdm
 from gmsa import __version__
 from gmsa.api import GMSA
 from gmsa.errors import InputError
-from gmsa.evaluate.cache import AnswerCache
+from gmsa.evaluate.cache import AnswerCache, key_of
+from gmsa.evaluate.results import Result
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.memory import Memory
 from gmsa.model.backbone import body_of, layers_of
@@ -75,7 +74,7 @@ def evaluate_latency(
     *,
     cache: AnswerCache | None = None,
     note: Callable[[str], None] = warnings.warn,
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+) -> Iterator[Result]:
     """Time the original prompt, GMSA from the text, and GMSA from a stored memory.
 
     Args:
@@ -109,7 +108,7 @@ def evaluate_latency(
     ):
         made_with = _made_with(gmsa, merge_sizes, rounds)
         for length, new in plan:
-            key = hashlib.sha256(json.dumps(["latency", *made_with, length, new]).encode()).hexdigest()
+            key = key_of("latency", *made_with, length, new)
             ways, tokens = _ways(gmsa, text_of(gmsa, length), merge_sizes, Path(scratch))
             if key in cache.answers:
                 note(f"{length} tokens, {new} new: timed before, in {cache.path}")
@@ -198,7 +197,7 @@ def _time(gmsa: GMSA, way: Way, new_tokens: int) -> dict[str, Any]:
 
 def _rows(
     gmsa: GMSA, ways: Sequence[Way], taken: Sequence[list[dict[str, Any]]], tokens: int, length: int, new: int
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+) -> Iterator[Result]:
     original = median(figures["total"] for figures in taken[0])
     for way, found in zip(ways, taken, strict=True):
         total = median(figures["total"] for figures in found)

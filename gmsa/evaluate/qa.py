@@ -1,11 +1,10 @@
 """Question answering from what different methods give the decoder to read (paper section 5)."""
 
-import hashlib
-import json
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -14,10 +13,11 @@ from tqdm import tqdm
 from gmsa.api import GMSA
 from gmsa.errors import ContextTooLongError, InputError
 from gmsa.evaluate import metrics
-from gmsa.evaluate.cache import AnswerCache
+from gmsa.evaluate.cache import AnswerCache, key_of
 from gmsa.evaluate.methods import load_methods
 from gmsa.evaluate.methods.base import Method, Models, Question
-from gmsa.evaluate.statistics import interval
+from gmsa.evaluate.results import Result
+from gmsa.evaluate.statistics import means_and_intervals
 from gmsa.io.rows import documents_of, read_rows
 
 BATCH_SIZE = 32
@@ -59,7 +59,7 @@ def evaluate_qa(
     seed: int | None = None,
     cache: AnswerCache | None = None,
     note: Callable[[str], None] = warnings.warn,
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+) -> Iterator[Result]:
     """Measure the answers of each method, at each merge size where it has one.
 
     Args:
@@ -86,7 +86,7 @@ def evaluate_qa(
     if not rows:
         raise InputError(f"{path} has no rows with input, prompt and answer")
     questions = [Question(documents_of(row), row["prompt"]) for row in rows]
-    dataset = path.rsplit("/", 1)[-1]
+    dataset = Path(path).name
     cache = cache or AnswerCache(None, note)
     if methods is None:
         methods = load_methods(["gmsa"], Models(gmsa), note)
@@ -120,8 +120,7 @@ class AnswerRun:
         """Identifies an answer by everything it depends on."""
         around = self.method.reader.template(question.prompt)
         prompt = [around.before.tolist(), around.after.tolist()]
-        parts = [self.method.fingerprint, self.merge_size, self.max_new_tokens, question.documents, prompt]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return key_of(self.method.fingerprint, self.merge_size, self.max_new_tokens, question.documents, prompt)
 
     def answer(self, questions: Sequence[Question], done: Callable[[int], Any]) -> list[dict[str, Any]]:
         """An entry of the cache per question, in order; `done` is called with how many more are there.
@@ -201,15 +200,16 @@ def result(
     examples: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """A result row: means over the examples, and where they are metrics of answers, their intervals."""
-    intervals = {name: interval([e[name] for e in examples]) for name in MEASURES}
+    means, intervals = means_and_intervals(examples, MEASURES, digits=2)
+    means["answer_tokens"] = round(fmean(e["answer_tokens"] for e in examples), 2)
     return {
         "task": "qa",
         "dataset": dataset,
         "method": method,
         "merge_size": merge_size,
         "n": len(examples),
-        "metrics": {name: round(fmean(e[name] for e in examples), 2) for name in (*MEASURES, "answer_tokens")},
-        "ci": {name: [round(bound, 2) for bound in bounds] for name, bounds in intervals.items()},
+        "metrics": means,
+        "ci": intervals,
         "tokens": {
             name: round(fmean(e["tokens"][name] for e in examples), 1) for name in ("context", "soft", "prompt")
         },

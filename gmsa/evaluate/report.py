@@ -95,9 +95,7 @@ def render(runs: Sequence[Run], logs: Sequence[Log] = ()) -> dict[str, str]:
 
 def escape_markdown(value: Any) -> Any:
     """Text that Markdown shows as it is, on one line."""
-    if isinstance(value, Markup):
-        return value
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
+    return value if isinstance(value, Markup) else re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
 
 
 def fenced(pieces: Sequence[Piece]) -> Markup:
@@ -108,12 +106,7 @@ def fenced(pieces: Sequence[Piece]) -> Markup:
 
 
 def report_sections(runs: Sequence[Run], logs: Sequence[Log] = ()) -> list[Section]:
-    """A section per task and data set, then trainings, then how it was all measured.
-
-    Args:
-        runs: to be merged; a method that several of them measured alike is named with its run.
-        logs: of trainings.
-    """
+    """A section per task and data set, then trainings, then how it was all measured."""
     sections = []
     for (task, dataset), group in groupby(merge_runs(runs), key=lambda pair: (pair[0]["task"], pair[0]["dataset"])):
         results = list(group)

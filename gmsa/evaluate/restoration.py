@@ -1,10 +1,9 @@
 """How much of a text comes back from its soft tokens (paper section 5)."""
 
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -15,9 +14,10 @@ from gmsa.api import GMSA, Score
 from gmsa.decode.checked import CANDIDATES, CheckedText
 from gmsa.errors import InputError
 from gmsa.evaluate.bertscore import BertScorer
-from gmsa.evaluate.cache import AnswerCache
+from gmsa.evaluate.cache import AnswerCache, key_of
 from gmsa.evaluate.metrics import ROUGE, bleu, prefix_exact_match, rouge
-from gmsa.evaluate.statistics import interval
+from gmsa.evaluate.results import Result
+from gmsa.evaluate.statistics import means_and_intervals
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.rows import read_rows
 from gmsa.model.windows import split_windows
@@ -97,7 +97,7 @@ def evaluate_restoration(
     method: str = "gmsa",
     cache: AnswerCache | None = None,
     check: bool = False,
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+) -> Iterator[Result]:
     """Measure each length at each merge size.
 
     Args:
@@ -136,7 +136,8 @@ def evaluate_restoration(
                 found_f1 = scorer.f1([text.strip() for text in texts], restored)
                 for example, value in zip(examples, found_f1, strict=True):
                     example["bertscore_f1"] = value
-            means = {name: fmean(e[name] for e in examples) for name in PER_EXAMPLE if name in examples[0]}
+            measured = [name for name in PER_EXAMPLE if name in examples[0]]
+            means, intervals = means_and_intervals(examples, measured, seed=seed)
             metrics = {
                 "bleu": bleu([t.strip() for t in texts], restored),
                 **{name: means.get(name) for name in (*ROUGE, "bertscore_f1", "prefix_em")},
@@ -146,17 +147,16 @@ def evaluate_restoration(
             }
             if check:
                 metrics["confirmed"] = sum(e["confirmed"] for e in entries) / sum(e["soft"] for e in entries)
-            intervals = {name: interval([e[name] for e in examples], seed=seed) for name in means}
             yield (
                 {
                     "task": "restoration",
-                    "dataset": path.rsplit("/", 1)[-1],
+                    "dataset": Path(path).name,
                     "method": method,
                     "merge_size": size,
                     "length": length,
                     "n": len(texts),
                     "metrics": {name: None if v is None else round(v, 4) for name, v in metrics.items()},
-                    "ci": {name: [round(bound, 4) for bound in bounds] for name, bounds in intervals.items()},
+                    "ci": intervals,
                     "tokens": {name: round(fmean(entry[name] for entry in entries), 1) for name in ("context", "soft")},
                 },
                 examples,
@@ -185,7 +185,7 @@ class RestorationRun:
 
     def key(self, text: str, merge_size: int | None) -> str:
         """Identifies an entry; without a merge size it is how well the text itself is predicted."""
-        return hashlib.sha256(json.dumps(["restoration", *self._made_with, merge_size, text]).encode()).hexdigest()
+        return key_of("restoration", *self._made_with, merge_size, text)
 
     def score_texts(self, texts: Sequence[str]) -> list[Score | None]:
         """`score_given_text` of each text; None where the texts' memories have no score either."""

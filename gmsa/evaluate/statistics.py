@@ -1,7 +1,9 @@
 """How sure a figure is: bootstrap over examples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +53,15 @@ def interval(
         InputError: see `bootstrap_means`, or a level outside (0, 1).
     """
     return _percentiles(bootstrap_means(values, samples, seed), level)
+
+
+def means_and_intervals(
+    examples: Sequence[dict[str, Any]], names: Iterable[str], digits: int = 4, seed: int = 0
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The fields `metrics` and `ci` of a result row: means of these fields over the examples, and their intervals."""
+    values = {name: [example[name] for example in examples] for name in names}
+    means = {name: round(fmean(found), digits) for name, found in values.items()}
+    return means, {name: [round(b, digits) for b in interval(found, seed=seed)] for name, found in values.items()}
 
 
 def paired_difference(
