@@ -4,7 +4,6 @@ Texts are compared as 64-bit hashes, so memory grows by some 200 bytes a row and
 however long the texts. Ten million hashes looked up among ten million agree by chance once in 180,000 runs.
 """
 
-import bisect
 import functools
 import hashlib
 import re
@@ -27,19 +26,16 @@ PREFIX = 200  # normalised characters
 # learns them word by word.
 GRAM_SHARE = {"questions": 0.5, "texts": 0.2}
 SHOWN_EXAMPLES = 10
-SHOWN_BAD_LINES = 20
-SHOWN_SOURCES = 20
+SHOWN = 20  # bad lines, and sources
 BINS = 40
-
-WORD = re.compile(r"[^\W_]+")
 
 
 # -- texts as numbers --------------------------------------------------------------------------------------------------
 
 
-def words_of(text: str) -> list[str]:
+def normal_words(text: str) -> list[str]:
     """The runs of letters and digits of a text, in lower case."""
-    return WORD.findall(text.lower())
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 def hash_text(text: str) -> int:
@@ -67,16 +63,12 @@ class Fingerprint:
     """
 
     def __init__(self, documents: Sequence[str]) -> None:
-        self._words = [words_of(document) for document in documents]
+        self._words = [normal_words(document) for document in documents]
         parts = ["".join(words) or document.strip() for words, document in zip(self._words, documents, strict=True)]
         texts = dict.fromkeys(["".join(parts), *parts])
         self.texts = [hash_text(text) for text in texts]  # the whole, then each document
         self.beginnings = [hash_text(text[:PREFIX]) for text in texts]
-
-    @property
-    def whole(self) -> int:
-        """The hash of all documents together."""
-        return self.texts[0]
+        self.whole = self.texts[0]
 
     def grams(self) -> NDArray[np.uint64]:
         """Hashes of the word n-grams of every document."""
@@ -90,71 +82,20 @@ def describe_lengths(lengths: ArrayLike) -> dict[str, Any] | None:
     from its edge up to the next, which it leaves out. Bins are alike up to p99; one more holds what is longer.
     """
     values = np.sort(np.asarray(lengths, dtype=np.int64))
-    if not values.size:
+    count = values.size
+    if not count:
         return None
-    low, median, p90, p99, high = (int(values[max(-(-values.size * p // 100), 1) - 1]) for p in (0, 50, 90, 99, 100))
-    step = -(-(p99 + 1 - low) // BINS)
-    edges = np.arange(low, p99 + 1 + step, step)
-    if high >= edges[-1]:
-        edges = np.append(edges, high + 1)
-    counts, _ = np.histogram(values, edges)
-    return {
-        "count": values.size,
-        "sum": int(values.sum()),
-        "min": low,
-        "median": median,
-        "p90": p90,
-        "p99": p99,
-        "max": high,
-        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-    }
+    quantiles = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
+    found = {name: int(values[max(-(-count * percent // 100), 1) - 1]) for name, percent in quantiles.items()}
+    step = -(-(found["p99"] + 1 - found["min"]) // BINS)
+    edges = np.arange(found["min"], found["p99"] + 1 + step, step).tolist()
+    if found["max"] >= edges[-1]:
+        edges.append(found["max"] + 1)
+    counts = np.histogram(values, edges)[0].tolist()
+    return {"count": count, "sum": int(values.sum()), **found, "histogram": {"edges": edges, "counts": counts}}
 
 
-# -- rows --------------------------------------------------------------------------------------------------------------
-
-
-class Place(NamedTuple):
-    """Where a row stands."""
-
-    path: str
-    number: int  # of the line, from 1
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.number}"
-
-
-class Row(NamedTuple):
-    """What is looked at of a row."""
-
-    place: Place
-    documents: list[str]
-    prompt: str | None  # None: a text to restore
-    answers: list[str]
-    source: str | None
-
-    @property
-    def kind(self) -> str:
-        """A key of the report."""
-        return "texts" if self.prompt is None else "questions"
-
-    @classmethod
-    def parse(cls, place: Place, line: bytes) -> "Row | None":
-        """One line of a file; None for an empty line.
-
-        Raises:
-            ValueError: it is no row.
-        """
-        row = parse_row(line)
-        if row is None:
-            return None
-        source = None if row.get("source") is None else str(row["source"])
-        if isinstance(row.get("text"), str) and row["text"].strip():
-            parsed = cls(place, [row["text"]], None, [], source)
-        else:
-            parsed = cls(place, documents_of(row), row["prompt"], row["answer"], source)
-        # JSON can spell half a character, which no tokenizer takes and no terminal shows.
-        "".join([*parsed.documents, parsed.prompt or "", *parsed.answers, source or ""]).encode()
-        return parsed
+# -- rows, and contexts in other files ---------------------------------------------------------------------------------
 
 
 class Reader:
@@ -166,32 +107,30 @@ class Reader:
 
     def __init__(self, patterns: Iterable[str], show_progress_bar: bool) -> None:
         self.paths = list(dict.fromkeys(path for pattern in patterns for path in find_files(pattern)))
-        self.show_progress_bar = show_progress_bar
+        self.hide_progress_bar = not show_progress_bar
         self.rows: Counter[str] = Counter()  # by path
         self.bad: Counter[str] = Counter()
         self.bad_lines: list[str] = []  # the first of them
 
-    def __iter__(self) -> Iterator[Row]:
-        """Every row, in order.
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every row and its place, file:line, in order.
 
         Raises:
             InputError: a file cannot be read, or all are empty.
         """
         for path in self.paths:
-            lines = tqdm(
-                read_lines(path), Path(path).name, unit=" lines", leave=False, disable=not self.show_progress_bar
-            )
+            lines = tqdm(read_lines(path), Path(path).name, unit=" lines", leave=False, disable=self.hide_progress_bar)
             for number, (_, line) in enumerate(lines, start=1):
                 try:
-                    row = Row.parse(Place(path, number), line)
+                    row = parse_row(line)
                 except ValueError as error:
                     self.bad[path] += 1
-                    if len(self.bad_lines) < SHOWN_BAD_LINES:
+                    if len(self.bad_lines) < SHOWN:
                         self.bad_lines.append(str(BadLine(path, number, str(error))))
                 else:
                     if row is not None:
                         self.rows[path] += 1
-                        yield row
+                        yield f"{path}:{number}", row
         if not self.rows and not self.bad:
             raise InputError(f"no rows in {', '.join(self.paths)}")
 
@@ -200,7 +139,9 @@ class Reader:
         return [{"path": path, "rows": self.rows[path], "bad_lines": self.bad[path]} for path in self.paths]
 
 
-# -- overlap -----------------------------------------------------------------------------------------------------------
+def context_of(row: dict[str, Any]) -> list[str]:
+    """The documents of a question, or the one text."""
+    return [row["text"]] if "text" in row else documents_of(row)
 
 
 class Match(NamedTuple):
@@ -209,7 +150,7 @@ class Match(NamedTuple):
     identical: bool
     same_beginning: bool
     share: float  # of its grams, 0 to 1
-    place: Place | None  # the row that has it, or most of it
+    place: str | None  # of the row that has it, or most of it
 
     def reasons(self, kind: str) -> list[str]:
         """The fields of the report in which a row of this kind counts."""
@@ -219,26 +160,24 @@ class Match(NamedTuple):
 
 
 class ContextIndex:
-    """Contexts of rows, to look other contexts up in."""
+    """Contexts by place, to look other contexts up in."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.places: list[Place] = []  # of the first row with each context
-        self._texts: dict[int, Place] = {}
-        self._beginnings: dict[int, Place] = {}
-        grams: list[NDArray[np.uint64]] = []
-        seen: set[int] = set()
-        for row in rows:
-            fingerprint = Fingerprint(row.documents)
-            if fingerprint.whole in seen:
-                continue
-            seen.add(fingerprint.whole)
-            self.places.append(row.place)
-            for key in fingerprint.texts:
-                self._texts.setdefault(key, row.place)
-            for key in fingerprint.beginnings:
-                self._beginnings.setdefault(key, row.place)
-            grams.append(fingerprint.grams())
-        owners = np.repeat(np.arange(len(grams), dtype=np.int32), [len(g) for g in grams])
+    def __init__(self, contexts: Iterable[tuple[str, Sequence[str]]]) -> None:
+        self.places: list[str] = []  # of the first row with each context
+        self._texts: dict[int, str] = {}
+        self._beginnings: dict[int, str] = {}
+        grams = []
+        wholes: set[int] = set()
+        for place, documents in contexts:
+            fingerprint = Fingerprint(documents)
+            if fingerprint.whole not in wholes:
+                wholes.add(fingerprint.whole)
+                self.places.append(place)
+                grams.append(fingerprint.grams())
+                for text, beginning in zip(fingerprint.texts, fingerprint.beginnings, strict=True):
+                    self._texts.setdefault(text, place)
+                    self._beginnings.setdefault(beginning, place)
+        owners = np.repeat(np.arange(len(grams), dtype=np.int32), [len(found) for found in grams])
         self._grams, first = np.unique(np.concatenate([np.empty(0, np.uint64), *grams]), return_index=True)
         self._owners = owners[first]
 
@@ -248,7 +187,7 @@ class ContextIndex:
         beginning = next((self._beginnings[key] for key in context.beginnings if key in self._beginnings), None)
         grams = context.grams()
         owners = self._owners[:0]
-        if len(grams) and len(self._grams):
+        if len(self._grams):
             spots = np.searchsorted(self._grams, grams).clip(max=len(self._grams) - 1)
             owners = self._owners[spots[self._grams[spots] == grams]]
         most = self.places[np.bincount(owners).argmax()] if len(owners) else None
@@ -257,12 +196,6 @@ class ContextIndex:
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------
-
-
-class _Context(NamedTuple):
-    key: int
-    length: int
-    match: Match | None
 
 
 def check_files(
@@ -287,76 +220,31 @@ def check_files(
     if "-" in reader.paths and "-" in other.paths:
         raise InputError("standard input can be read only once: name a file on one side")
     length_of = _length_function(backbone)
-    index = ContextIndex(other) if against else None
-
-    kinds: Counter[str] = Counter()
-    sources: Counter[str] = Counter()
-    contexts: dict[int, _Context] = {}  # by the context as it stands; questions on one context need one look
-    prompts: set[int] = set()
-    first_of: dict[int, Place] = {}  # by context and prompt, normalised
-    repeats: list[dict[str, str]] = []
-    context_lengths, answer_lengths = array("q"), array("q")
-    documents = most_answers = 0
-    overlap: Counter[str] = Counter()
-    examples: dict[int, dict[str, Any]] = {}  # by context, so that they are not all of one
-
-    for row in reader:
-        kinds[row.kind] += 1
-        documents += len(row.documents)
-        if row.source is not None:
-            sources[row.source] += 1
-        raw = hash_text("\0".join(row.documents))
-        context = contexts.get(raw)
-        if context is None:
-            fingerprint = Fingerprint(row.documents)
-            length = sum(map(length_of, row.documents))
-            match = index.find(fingerprint) if index else None
-            context = contexts[raw] = _Context(fingerprint.whole, length, match)
-        context_lengths.append(context.length)
-
-        identity = context.key
-        if row.prompt is not None:
-            prompt = Fingerprint([row.prompt]).whole
-            prompts.add(prompt)
-            identity = hash_text(f"{context.key} {prompt}")
-            answer_lengths.extend(map(length_of, row.answers))
-            most_answers = max(most_answers, len(row.answers))
-        first = first_of.setdefault(identity, row.place)
-        if first is not row.place and len(repeats) < SHOWN_EXAMPLES:
-            repeats.append({"row": str(row.place), "first": str(first)})
-
-        reasons = context.match.reasons(row.kind) if context.match else []
-        if context.match and reasons:
-            overlap.update([*reasons, "any"])
-            if len(examples) < SHOWN_EXAMPLES and context.key not in examples:
-                share = round(context.match.share, 4)
-                examples[context.key] = {
-                    "row": str(row.place), "other": str(context.match.place), "reasons": reasons, "gram_share": share,
-                }  # fmt: skip
-
-    rows = kinds.total()
+    index = ContextIndex((place, context_of(row)) for place, row in other) if against else None
+    counts = _Counts()
+    for place, row in reader:
+        counts.add(place, row, length_of, index)
+    rows = counts.of["texts"] + counts.of["questions"]
     report: dict[str, Any] = {
         "files": reader.describe(),
         "rows": rows,
-        "texts": kinds["texts"],
-        "questions": kinds["questions"],
-        "documents": documents,
-        "distinct_contexts": len({context.key for context in contexts.values()}),
-        "distinct_prompts": len(prompts),
-        "answers": len(answer_lengths),
-        "most_answers": most_answers,
-        "duplicates": {"rows": rows - len(first_of), "examples": repeats},
-        "sources": dict(sources.most_common()),
+        **{name: counts.of[name] for name in ("texts", "questions", "documents")},
+        "distinct_contexts": len({key for key, _, _ in counts.contexts.values()}),
+        "distinct_prompts": len(counts.prompts),
+        "answers": len(counts.answer_lengths),
+        "most_answers": counts.most_answers,
+        "duplicates": {"rows": rows - len(counts.first_of), "examples": counts.repeats},
+        "sources": dict(counts.sources.most_common()),
         "lengths": {
             "unit": "tokens" if backbone else "words",
             "backbone": backbone,
-            "contexts": describe_lengths(context_lengths),
-            "answers": describe_lengths(answer_lengths),
+            "contexts": describe_lengths(counts.context_lengths),
+            "answers": describe_lengths(counts.answer_lengths),
         },
         "overlap": None,
         "bad_lines": {
             "count": reader.bad.total() + other.bad.total(),
-            "first": [*reader.bad_lines, *other.bad_lines][:SHOWN_BAD_LINES],
+            "first": [*reader.bad_lines, *other.bad_lines][:SHOWN],
         },
     }
     if index:
@@ -364,8 +252,8 @@ def check_files(
         report["overlap"] = {
             "files": other.describe(),
             "distinct_contexts": len(index.places),
-            **{name: overlap[name] for name in names},
-            "examples": list(examples.values()),
+            **{name: counts.overlap[name] for name in names},
+            "examples": list(counts.examples.values()),
         }
     return report
 
@@ -379,58 +267,99 @@ def _length_function(backbone: str | None) -> Callable[[str], int]:
     return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+class _Counts:
+    """What a report counts, row by row."""
+
+    def __init__(self) -> None:
+        self.of: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        self.overlap: Counter[str] = Counter()
+        self.context_lengths, self.answer_lengths = array("q"), array("q")
+        self.most_answers = 0
+        # Key, length and match of each context as it stands: questions on one context need one look.
+        self.contexts: dict[int, tuple[int, int, Match | None]] = {}
+        self.prompts: set[int] = set()
+        self.first_of: dict[int, str] = {}  # place of the first row by context and prompt, normalised
+        self.repeats: list[dict[str, str]] = []
+        self.examples: dict[int, dict[str, Any]] = {}  # of overlap, by context, so that they are not all of one
+
+    def add(self, place: str, row: dict[str, Any], length_of: Callable[[str], int], index: ContextIndex | None) -> None:
+        """Count another row."""
+        kind, documents = "texts" if "text" in row else "questions", context_of(row)
+        self.of.update({kind: 1, "documents": len(documents)})
+        if row.get("source") is not None:
+            self.sources[str(row["source"])] += 1
+        raw = hash_text("\0".join(documents))
+        if raw not in self.contexts:
+            fingerprint = Fingerprint(documents)
+            match = index.find(fingerprint) if index else None
+            self.contexts[raw] = fingerprint.whole, sum(map(length_of, documents)), match
+        key, length, match = self.contexts[raw]
+        self.context_lengths.append(length)
+
+        identity = key
+        if kind == "questions":
+            prompt = Fingerprint([row["prompt"]]).whole
+            self.prompts.add(prompt)
+            identity = hash_text(f"{key} {prompt}")
+            self.answer_lengths.extend(map(length_of, row["answer"]))
+            self.most_answers = max(self.most_answers, len(row["answer"]))
+        first = self.first_of.setdefault(identity, place)
+        if first != place and len(self.repeats) < SHOWN_EXAMPLES:
+            self.repeats.append({"row": place, "first": first})
+
+        if match and (reasons := match.reasons(kind)):
+            self.overlap.update([*reasons, "any"])
+            if len(self.examples) < SHOWN_EXAMPLES:
+                example = {"row": place, "other": match.place, "reasons": reasons, "gram_share": round(match.share, 4)}
+                self.examples.setdefault(key, example)
+
+
 # -- for people --------------------------------------------------------------------------------------------------------
 
 
 def format_report(report: dict[str, Any]) -> str:
     """A report of `check_files` as lines of text; bad lines are only counted in it."""
-    lengths, rows = report["lengths"], report["rows"]
-    lines = [f"{rows:,} rows: {report['texts']:,} texts, {report['questions']:,} questions"]
-    lines += _file_lines(report["files"])
-
+    lengths, rows, duplicates = report["lengths"], report["rows"], report["duplicates"]
     unit = f"tokens of {lengths['backbone']}" if lengths["backbone"] else "words (tokens: --backbone NAME)"
-    lines += ["", f"Lengths in {unit}"]
     columns = ("count", "sum", "min", "median", "p90", "p99", "max")
-    lines.append(" " * 11 + "".join(f"{name:>12}" for name in columns))
+    lines = [f"{rows:,} rows: {report['texts']:,} texts, {report['questions']:,} questions"]
+    lines += [*_file_lines(report["files"]), "", f"Lengths in {unit}"]
+    lines += [" " * 11 + "".join(f"{name:>12}" for name in columns)]
     for name in ("contexts", "answers"):
         if found := lengths[name]:
             lines.append(f"  {name:<9}" + "".join(f"{found[column]:>12,}" for column in columns))
-
     lines += ["", "Content", f"  distinct contexts   {report['distinct_contexts']:,}"]
     if report["questions"]:
         lines.append(f"  distinct prompts    {report['distinct_prompts']:,}")
         lines.append(f"  answers             {report['answers']:,}, at most {report['most_answers']:,} to a question")
     if report["documents"] > rows:
         lines.append(f"  documents           {report['documents']:,}")
-    lines.append(f"  duplicate rows      {_part(report['duplicates']['rows'], rows)}")
-    lines += [f"    {e['row']} repeats {e['first']}" for e in report["duplicates"]["examples"]]
-
+    lines.append(f"  duplicate rows      {_part(duplicates['rows'], rows)}")
+    lines += [f"    {e['row']} repeats {e['first']}" for e in duplicates["examples"]]
     if sources := report["sources"]:
-        lines += ["", "Sources"]
-        named = [*sources.items()][:SHOWN_SOURCES]
-        if (unnamed := rows - sum(sources.values())) > 0:
-            named.append(("(none)", unnamed))
-        lines += [f"  {count:>10,}  {name}" for name, count in named]
-        if len(sources) > SHOWN_SOURCES:
-            lines.append(f"  and {len(sources) - SHOWN_SOURCES:,} more")
+        unnamed = rows - sum(sources.values())
+        named = [*list(sources.items())[:SHOWN], *([("(none)", unnamed)] if unnamed else [])]
+        lines += ["", "Sources", *(f"  {count:>10,}  {name}" for name, count in named)]
+        if len(sources) > SHOWN:
+            lines.append(f"  and {len(sources) - SHOWN:,} more")
+    return "\n".join([*lines, *(_overlap_lines(report) if report["overlap"] else [])])
 
-    if overlap := report["overlap"]:
-        lines += [
-            "",
-            f"Overlap with {overlap['distinct_contexts']:,} distinct contexts",
-            *_file_lines(overlap["files"]),
-        ]
-        found = [("identical context", "identical", rows), (f"same first {PREFIX} characters", "same_beginning", rows)]
-        for kind, share in GRAM_SHARE.items():
-            if report[kind]:
-                found.append((f"{kind} with over {share:.0%} of {GRAM}-grams", f"grams_{kind}", report[kind]))
-        found.append(("any of these", "any", rows))
-        lines += [f"  {label:<37} {_part(overlap[name], of)}" for label, name, of in found]
-        for e in overlap["examples"]:
-            reasons = [name.replace("_", " ") for name in e["reasons"] if name in ("identical", "same_beginning")]
-            reasons += [f"{e['gram_share']:.0%} of {GRAM}-grams"] if e["gram_share"] else []
-            lines.append(f"    {e['row']} and {e['other']}: {', '.join(reasons)}")
-    return "\n".join(lines)
+
+def _overlap_lines(report: dict[str, Any]) -> list[str]:
+    overlap, rows = report["overlap"], report["rows"]
+    counted = [("identical context", "identical", rows), (f"same first {PREFIX} characters", "same_beginning", rows)]
+    for kind, share in GRAM_SHARE.items():
+        if report[kind]:
+            counted.append((f"{kind} with over {share:.0%} of {GRAM}-grams", f"grams_{kind}", report[kind]))
+    counted.append(("any of these", "any", rows))
+    lines = ["", f"Overlap with {overlap['distinct_contexts']:,} distinct contexts", *_file_lines(overlap["files"])]
+    lines += [f"  {label:<37} {_part(overlap[name], of)}" for label, name, of in counted]
+    for e in overlap["examples"]:
+        reasons = [name.replace("_", " ") for name in e["reasons"] if not name.startswith("grams")]
+        reasons += [f"{e['gram_share']:.0%} of {GRAM}-grams"] if e["gram_share"] else []
+        lines.append(f"    {e['row']} and {e['other']}: {', '.join(reasons)}")
+    return lines
 
 
 def _file_lines(files: list[dict[str, Any]]) -> list[str]:
@@ -455,8 +384,9 @@ def check_plot(path: str) -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise GmsaError("drawing needs matplotlib: pip install 'gmsa[train]'") from error
-    if not Path(path).absolute().parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {Path(path).absolute().parent}")
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {folder}")
 
 
 def draw_lengths(report: dict[str, Any], path: str) -> None:
@@ -467,7 +397,6 @@ def draw_lengths(report: dict[str, Any], path: str) -> None:
     """
     check_plot(path)
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     lengths = report["lengths"]
     panels = [name for name in ("contexts", "answers") if lengths[name]]
@@ -476,22 +405,22 @@ def draw_lengths(report: dict[str, Any], path: str) -> None:
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         found = lengths[name]
-        # Shifted, so that a length stands in the middle of a bin of one.
-        edges, counts = [edge - 0.5 for edge in found["histogram"]["edges"]], found["histogram"]["counts"]
+        edges, counts = np.array(found["histogram"]["edges"]), found["histogram"]["counts"]
         step = edges[1] - edges[0]
-        alike = bisect.bisect_right(edges, found["p99"])  # bins; another one may follow
-        axes.stairs(counts[:alike], edges[: alike + 1], fill=True, color="tab:blue", alpha=0.6)
+        # The last bin, of what is longer than p99, is drawn as wide as the others, which it stands beside.
+        edges[-1] = min(edges[-1], edges[-2] + step)
+        axes.stairs(counts, edges - 0.5, fill=True, color="tab:blue", alpha=0.6)  # a bin of one around its length
         for quantile, style in (("median", "-"), ("p90", "--"), ("p99", ":")):
             label = f"{quantile} {found[quantile]:,}"
             axes.axvline(found[quantile], color="black", linewidth=1, linestyle=style, label=label)
-        if counts[alike:]:
+        if edges[-2] > found["p99"]:
             label = f"longer: {counts[-1]:,}, up to {found['max']:,}"
-            axes.stairs(counts[-1:], [edges[alike], edges[alike] + step], fill=True, color="tab:orange", label=label)
+            axes.stairs(counts[-1:], edges[-2:] - 0.5, fill=True, color="tab:orange", label=label)
         unit = f"tokens of {lengths['backbone']}" if lengths["backbone"] else "words"
-        axes.set(xlabel=unit, ylabel=f"{name} (bins of {step:,.0f})", title=f"{found['count']:,} {name}")
+        axes.set(xlabel=unit, ylabel=f"{name} (bins of {step:,})", title=f"{found['count']:,} {name}")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axis.set_major_formatter("{x:,.0f}")
+            axis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     try:
