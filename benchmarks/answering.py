@@ -197,7 +197,7 @@ def main(arguments: list[str]) -> None:
             print(f"{length} tokens", file=sys.stderr)
             rows += run_length(gmsa, length, options, Path(scratch))
     results = {
-        "meta": {**measuring.meta(options, gmsa, "answering.py"), "new_tokens": options.new_tokens},
+        "meta": {**measuring.meta(options, gmsa, "benchmarks/answering.py"), "new_tokens": options.new_tokens},
         "rows": rows,
     }
     print(report(results))

@@ -86,7 +86,10 @@ def main(arguments: list[str]) -> None:
         options.length, options.merge_size = 128, [4]
     gmsa = measuring.load(options)
     sizes = options.merge_size
-    results = {"meta": measuring.meta(options, gmsa, "bytes.py"), "counted": counted(gmsa, options.length, sizes)}
+    results = {
+        "meta": measuring.meta(options, gmsa, "benchmarks/bytes.py"),
+        "counted": counted(gmsa, options.length, sizes),
+    }
     results["reckoned"] = reckoned(sizes)
     print(report(results))
     measuring.write(options.output, results)

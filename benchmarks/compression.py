@@ -291,7 +291,7 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(one_side(gmsa, options.side, options.memory_tokens, size)))
         return
     results = {
-        "meta": {**measuring.meta(options, gmsa, "compression.py"), "merge_size": size},
+        "meta": {**measuring.meta(options, gmsa, "benchmarks/compression.py"), "merge_size": size},
         "largest_difference": round(check(gmsa, size), 5),
         "growth": growth(gmsa, size, options),
         "memory": memory(options, size),

@@ -202,7 +202,7 @@ def main(arguments: list[str]) -> None:
             print(f"{soft_tokens} soft tokens, {count} rows", file=sys.stderr)
             rows += run_length(gmsa, soft_tokens, count, options)
     accuracy = int8_accuracy(gmsa, 64 if options.quick else 512)
-    results = {"meta": measuring.meta(options, gmsa, "decoding.py"), "rows": rows, "int8_accuracy": accuracy}
+    results = {"meta": measuring.meta(options, gmsa, "benchmarks/decoding.py"), "rows": rows, "int8_accuracy": accuracy}
     print(report(results))
     measuring.write(options.output, results)
 

@@ -139,7 +139,7 @@ def meta(options: argparse.Namespace, gmsa: GMSA, script: str) -> dict[str, Any]
         "dtype": str(gmsa.model.dtype).removeprefix("torch."),
         "clock": "processor" if gmsa.model.device.type == "cpu" and options.threads == 1 else "wall",
         "rounds": options.rounds,
-        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
     }
 
 

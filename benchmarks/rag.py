@@ -254,7 +254,7 @@ def main(arguments: Sequence[str]) -> None:
     questions = spread([vars(asked) for asked in questions_of(options.file)], options.n)
     chosen = [Asked(**row) for row in questions]
     pool = list(dict.fromkeys(text for asked in chosen for text in asked.documents))
-    meta = measuring.meta(options, gmsa, "rag.py")
+    meta = measuring.meta(options, gmsa, "benchmarks/rag.py")
     del meta["rounds"]  # there are none here
     meta["command"] = "python benchmarks/rag.py " + " ".join(Path(a).name if "/" in a else a for a in arguments)
     results: dict[str, Any] = {"meta": meta, "store": [], "latency": [], "accuracy": []}

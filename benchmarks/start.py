@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ends = {key: found[key] for key in ("help", "serve") if key in found}
     results: dict[str, Any] = {
         "meta": {
-            **measuring.meta(options, gmsa, "start.py"),
+            **measuring.meta(options, gmsa, "benchmarks/start.py"),
             "clock": "processor",
             "rounds": rounds,
             "text_tokens": len(gmsa.tokenizer(text_of(gmsa, TEXT_TOKENS), add_special_tokens=False)["input_ids"]),

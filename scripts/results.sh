@@ -50,11 +50,11 @@ short=closed-book-trained,truncate-head-trained,bm25-sentences-trained
 # Speed, and what storing differences in 8 bits costs (the second stage's last checkpoint is kept by a run of its recipe)
 "$python" benchmarks/answering.py --output "$out/answering.json" --image "$out/answering.png"
 if [ -d runs/default-2-answer/checkpoint-620 ]; then
-    "$python" benchmarks/storage_form.py runs/default-2-answer/checkpoint-620 "$texts"
+    "$python" experiments/storage_form.py runs/default-2-answer/checkpoint-620 "$texts"
 fi
 
 # The ablations train their arms: an hour more on one core
-"$python" benchmarks/ablations.py --data "$data/qa_dev_squad.jsonl.gz" --texts "$texts" --folder "$out/ablations" -o "$out/ablations.json"
+"$python" experiments/ablations.py --data "$data/qa_dev_squad.jsonl.gz" --texts "$texts" --folder "$out/ablations" -o "$out/ablations.json"
 "$gmsa" eval attention --data "$texts" --model "$out/ablations/full/restore/model" \
     --methods "gmsa,appended=$out/ablations/appended/restore/model" --limit 10 -o "$out/attention"
 "$gmsa" eval report "$out"/restoration-* "$out"/qa-* "$out"/long-* "$out/summ" -o "$out/report"

@@ -56,7 +56,7 @@ LANGUAGES = ("python", "sh", "yaml", "json", "text")
 MARKER = re.compile(r"<!-- (parsed|not run): (\S.*?) -->\s*$", re.DOTALL)
 SERVER = "http://127.0.0.1:8000"
 MEMORY_ID = re.compile(r"(?=.*[a-f])(?=.*\d)[0-9a-f]{6,64}")  # of a memory of the default model
-FOLDERS = ("recipes/", "scripts/", "benchmarks/", "examples/", "deploy/", "docs/", "tests/")
+FOLDERS = ("recipes/", "scripts/", "benchmarks/", "experiments/", "examples/", "deploy/", "docs/", "tests/")
 TEXT = "The mill was built in 1731 by two brothers. The bridge beside it was opened in 1894, and it stands."
 ROW = json.dumps({"input": TEXT, "prompt": "When was the mill built?", "answer": "1731"})
 FILES = {
@@ -319,7 +319,7 @@ def test_what_is_wrong_fails(text: str, complaint: str, world: World) -> None:
 
 @pytest.fixture(scope="module")
 def builder() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "scripts/build_docs.py"))
+    return runpy.run_path(str(ROOT / "scripts/maintain/build_docs.py"))
 
 
 def test_pages_are_staged_with_what_they_link_to(builder: dict[str, Any], tmp_path: Path) -> None:

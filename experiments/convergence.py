@@ -4,8 +4,8 @@ Stage 1 on the default backbone with the decoder frozen, the same batches and st
 no LSA, randomly initialised LSA, appended tokens, no throwaway first token} x {rates 4 and 8 throughout, small rates
 first}.
 
-    python benchmarks/convergence.py                  # trains what is missing, then reports; 80 minutes on 2 cores
-    python benchmarks/convergence.py --report-only
+    python experiments/convergence.py                  # trains what is missing, then reports; 80 minutes on 2 cores
+    python experiments/convergence.py --report-only
 """
 
 import argparse
@@ -99,7 +99,7 @@ def report(recipe: Recipe, folder: Path, results: Path, plot: Path) -> None:
         curves[name] = {size: [(step, found[size]) for step, found in probes] for size in probes[-1][1]}
         left = {size: leaving(points, alone + MARGIN) for size, points in curves[name].items()}
         rows.append({"arm": name, "steps": probes[-1][0], "left_plateau_at": left, "accuracy": probes[-1][1]})
-    meta = {"decoder_alone": alone, "margin": MARGIN, "command": "python benchmarks/convergence.py"}
+    meta = {"decoder_alone": alone, "margin": MARGIN, "command": "python experiments/convergence.py"}
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps({"meta": meta, "rows": rows, "curves": curves}, indent=1) + "\n")
     print(f"the decoder alone guesses {alone:.3f} of the tokens\n")
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="recipes/convergence.yaml")
     parser.add_argument("--folder", type=Path, default=Path("runs/convergence"), help="where the arms are trained")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/convergence.json"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("experiments/results/convergence.json"))
     parser.add_argument("--plot", type=Path, default=Path("docs/images/convergence.png"))
     options = parser.parse_args()
     if not options.report_only:

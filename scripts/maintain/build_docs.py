@@ -1,6 +1,6 @@
 """Build the documentation site into site/: offline, and failing on a broken link, anchor, image or docstring.
 
-    python scripts/build_docs.py
+    python scripts/maintain/build_docs.py
 
 Zensical reads mkdocs.yml. It gets a copy of docs/ (build/docs) in which
 - a link to a file of the repository that is not in docs/ leads to a page that shows the file,
@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 STAGED = ROOT / "build" / "docs"  # docs_dir and site_dir of mkdocs.yml
 SITE = ROOT / "site"

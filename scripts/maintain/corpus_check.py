@@ -1,6 +1,6 @@
 """Proves that a corpus comes out the same whoever makes it, also where workers are killed, and measures one worker.
 
-    pip install 'gmsa[ray]'; python scripts/corpus_check.py --output docs/results/corpus.json
+    pip install 'gmsa[ray]'; python scripts/maintain/corpus_check.py --output docs/results/corpus.json
 
 The same texts are compressed by one worker in this process, by two processes and by two Ray actors; of each pair one is
 killed at random. All shards and manifests must be the same bytes, and every row must have come through.
@@ -22,7 +22,7 @@ from typing import Any
 from gmsa.corpus.corpus import compress_corpus, read_corpus
 from gmsa.corpus.shards import Record
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ("examples/thames.txt", "LICENSE")
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, Any] = {
         "model": options.model,
-        "command": f"python scripts/corpus_check.py --rows {options.rows}",
+        "command": f"python scripts/maintain/corpus_check.py --rows {options.rows}",
     }
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "in.jsonl"

@@ -1,4 +1,4 @@
-"""Benchmarks of quality run on a small model and compare what they say they do. What they measure is not asserted."""
+"""Experiments run on a small model and compare what they say they do. What they measure is not asserted."""
 
 import importlib
 import json
@@ -17,16 +17,16 @@ from gmsa import GMSA
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "experiments"
 TEXT = "The mill stood by the river, and the miller's two sons quarrelled about its wheel until winter. "
 
 
 @pytest.fixture
-def benchmark_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """benchmark_of(name) -> the module of a benchmark."""
+def experiment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """experiment(name) -> the module of an experiment."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("measuring", "windows", "memory_form"):
+    for name in ("shared", "measuring", "windows", "memory_form", "cost_model"):
         sys.modules.pop(name, None)
 
 
@@ -53,14 +53,14 @@ def data(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def run(
-    benchmark_of: Callable[[str], ModuleType], trained_model: Callable[..., GmsaModel], tmp_path: Path
+    experiment: Callable[[str], ModuleType], trained_model: Callable[..., GmsaModel], tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
-    """run(name, *arguments) -> the results of one benchmark."""
+    """run(name, *arguments) -> the results of one experiment."""
     trained_model(system_prompt="").save_pretrained(tmp_path / "model")
 
     def run(name: str, *arguments: str) -> dict[str, Any]:
         output = tmp_path / "results.json"
-        benchmark_of(name).main([*arguments, "--model", str(tmp_path / "model"), "-o", str(output)])
+        experiment(name).main([*arguments, "--model", str(tmp_path / "model"), "--output", str(output)])
         return json.loads(output.read_text())
 
     return run
@@ -75,20 +75,20 @@ def soft_tokens(windows: ModuleType, gmsa: GMSA, arm: Any, size: int, text: str 
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize("window", [8, 16, 40, None])
 def test_windows_are_those_of_the_model(
-    benchmark_of: Callable[[str], ModuleType],
+    experiment: Callable[[str], ModuleType],
     make_gmsa: Callable[[int | None], GMSA],
     window: int | None,
     size: int,
 ) -> None:
-    windows = benchmark_of("windows")
+    windows = experiment("windows")
     found = soft_tokens(windows, make_gmsa(16), windows.Arm(window), size)
     torch.testing.assert_close(found, make_gmsa(window).compress(TEXT, size).soft_tokens, rtol=1e-4, atol=1e-5)
 
 
 def test_overlap_and_lsa_over_all_see_what_they_say(
-    benchmark_of: Callable[[str], ModuleType], make_gmsa: Callable[[int | None], GMSA]
+    experiment: Callable[[str], ModuleType], make_gmsa: Callable[[int | None], GMSA]
 ) -> None:
-    windows, gmsa = benchmark_of("windows"), make_gmsa(16)
+    windows, gmsa = experiment("windows"), make_gmsa(16)
     plain, overlapping, whole_lsa, both, whole = (
         soft_tokens(windows, gmsa, arm, 4)
         for arm in (
@@ -111,8 +111,8 @@ def test_overlap_and_lsa_over_all_see_what_they_say(
     assert (changed[:4] - overlapping[:4]).abs().max() > 1e-3
 
 
-def test_ratios_and_positions(benchmark_of: Callable[[str], ModuleType]) -> None:
-    windows = benchmark_of("windows")
+def test_ratios_and_positions(experiment: Callable[[str], ModuleType]) -> None:
+    windows = experiment("windows")
     found = windows.perplexities([(3.0, 2), (3.0, 1)], [(2.0, 2), (1.0, 1)])
     assert found["perplexity"] == pytest.approx(math.exp(2), rel=1e-4)
     assert found["ratio"] == pytest.approx(math.exp(2) / math.exp(1), rel=1e-4)
@@ -148,9 +148,9 @@ def test_windows(run: Callable[..., dict[str, Any]], data: dict[str, str], capsy
 
 
 def test_restoration_is_that_of_the_engine(
-    benchmark_of: Callable[[str], ModuleType], make_gmsa: Callable[[int | None], GMSA]
+    experiment: Callable[[str], ModuleType], make_gmsa: Callable[[int | None], GMSA]
 ) -> None:
-    windows, gmsa = benchmark_of("windows"), make_gmsa(16)
+    windows, gmsa = experiment("windows"), make_gmsa(16)
     ids = gmsa.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     (found,) = windows.restoration_scores(gmsa, [ids], [windows.Arm(16)], [4]).values()
     score = gmsa.score(gmsa.compress(TEXT, 4), TEXT)
@@ -158,13 +158,13 @@ def test_restoration_is_that_of_the_engine(
 
 
 def test_the_loss_of_answers_is_that_of_training(
-    benchmark_of: Callable[[str], ModuleType], make_gmsa: Callable[[int | None], GMSA], data: dict[str, str]
+    experiment: Callable[[str], ModuleType], make_gmsa: Callable[[int | None], GMSA], data: dict[str, str]
 ) -> None:
     from gmsa.io.rows import read_rows
     from gmsa.train.examples import Document, Example, arguments, collate
 
     gmsa, rows = make_gmsa(16), list(read_rows(data["questions"]))[:3]
-    found = benchmark_of("measuring").answer_loss(gmsa, rows, 4, batch_size=2)
+    found = experiment("shared").measuring.answer_loss(gmsa, rows, 4, batch_size=2)
     examples = [
         Example(
             gmsa.template(row["prompt"]).around(Document(gmsa.template.encode(row["input"]))),
@@ -194,3 +194,17 @@ def test_memory_form(run: Callable[..., dict[str, Any]], data: dict[str, str]) -
         assert form["loss_increase_percent"] == pytest.approx(expected, abs=0.01)
     assert forms["int8"]["loss_difference"] != 0
     assert results["answers"]["4"]["float32"]["same_as_float32"] == 2
+
+
+def test_cost_model(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    image = tmp_path / "m.png"
+    passes = run("cost_model", "--quick", "--dtype", "float32", "--image", str(image))["passes"]
+    assert image.stat().st_size > 0
+    assert len(passes) == 3
+    # 2 windows of 16 and their sinks: q and o 48 x 48, k and v 48 x 24, three of 48 x 64 in each of 2 encoder layers;
+    # 2 groups of 8 per window in one of LSA.
+    layer = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 64)
+    assert passes[0]["gigaflops"] == pytest.approx((2 * layer * 2 * 17 + layer * 2 * 2) / 1e9, abs=0.06)
+    for row in passes:
+        assert row["ratio"] == pytest.approx(row["measured_seconds"] / row["predicted_seconds"], rel=0.05)
+        assert sum(row["share_of_time"].values()) == pytest.approx(1, abs=0.01)

@@ -1,6 +1,6 @@
 """What storing a model as 8-bit differences costs: teacher-forced scores of the same model stored both ways.
 
-python benchmarks/storage_form.py runs/default-2-answer/checkpoint-620 $DATA/text_dev.jsonl.gz
+python experiments/storage_form.py runs/default-2-answer/checkpoint-620 $DATA/text_dev.jsonl.gz
 """
 
 import argparse

@@ -13,8 +13,8 @@ questions are compressed by the same compressor. Several poolings of the same st
 "soft tokens" is what a store keeps; "merged states" is what the encoder and merging give before alignment. Questions
 are also read at merge size 1, a soft token for each of their tokens (then only soft tokens are scored).
 
-    python benchmarks/memory_retrieval.py $DATA/qa_dev_nq.jsonl.gz $DATA/qa_dev_squad.jsonl.gz \
-        --output docs/results/memory-retrieval.json    # 10 minutes on one core; needs bm25s and the wheel of MiniLM
+    python experiments/memory_retrieval.py $DATA/qa_dev_nq.jsonl.gz $DATA/qa_dev_squad.jsonl.gz \
+        --output experiments/results/memory-retrieval.json    # 10 minutes on one core; bm25s and MiniLM
 """
 
 import argparse
@@ -26,9 +26,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import measuring
 import numpy as np
 import torch
+from shared import measuring
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -225,9 +225,9 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     gmsa = measuring.load(options)
     rows = measure(gmsa, [load_corpus(path, options.n) for path in options.files], options.merge_size)
-    meta = {**measuring.meta(options, gmsa, "memory_retrieval.py"), "merge_size": options.merge_size}
+    meta = {**measuring.meta(options, gmsa, "experiments/memory_retrieval.py"), "merge_size": options.merge_size}
     del meta["rounds"]  # there are none here
-    meta["command"] = "python benchmarks/memory_retrieval.py " + " ".join(
+    meta["command"] = "python experiments/memory_retrieval.py " + " ".join(
         Path(a).name if "/" in a else a for a in arguments
     )
     head = ["corpus", "way", "states", "question at", *(f"recall@{k}" for k in RECALL_AT), "mrr"]

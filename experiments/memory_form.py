@@ -2,7 +2,7 @@
 
 The model computes in fp32, so that what is measured is the form alone. Restoration is teacher-forced, answers greedy.
 
-    python benchmarks/memory_form.py $DATA/text_dev.jsonl.gz $DATA/qa_dev_squad.jsonl.gz    # 4 minutes on one core
+    python experiments/memory_form.py $DATA/text_dev.jsonl.gz $DATA/qa_dev_squad.jsonl.gz    # 4 minutes on one core
 """
 
 import argparse
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-n", type=int, default=60, help="texts, and questions")
     parser.add_argument("--length", type=int, default=128, help="tokens per text")
     parser.add_argument("--merge-sizes", type=int, nargs="+", default=[4])
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/memory-form.json"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("experiments/results/memory-form.json"))
     options = parser.parse_args(arguments)
     gmsa = GMSA.from_pretrained(options.model, dtype="float32")
     texts = texts_of_length(gmsa, options.texts, options.length, options.n)
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "texts": [Path(options.texts).name, len(texts), options.length],
             "questions": [Path(options.questions).name, len(questions)],
             "torch": torch.__version__,
-            "command": "python benchmarks/memory_form.py "
+            "command": "python experiments/memory_form.py "
             + " ".join(Path(a).name if "/" in a else a for a in (sys.argv[1:] if arguments is None else arguments)),
         },
         "sizes": sizes(gmsa, "\n".join(row["text"] for row in read_rows(options.texts))[:20_000]),

@@ -1,6 +1,6 @@
 r"""Measured time over what the cost model predicts from this machine's own rate of matrix products.
 
-python benchmarks/cost_model.py --output docs/results/cost-model.json --image docs/images/cost-model.png
+python experiments/cost_model.py --output experiments/results/cost-model.json --image docs/images/cost-model.png
 
 The cost model counts the matrix products of every layer a token passes through, and nothing else (attention, norms,
 rotations and activations are left out). Their rate is measured here: every shape of product that occurs is run alone,
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import measuring
 import torch
+from shared import measuring
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -198,7 +198,7 @@ def main(arguments: list[str]) -> None:
     """Print the table, write the files asked for."""
     options = parse(arguments)
     gmsa = measuring.load(options)
-    meta = {**measuring.meta(options, gmsa, "cost_model.py"), "merge_size": options.merge_size}
+    meta = {**measuring.meta(options, gmsa, "experiments/cost_model.py"), "merge_size": options.merge_size}
     results = {"meta": meta, "passes": run_all(gmsa, options)}
     print(report(results))
     measuring.write(options.output, results)

@@ -4,8 +4,8 @@ Every arm is trained alike: the autoencoder stage of recipes/convergence.yaml, t
 recipes/ablation-answers.yaml. Arms without a stage skip it. Besides EM and F1 the table has the perplexity of the true
 answers under teacher forcing: at so few steps it tells arms apart that EM cannot.
 
-    python benchmarks/ablations.py --data qa_dev_squad.jsonl.gz --texts text_dev.jsonl.gz
-    python benchmarks/ablations.py --data ... --texts ... --report-only
+    python experiments/ablations.py --data qa_dev_squad.jsonl.gz --texts text_dev.jsonl.gz
+    python experiments/ablations.py --data ... --texts ... --report-only
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import answer_loss
+from shared import measuring
 from tqdm import tqdm
 
 from gmsa import GMSA
@@ -94,7 +94,7 @@ def measure(
     restored = probe.accuracy(gmsa.model)["token_accuracy"]
     results = []
     for size in SIZES:
-        losses = answer_loss(gmsa, rows, size)
+        losses = measuring.answer_loss(gmsa, rows, size)
         answers = answer_all(gmsa, rows, size)
         scores = {
             name: [score(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="questions")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--report-only", action="store_true", help="train nothing")
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/ablations.json"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("experiments/results/ablations.json"))
     parser.add_argument("options", nargs="*", help="KEY=VALUE for both recipes")
     arguments = parser.parse_args()
     if not arguments.report_only:
@@ -138,7 +138,7 @@ def main() -> None:
     for arm in arguments.arms.split(","):
         if trained(arm, arguments.folder).exists():
             results += measure(arm, arguments.folder, rows, arguments.texts, arguments.threads)
-            meta = {"command": "python benchmarks/ablations.py", "questions": Path(arguments.data).name}
+            meta = {"command": "python experiments/ablations.py", "questions": Path(arguments.data).name}
             arguments.output.write_text(json.dumps({"meta": meta, "rows": results}, indent=1) + "\n")
     print("| | merge size | restored | answer perplexity | EM | F1 |\n|---|---|---|---|---|---|")
     for row in results:

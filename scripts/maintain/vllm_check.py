@@ -7,7 +7,7 @@ asked by `RemoteDecoder`, and vLLM in this process by `LocalDecoder`. Answers of
 And `gmsa serve --decoder vllm:URL`, which has the compressor alone, must say through OpenAI's client what `gmsa serve`
 says: texts, why they end, and usage.
 
-    python scripts/vllm_check.py --checks front --server http://127.0.0.1:8000      one check, against a server there is
+    python scripts/maintain/vllm_check.py --checks front --server http://127.0.0.1:8000    one check, against a server
 """
 
 import argparse
@@ -38,7 +38,7 @@ from gmsa import GMSA
 from gmsa.io.memory import Memory
 from gmsa.serve.vllm import LocalDecoder, RemoteDecoder, prompt_embeddings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ("examples/thames.txt", "LICENSE")
 QUESTIONS = (
     "Restate the aforementioned Text.",

@@ -12,8 +12,8 @@ context: what there is to lose), and how well texts come back under teacher forc
 bootstrap intervals.
 
     python scripts/join_texts.py $DATA/text_dev.jsonl.gz 2800 > text_dev_long.jsonl
-    python benchmarks/windows.py $DATA/long_dev_squad_article.jsonl.gz $DATA/long_dev_nq_multidoc.jsonl.gz \
-        --texts text_dev_long.jsonl -o docs/results/windows.json    # 20 minutes on one core
+    python experiments/windows.py $DATA/long_dev_squad_article.jsonl.gz $DATA/long_dev_nq_multidoc.jsonl.gz \
+        --texts text_dev_long.jsonl -o experiments/results/windows.json    # 20 minutes on one core
 """
 
 import argparse
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import measuring
 import torch
+from shared import measuring
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "dtype": str(gmsa.model.dtype).removeprefix("torch."),
             "compared_with": str(own),
             "torch": torch.__version__,
-            "command": "python benchmarks/windows.py "
+            "command": "python experiments/windows.py "
             + " ".join(Path(a).name if "/" in a else a for a in (sys.argv[1:] if arguments is None else arguments)),
         },
         "answers": [],
