@@ -16,6 +16,10 @@ echo "The bridge over the river was opened in 1894. It was designed by an engine
 grep -q "bridge" restored.txt
 "$bin/gmsa" ask "When was the bridge opened?" --memory doc.safetensors --json | tee answer.json
 grep -q '"soft_tokens"' answer.json
+mkdir results
+echo '{"meta": {"seed": 0}, "rows": []}' >results/results.json
+"$bin/gmsa" eval report results -o report
+grep -q "How this was measured" report/report.html report/report.md
 if "$bin/gmsa" ask "What?" --context missing.txt; then
     echo "a missing file must fail" >&2
     exit 1
