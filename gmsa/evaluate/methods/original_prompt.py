@@ -14,4 +14,5 @@ class OriginalPrompt(Method):
 
     def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
         """See `Method.read`."""
-        return [MethodOutput([torch.tensor(self.reader.template.encode(q.context), dtype=torch.long)]) for q in questions]
+        ids = [torch.tensor(self.reader.template.encode(q.context), dtype=torch.long) for q in questions]
+        return [MethodOutput([context]) for context in ids]
