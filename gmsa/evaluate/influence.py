@@ -22,6 +22,7 @@ from gmsa.evaluate.restoration import texts_of_length
 from gmsa.evaluate.results import Result
 from gmsa.evaluate.statistics import means_and_intervals
 from gmsa.model.windows import make_windows
+from gmsa.text import encode
 
 ROWS = 32  # texts compressed at once
 TOP = 0.1  # of the tokens
@@ -139,7 +140,7 @@ def evaluate_influence(
         examples: list[dict[str, Any]] = []
         lengths: list[tuple[int, int]] = []
         for text in tqdm(texts, desc=f"{method}, {size}x", disable=not show_progress_bar, unit="text"):
-            ids = gmsa.encoder_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = encode(gmsa.encoder_tokenizer, text)
             if len(set(ids)) < 2:
                 raise InputError(f"{path} has a text of {length} tokens that are all the same")
             change, soft = influence(gmsa, ids, size, seed)

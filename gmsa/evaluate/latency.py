@@ -11,13 +11,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from gmsa import __version__
@@ -38,7 +38,7 @@ def text_of(gmsa: GMSA, length: int) -> str:
     for number in count(1):
         text += f"In the year {1000 + number % 1000} town {number} kept {number * 37 % 911} bridges in repair. "
         if number % 16 == 0 or length < 400:
-            tokens = gmsa.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens = gmsa.template.encode(text)
             if len(tokens) >= length:
                 break
     return gmsa.tokenizer.decode(tokens[:length])
@@ -50,7 +50,7 @@ class Way:
 
     method: str
     merge_size: int | None
-    prepare: Callable[[], Sequence[Memory] | Tensor]  # memories, or the context's token ids (T,)
+    prepare: Callable[[], Sequence[Memory | torch.Tensor]]  # memories, or the context's token ids (T,)
 
 
 def predicted(gmsa: GMSA, merge_size: int, stored: bool) -> float:
@@ -109,7 +109,8 @@ def evaluate_latency(
         made_with = _made_with(gmsa, merge_sizes, rounds)
         for length, new in plan:
             key = key_of("latency", *made_with, length, new)
-            ways, tokens = _ways(gmsa, text_of(gmsa, length), merge_sizes, Path(scratch))
+            text = text_of(gmsa, length)
+            ways = _ways(gmsa, text, merge_sizes, Path(scratch))
             if key in cache.answers:
                 note(f"{length} tokens, {new} new: timed before, in {cache.path}")
                 bar.update(rounds + 1)
@@ -121,9 +122,8 @@ def evaluate_latency(
                         if number:
                             found.append(figures)
                     bar.update()
-                cache.add(key, {"tokens": tokens, "taken": taken})
-            taken = cache.answers[key]["taken"]
-            yield from _rows(gmsa, ways, taken, tokens, length, new)
+                cache.add(key, {"tokens": len(gmsa.template.encode(text)), "taken": taken})
+            yield from _rows(gmsa, ways, cache.answers[key], length, new)
 
 
 def _made_with(gmsa: GMSA, merge_sizes: Sequence[int], rounds: int) -> list[Any]:
@@ -147,25 +147,21 @@ def _made_with(gmsa: GMSA, merge_sizes: Sequence[int], rounds: int) -> list[Any]
     ]
 
 
-def _ways(gmsa: GMSA, text: str, merge_sizes: Sequence[int], folder: Path) -> tuple[list[Way], int]:
-    ids = gmsa.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _ways(gmsa: GMSA, text: str, merge_sizes: Sequence[int], folder: Path) -> list[Way]:
+    """The original prompt, then at each merge size the memory made on the spot and the stored one."""
 
-    def original() -> Tensor:
-        return torch.tensor(gmsa.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def cold(size: int) -> list[Memory]:
+        return gmsa.compress([text], size)
 
-    ways = [Way("original-prompt", None, original)]
+    def stored(path: Path) -> list[Memory]:
+        return [Memory.load(path)]
+
+    ways = [Way("original-prompt", None, lambda: [torch.tensor(gmsa.template.encode(text))])]
     for size in merge_sizes:
-        path = folder / f"{len(ids)}-{size}.safetensors"
+        path = folder / f"{len(text)}-{size}.safetensors"
         gmsa.compress(text, size).save(path)
-
-        def cold(size: int = size) -> list[Memory]:
-            return [gmsa.compress(text, size)]
-
-        def stored(path: Path = path) -> list[Memory]:
-            return [Memory.load(path)]
-
-        ways += [Way("gmsa", size, cold), Way("gmsa-stored", size, stored)]
-    return ways, len(ids)
+        ways += [Way("gmsa", size, partial(cold, size)), Way("gmsa-stored", size, partial(stored, path))]
+    return ways
 
 
 def _time(gmsa: GMSA, way: Way, new_tokens: int) -> dict[str, Any]:
@@ -173,17 +169,11 @@ def _time(gmsa: GMSA, way: Way, new_tokens: int) -> dict[str, Any]:
     device = gmsa.model.device
     _reset_peak(device)
     started = _now(device)
-    content = way.prepare()
+    contents = way.prepare()
     prepared = _now(device)
-    gmsa.read(
-        [QUESTION],
-        [[content] if isinstance(content, Tensor) else content],
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-    )
+    gmsa.read([QUESTION], [contents], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
     ended = _now(device)
-    soft = len(content) if isinstance(content, Tensor) else sum(map(len, content))
-    prompt = gmsa.template(QUESTION)
+    soft, prompt = sum(map(len, contents)), gmsa.template(QUESTION)
     return {
         "compress": prepared - started,
         "first_token": gmsa.timings.prefill,
@@ -195,11 +185,9 @@ def _time(gmsa: GMSA, way: Way, new_tokens: int) -> dict[str, Any]:
     }
 
 
-def _rows(
-    gmsa: GMSA, ways: Sequence[Way], taken: Sequence[list[dict[str, Any]]], tokens: int, length: int, new: int
-) -> Iterator[Result]:
-    original = median(figures["total"] for figures in taken[0])
-    for way, found in zip(ways, taken, strict=True):
+def _rows(gmsa: GMSA, ways: Sequence[Way], measured: dict[str, Any], length: int, new: int) -> Iterator[Result]:
+    original = median(figures["total"] for figures in measured["taken"][0])
+    for way, found in zip(ways, measured["taken"], strict=True):
         total = median(figures["total"] for figures in found)
         peaks = [figures["peak_bytes"] for figures in found if figures["peak_bytes"] is not None]
         size = way.merge_size
@@ -217,7 +205,7 @@ def _rows(
                     "predicted_ratio": ratio,
                     "peak_bytes": int(median(peaks)) if peaks else None,
                 },
-                "tokens": {"context": tokens, "soft": found[0]["soft"], "prompt": found[0]["prompt"]},
+                "tokens": {"context": measured["tokens"], "soft": found[0]["soft"], "prompt": found[0]["prompt"]},
                 "seconds": {
                     name: round(median(figures[name] for figures in found), 4)
                     for name in ("compress", "first_token", "decode", "total")

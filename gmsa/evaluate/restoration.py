@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from gmsa.api import GMSA, Score
-from gmsa.decode.checked import CANDIDATES, CheckedText
+from gmsa.decode.checked import CANDIDATES
 from gmsa.errors import InputError
 from gmsa.evaluate.bertscore import BertScorer
 from gmsa.evaluate.cache import AnswerCache, key_of
@@ -19,6 +19,7 @@ from gmsa.evaluate.metrics import ROUGE, bleu, prefix_exact_match, rouge
 from gmsa.evaluate.results import Result
 from gmsa.evaluate.statistics import means_and_intervals
 from gmsa.io.backbones import fingerprint_of
+from gmsa.io.memory import Memory
 from gmsa.io.rows import read_rows
 from gmsa.model.windows import split_windows
 
@@ -35,7 +36,7 @@ def texts_of_length(gmsa: GMSA, path: str, length: int, limit: int) -> list[str]
     for row in read_rows(path):
         if "text" not in row:
             continue
-        tokens = gmsa.tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = gmsa.template.encode(row["text"])
         if len(tokens) >= length:
             texts.append(gmsa.tokenizer.decode(tokens[:length]))
             if len(texts) == limit:
@@ -203,41 +204,39 @@ class RestorationRun:
 
     def restore(self, texts: Sequence[str], merge_size: int, done: Callable[[int], Any]) -> list[dict[str, Any]]:
         """An entry of the cache per text, in order; `done` is called with how many more are there."""
-        gmsa, size = self.gmsa, self.batch_size
+        size = self.batch_size
         keys = [self.key(text, merge_size) for text in texts]
         missing = [key not in self.cache.answers for key in keys]
         # Batches are those of a run that was never interrupted, so that rounding is the same, too.
-        memories = gmsa.compress(texts, merge_size, batch_size=size) if any(missing) else []
+        memories = self.gmsa.compress(texts, merge_size, batch_size=size) if any(missing) else []
         for start in range(0, len(texts), size):
             part = slice(start, start + size)
             if any(missing[part]):
-                checked: Sequence[CheckedText | None] = [None] * len(keys[part])
-                if self.check:
-                    checked = gmsa.restore_checked(memories[part])
-                    restored = [found.text.strip() for found in checked if found]
-                else:
-                    restored = [text.strip() for text in gmsa.restore(memories[part], batch_size=size)]
-                parts = zip(keys[part], texts[part], memories[part], restored, checked, strict=True)
-                for key, text, memory, found, proof in parts:
-                    if key in self.cache.answers:
-                        continue
-                    score = gmsa.score(memory, text) if gmsa.shares_tokenizer else None
-                    self.cache.add(
-                        key,
-                        {
-                            "restored": found,
-                            "score": score and [score.tokens, score.right, score.nll],
-                            "context": memory.origin_tokens,
-                            "soft": len(memory),
-                            **({"confirmed": proof.confirmed} if proof else {}),
-                        },
-                    )
+                entries = self._restore_batch(memories[part], texts[part])
+                for key, new, entry in zip(keys[part], missing[part], entries, strict=True):
+                    if new:
+                        self.cache.add(key, entry)
             done(len(keys[part]))
         return [self.cache.answers[key] for key in keys]
 
+    def _restore_batch(self, memories: Sequence[Memory], texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """An entry of the cache for each of the texts that the memories were made of."""
+        gmsa = self.gmsa
+        checked = gmsa.restore_checked(memories) if self.check else []
+        restored = [found.text for found in checked] or gmsa.restore(memories, batch_size=self.batch_size)
+        for i, (memory, text) in enumerate(zip(memories, texts, strict=True)):
+            score = gmsa.score(memory, text) if gmsa.shares_tokenizer else None
+            entry = {
+                "restored": restored[i].strip(),
+                "score": score and [score.tokens, score.right, score.nll],
+                "context": memory.origin_tokens,
+                "soft": len(memory),
+            }
+            yield {**entry, "confirmed": checked[i].confirmed} if checked else entry
+
 
 def _example(gmsa: GMSA, text: str, restored: str, score: Score | None) -> dict[str, Any]:
-    reference, found = (gmsa.tokenizer(t.strip(), add_special_tokens=False)["input_ids"] for t in (text, restored))
+    reference, found = (gmsa.template.encode(side.strip()) for side in (text, restored))
     return {
         "text": text,
         "restored": restored,

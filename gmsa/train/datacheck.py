@@ -262,9 +262,10 @@ def _length_function(backbone: str | None) -> Callable[[str], int]:
     if backbone is None:
         return lambda text: len(text.split())
     from gmsa.io.backbones import load_tokenizer
+    from gmsa.text import encode
 
     tokenizer = load_tokenizer(backbone)
-    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return lambda text: len(encode(tokenizer, text))
 
 
 class _Counts:
