@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 # Targets whose logits exist at once. At 49k words, in fp32 with their gradient, that is 100 MB.
 CHUNK = 256
+CUDA_CHUNK = 4096  # where memory is plentiful and every kernel has to be started
 
 
 def cross_entropy_in_chunks(
@@ -57,6 +58,53 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0].to(gradient.dtype), None, None
+
+
+def frozen_head_chunk(
+    states: Tensor, labels: Tensor, head: Tensor, needed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Summed loss, right predictions, and the gradient of the sum by the states; compiled, a few passes over logits."""
+    logits = (states.to(head.dtype) @ head.T).float()
+    right = (logits.argmax(-1) == labels).sum()
+    logged = logits - logits.logsumexp(-1, keepdim=True)
+    wanted = labels[:, None]
+    loss = -logged.gather(1, wanted).sum()
+    if not needed:
+        return loss, right, None
+    hot = torch.arange(head.shape[0], device=labels.device)[None] == wanted
+    return loss, right, (logged.exp() - hot.float()).to(head.dtype) @ head
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """`cross_entropy_in_chunks` for a head that is one frozen matrix, in chunks that can be compiled.
+
+    `apply(hidden (N, d), labels (N,), head (V, d))` -> mean loss, right predictions.
+    """
+
+    chunk = staticmethod(frozen_head_chunk)  # exchanged for a compiled one by `packed.compile_blocks`
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        needed = ctx.needs_input_grad[0]
+        size = CUDA_CHUNK if hidden.device.type == "cuda" else 2 * CHUNK
+        loss, correct = hidden.new_zeros((), dtype=torch.float32), labels.new_zeros(())
+        gradients: list[Tensor] = []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for states, wanted in zip(hidden.detach().split(size), labels.split(size), strict=True):
+                one, right, gradient = FrozenHeadLoss.chunk(states, wanted, head.detach(), needed)
+                loss, correct = loss + one, correct + right
+                gradients += [gradient] if gradient is not None else []
+        if needed:
+            ctx.save_for_backward((torch.cat(gradients) / len(labels)).to(hidden.dtype))
+        ctx.mark_non_differentiable(correct)
+        return loss / len(labels), correct
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """See the class."""
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0].to(gradient.dtype), None, None
 

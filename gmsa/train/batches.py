@@ -17,8 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
 from gmsa.io.rows import documents_of
+from gmsa.model.packed import PackedBatch
 from gmsa.train.examples import Batch, Example, collate
 from gmsa.train.objectives import Maker, answer
+from gmsa.train.packing import pack
 from gmsa.train.recipe import Recipe
 from gmsa.train.rows import Rows
 from gmsa.train.schedule import RateSchedule
@@ -98,9 +100,10 @@ class RowBatches:
 class NumberedBatch:
     """A batch and what the log says of it."""
 
-    batch: Batch
+    batch: Batch | PackedBatch
     number: int
     truncated: int  # contexts that were longer than max_context
+    context_tokens: int
 
 
 class TrainingBatches(Dataset[NumberedBatch]):
@@ -113,6 +116,8 @@ class TrainingBatches(Dataset[NumberedBatch]):
         encoder_tokenizer: tokenises contexts.
         template: renders prompts and tokenises targets, for the decoder.
         window_size: of the encoder.
+        packed: make packed batches.
+        sink_id: the throwaway token in front of every window; None: there is none.
 
     Raises:
         ConfigError: there is nothing to draw from.
@@ -126,6 +131,8 @@ class TrainingBatches(Dataset[NumberedBatch]):
         encoder_tokenizer: PreTrainedTokenizerBase,
         template: PromptTemplate,
         window_size: int | None,
+        packed: bool = False,
+        sink_id: int | None = None,
     ) -> None:
         if not sources:
             raise ConfigError("data: a recipe needs at least one file of rows")
@@ -135,6 +142,8 @@ class TrainingBatches(Dataset[NumberedBatch]):
         self.batches_per_step = batches_per_step
         self.maker = Maker(recipe, template, encoder_tokenizer)
         self.window_size = window_size
+        self.packed = packed
+        self.sink_id = sink_id
         weights = [weight for _, weight in sources]
         chooser = random.Random(f"{recipe.seed}-sources")
         counts = [0] * len(sources)
@@ -149,9 +158,15 @@ class TrainingBatches(Dataset[NumberedBatch]):
 
     def __getitem__(self, number: int) -> NumberedBatch:
         examples = self.examples(number)
+        context = sum(len(context) for example in examples for context in example.contexts)
+        return NumberedBatch(self.batch(examples), number, sum(e.truncated for e in examples), context)
+
+    def batch(self, examples: Sequence[Example]) -> Batch | PackedBatch:
+        """Examples as one batch."""
+        if self.packed:
+            return pack(examples, self.window_size, self.sink_id, self.recipe.reads == "text")
         # Lengths rounded up, so that the same few shapes come back again and again.
-        batch = collate(examples, self.window_size, pad_to_multiple=16)
-        return NumberedBatch(batch, number, sum(e.truncated for e in examples))
+        return collate(examples, self.window_size, pad_to_multiple=16)
 
     def examples(self, number: int) -> list[Example]:
         """The rows of batch `number`, tokenised."""

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -44,12 +45,43 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
+class Deadline(TrainerCallback):
+    """Ends a run at a time, and lets the learning rate follow the clock where it runs ahead of the steps.
+
+    Args:
+        began: by `time.monotonic`.
+        seconds: from then on.
+    """
+
+    def __init__(self, began: float, seconds: float) -> None:
+        self.began = began
+        self.seconds = seconds
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        """Look at the clock."""
+        share = (time.monotonic() - self.began) / self.seconds
+        if isinstance(lr_scheduler, LambdaLR):  # its rate is a function of this number
+            lr_scheduler.last_epoch = max(lr_scheduler.last_epoch, min(state.max_steps, int(share * state.max_steps)))
+        if share >= 1 and not control.should_training_stop:
+            tell(f"max_minutes are over: ended at step {state.global_step} of {state.max_steps}")
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = args.eval_strategy != "no"
+
+
 class RunLog(TrainerCallback):
     """Writes log.jsonl and curve.png into the run's folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started = time.monotonic()
+        self.context_before = 0  # context tokens of the runs that this one resumes
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop what an interrupted run logged after its last checkpoint: those steps are done again.
@@ -62,14 +94,18 @@ class RunLog(TrainerCallback):
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= state.global_step]
             path.write_text("".join(kept))
-            self.started -= max((json.loads(line).get("seconds", 0) for line in kept), default=0)
+            entries = [json.loads(line) for line in kept]
+            self.started -= max((entry.get("seconds", 0) for entry in entries), default=0)
+            self.context_before = max((entry.get("context_tokens", 0) for entry in entries), default=0)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """One line per log."""
         if state.is_world_process_zero and logs and "loss" in logs:
-            self.write({"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 1)})
+            seconds = round(time.monotonic() - self.started, 1)
+            context = self.context_before + logs.get("context_tokens", 0)
+            self.write({"step": state.global_step, **logs, "context_tokens": context, "seconds": seconds})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look at restoration after the last step too, whatever its number."""

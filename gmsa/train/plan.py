@@ -8,11 +8,12 @@ from torch import Tensor
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine
+from gmsa.model.packed import PackedBatch
 from gmsa.train.batches import TrainingBatches
-from gmsa.train.examples import Batch, Document, Example, arguments, collate
+from gmsa.train.examples import Batch, Document, Example
 from gmsa.train.recipe import Recipe
 from gmsa.train.stages import STAGES
-from gmsa.train.trainer import prepare, training_batches
+from gmsa.train.trainer import forward, packs_batches, prepare, training_batches
 
 # So many batches are looked at for the largest one and for what is cut short.
 LOOKED_AT = 50
@@ -27,7 +28,8 @@ def plan(recipe: Recipe) -> str:
     model, encoder, template = prepare(recipe)
     bad: list[BadLine] = []
     skip = bad.append if recipe.on_error == "skip" else None
-    batches = training_batches(recipe, model.config, encoder, template, recipe.accumulate, skip)
+    packed = packs_batches(recipe, model, 1)
+    batches = training_batches(recipe, model, encoder, template, recipe.accumulate, skip, packed)
     looked_at = [batches.examples(number) for number in range(min(LOOKED_AT, len(batches)))]
     lines = [
         ("stage", _stage(recipe)),
@@ -96,14 +98,14 @@ def _memory(model: GmsaModel, recipe: Recipe, batches: TrainingBatches, looked_a
     whole = weights + gradients + moments
     if looked_at:
         largest = max(looked_at, key=lambda part: sum(sum(map(len, e.contexts)) for e in part))
-        batch = collate(largest, batches.window_size, pad_to_multiple=16)
+        batch = batches.batch(largest)
         kept = bytes_for_backward(model, batch, recipe)
         parts.append(f"activations {_gib(kept)} (largest of the first {len(looked_at)} batches)")
         whole += kept
     return f"at least {_gib(whole)} on one process: {', '.join(parts)}"
 
 
-def bytes_for_backward(model: GmsaModel, batch: Batch, recipe: Recipe) -> int:
+def bytes_for_backward(model: GmsaModel, batch: Batch | PackedBatch, recipe: Recipe) -> int:
     """Bytes that one forward pass keeps for the backward pass, weights not counted. Measured by doing it."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -120,7 +122,7 @@ def bytes_for_backward(model: GmsaModel, batch: Batch, recipe: Recipe) -> int:
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=recipe.bf16),
     ):
-        out = model(**arguments(batch, teacher=recipe.reads == "text"), keep_logits=False)
+        out = forward(model, batch, recipe.reads == "text")
     del out
     return sum(kept.values())
 

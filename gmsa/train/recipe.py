@@ -16,7 +16,7 @@ from gmsa.train.schedule import RateSchedule
 from gmsa.train.stages import trained_groups
 
 # Keys of the nested parts.
-DATA_KEYS = ("path", "weight", "tokens_per_batch", "rows_per_batch", "where")
+DATA_KEYS = ("path", "weight", "as", "tokens_per_batch", "rows_per_batch", "where")
 EVALUATE_KEYS = ("path", "every", "texts", "length", "merge_sizes")
 # Parts that an overlay changes key by key; anything else it replaces whole.
 MERGED_PARTS = ("model", "evaluate", "schedule_options", "distil", "continuation", "lookup")
@@ -58,6 +58,9 @@ class Recipe:
     bf16: bool = True  # compute in bf16; trained weights and optimiser stay fp32
     attn_implementation: str | None = None  # None: the family's default
     gradient_checkpointing: bool = False  # less memory, a third more compute
+    packed: bool = True  # train without padding where the model can be (model/packed.py); one process only
+    average: float | None = None  # output/model is a running mean of the weights; so much of it stays at each step
+    max_minutes: float | None = None  # end then, loading included; the schedule follows the time, too
     compile: bool = False  # torch.compile on every block: pays after a minute or two, needs a C++ compiler on CPU
     evaluate: dict[str, Any] | None = None  # {"path", "every", "texts", "length", "merge_sizes"}
     save_every: int = 200
@@ -83,6 +86,10 @@ class Recipe:
             self._whole(name, getattr(self, name), 1)
         for name in ("steps", "distractors", "workers", "seed"):
             self._whole(name, getattr(self, name), 0)
+        if self.average is not None and not 0 < _number("average", self.average) < 1:
+            raise ConfigError(f"average must be between 0 and 1, got {self.average!r}")
+        if self.max_minutes is not None and not _number("max_minutes", self.max_minutes) > 0:
+            raise ConfigError(f"max_minutes must be above 0, got {self.max_minutes!r}")
         if self.rows_per_batch is not None:
             self._whole("rows_per_batch", self.rows_per_batch, 1)
         if self.rates_per_sample != "all":
@@ -169,6 +176,8 @@ class Recipe:
             self._whole("data: tokens_per_batch", entry["tokens_per_batch"], 1)
         if entry.get("rows_per_batch") is not None:
             self._whole("data: rows_per_batch", entry["rows_per_batch"], 1)
+        if entry.get("as", "rows") not in ("rows", "texts"):
+            raise ConfigError(f"data: as must be rows or texts, got {entry['as']!r}")
         where = entry.get("where") or {}
         if not isinstance(where, dict) or not all(isinstance(values, list) for values in where.values()):
             raise ConfigError(f"data: where must be {{field: [values]}}, got {where!r}")

@@ -124,6 +124,7 @@ def index_rows(
     pattern: str,
     where: dict[str, list[Any]] | None = None,
     texts_only: bool = False,
+    distinct: bool = False,
     skip: Callable[[BadLine], None] | None = None,
 ) -> tuple[RowIndex, RowIndex]:
     """Check every row of some files and note where it stands: (texts, questions).
@@ -132,12 +133,14 @@ def index_rows(
         pattern: as for `gmsa.io.rows.read_rows`.
         where: only rows whose fields have one of the values listed for them.
         texts_only: every row is a text to restore.
+        distinct: no text twice; questions about one context are as many rows with one text.
         skip: called with each line that is not a row; None: the first such line is an error.
 
     Raises:
         InputError: no such file, or a line that is not a row; names file and line.
     """
     texts, questions = RowIndex(texts_only), RowIndex()
+    seen: set[int] = set()
     for path in find_files(pattern):
         unpacked = path == "-" or path.endswith(".gz")
         try:
@@ -148,6 +151,11 @@ def index_rows(
         for offset, line, row in placed_rows(path, skip, texts_only):
             if not all(row.get(field) in values for field, values in (where or {}).items()):
                 continue
+            if distinct:
+                known = len(seen)
+                seen.add(hash(row["text"]))
+                if len(seen) == known:
+                    continue
             if unpacked:
                 with _unpacking(path):
                     offset = file.tell()

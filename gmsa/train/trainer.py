@@ -5,11 +5,14 @@ Trained weights and optimiser state are fp32, compute is bf16 (autocast), frozen
 
 import os
 import shutil
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
@@ -24,14 +27,16 @@ from gmsa.io import checkpoint
 from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine
-from gmsa.model.backbone import body_of, layers_of
 from gmsa.model.compressor import rates_of
+from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.losses import distilled
+from gmsa.model.packed import PackedBatch, compile_blocks, packed_attention, packed_forward, uncompiled, why_not
 from gmsa.train import checkpoints
+from gmsa.train.average import Averaging, WeightAverage
 from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.train.evaluation import RestorationProbe
-from gmsa.train.examples import arguments
-from gmsa.train.log import Progress, RunLog, draw_curve, tell
+from gmsa.train.examples import Batch, arguments
+from gmsa.train.log import Deadline, Progress, RunLog, draw_curve, tell
 from gmsa.train.recipe import Recipe, read_yaml
 from gmsa.train.rows import Conversations, Rows, index_rows
 from gmsa.train.stages import STAGES
@@ -46,14 +51,23 @@ class GmsaTrainer(Trainer):
     Args:
         recipe: what is run.
         probe: looks at restoration now and then, or None.
+        log: of the run.
+        average: of the weights, or None; it is what the probe looks at.
         kwargs: of the Trainer.
     """
 
-    def __init__(self, recipe: Recipe, probe: RestorationProbe | None, log: RunLog, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        probe: RestorationProbe | None,
+        log: RunLog,
+        average: WeightAverage | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             eval_dataset=probe.texts if probe else None,
             data_collator=_inputs,
-            callbacks=[log],
+            callbacks=[log, *([Averaging(average)] if average else [])],
             **kwargs,
         )
         self.recipe = recipe
@@ -61,46 +75,70 @@ class GmsaTrainer(Trainer):
         self.run_log = log
         self.form = "exact"
         self.model_accepts_loss_kwargs = False  # the loss is a mean per micro-batch; the Trainer averages those
-        # Since the last log, over the processes: targets predicted right, targets, contexts cut short.
-        self.counts = torch.zeros(3, dtype=torch.long, device=self.args.device)
+        # Of this process since the last log: targets predicted right, targets, contexts cut short, context tokens.
+        self.counts = torch.zeros(4, dtype=torch.long, device=self.args.device)
+        self.worst: Tensor | None = None  # loss since the last log; NaN is worse than anything
+        self.context_tokens = 0  # of all processes
+        self.average = average
         self._run_dir: Path | None = None
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; packed attention lasts until the backward pass, in which activations may be recomputed."""
+        packed = self.train_dataset.packed
+        with packed_attention(self.accelerator.unwrap_model(model)) if packed else nullcontext():
+            return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross-entropy over the targets of one micro-batch, mixed with distillation where the recipe says so."""
-        number, truncated = inputs["number"], inputs["truncated"]
-        batch = inputs["batch"].to(self.args.device)
+        item: NumberedBatch = inputs["item"]
+        batch = item.batch.to(self.args.device)
         distil = self.recipe.distil
         reads_text = self.recipe.reads == "text"
-        if distil is not None:
-            with torch.no_grad():
-                teacher = model(**arguments(batch, teacher=True))["logits"]
-        out = model(**arguments(batch, teacher=reads_text), keep_logits=distil is not None)
+        if isinstance(batch, PackedBatch):
+            with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+                out = packed_forward(self.accelerator.unwrap_model(model), batch)
+        else:
+            if distil is not None:
+                with torch.no_grad():
+                    teacher = model(**arguments(batch, teacher=True))["logits"]
+            out = model(**arguments(batch, teacher=reads_text), keep_logits=distil is not None)
         loss = out["loss"]
         if distil is not None:
+            assert isinstance(batch, Batch)  # see `packs_batches`
             counts = [int(row.sum()) for row in batch.learned] if batch.learned else [len(row) for row in batch.targets]
             loss = distilled(loss, out["logits"], teacher, counts, rates_of(batch.merge_size), **distil)
-        if not bool(torch.isfinite(loss)):
+        self.worst = loss.detach() if self.worst is None else torch.maximum(self.worst, loss.detach())
+        if self.args.device.type == "cpu":  # a GPU would have to be waited for; `log` looks there
+            self._check_finite(item.number)
+        counted = torch.tensor([0, len(out["labels"]), item.truncated, item.context_tokens])
+        self.counts += counted.to(self.counts.device, non_blocking=True)
+        self.counts[0] += out["correct"]
+        return (loss, out) if return_outputs else loss
+
+    def _check_finite(self, number: int | None = None) -> None:
+        """Raises GmsaError if a loss since the last log, that of batch `number` maybe, is not finite."""
+        if self.worst is not None and not bool(torch.isfinite(self.worst)):
             last = checkpoints.all_in(Path(self.args.output_dir))
             kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been saved yet"
             raise GmsaError(
-                f"the loss of batch {number} (step {self.state.global_step}) is not finite: "
+                f"the loss of {'a batch' if number is None else f'batch {number}'} (step {self.state.global_step}) is "
+                "not finite: "
                 f"lower learning_rate or clip; {kept}"
             )
-        with torch.no_grad():
-            found = out["correct"]
-            counted = [found, found.new_tensor(len(out["labels"])), found.new_tensor(truncated)]
-            self.counts += torch.stack(counted).to(self.counts.device)
-        return (loss, out) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the share of target tokens predicted right since the last log, and how many contexts were cut."""
         if "loss" in logs:
-            correct, tokens, truncated = self.accelerator.reduce(self.counts, "sum").tolist()
+            correct, tokens, truncated, context = self.accelerator.reduce(self.counts, "sum").tolist()
             logs["token_accuracy"] = correct / max(1, tokens)
             logs["truncated"] = truncated
+            self.context_tokens += context
+            logs["context_tokens"] = self.context_tokens
             self.counts.zero_()
+            self._check_finite()
+            self.worst = None
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -108,7 +146,13 @@ class GmsaTrainer(Trainer):
         if self.probe is None:
             return {}
         self.model.eval()
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+        network = self.accelerator.unwrap_model(self.model)
+        with (
+            self.average.in_place() if self.average else nullcontext(),
+            # Compiled for packed batches, blocks would be compiled anew for padded ones and caches.
+            uncompiled(network) if self.train_dataset.packed else nullcontext(),
+            torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16),
+        ):
             found = self.probe.accuracy(self.model)
             if isinstance(self.model, FSDPModule):  # gathers its weights by itself only for `forward`
                 self.model.unshard()
@@ -143,6 +187,8 @@ class GmsaTrainer(Trainer):
                 shutil.rmtree(self._run_dir, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            if self.average and main:
+                self.average.save(self._run_dir / name)
             self.accelerator.wait_for_everyone()  # every process has written its part
             if main:
                 checkpoints.complete(self._run_dir / name, output / name)
@@ -199,7 +245,31 @@ class GmsaTrainer(Trainer):
 
 def _inputs(items: list[NumberedBatch]) -> dict[str, Any]:
     (item,) = items
-    return {"batch": item.batch, "number": item.number, "truncated": item.truncated}
+    return {"item": item}
+
+
+def forward(model: GmsaNetwork, batch: Batch | PackedBatch, reads_text: bool = False) -> dict[str, Tensor]:
+    """Loss of a batch of either kind; see `GmsaNetwork.forward`."""
+    if isinstance(batch, Batch):
+        return model(**arguments(batch, teacher=reads_text), keep_logits=False)
+    with packed_attention(model):
+        return packed_forward(model, batch)
+
+
+def packs_batches(recipe: Recipe, model: GmsaNetwork, processes: int) -> bool:
+    """Whether a run can do without padding; where it could not although the recipe asks for it, it says why."""
+    if not recipe.packed:
+        return False
+    reason = why_not(model)
+    if processes > 1:
+        reason = "several processes share the work"
+    elif recipe.rates_per_sample != 1:
+        reason = "a sample has several rates"
+    elif recipe.distil is not None:
+        reason = "distillation reads every text twice"
+    if reason:
+        tell(f"note: batches are padded, since {reason}")
+    return reason is None
 
 
 def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
@@ -236,14 +306,22 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
     return GmsaModel(config, decoder.model, encoder.model if encoder else None), decoder, encoder or decoder
 
 
-def training_batches(recipe: Recipe, config: GmsaConfig, encoder: Backbone, template: PromptTemplate,
-                     batches_per_step: int, skip: Any = None) -> TrainingBatches:  # fmt: skip
+def training_batches(
+    recipe: Recipe,
+    model: GmsaNetwork,
+    encoder: Backbone,
+    template: PromptTemplate,
+    batches_per_step: int,
+    skip: Any = None,
+    packed: bool = False,
+) -> TrainingBatches:
     """Index the recipe's files and plan the run's batches.
 
     Args:
-        recipe, config, encoder, template: of the run.
+        recipe, model, encoder, template: of the run.
         batches_per_step: micro-batches in one optimiser step, over all processes.
         skip: called with each bad line; None: the first one is an error.
+        packed: make packed batches.
 
     Raises:
         InputError: a file cannot be read, holds a bad line, or no row of the kind the stage needs.
@@ -251,7 +329,9 @@ def training_batches(recipe: Recipe, config: GmsaConfig, encoder: Backbone, temp
     wanted = STAGES[recipe.stage].rows
     sources: list[tuple[RowBatches, float]] = []
     for entry in recipe.data:
-        texts, questions = index_rows(entry["path"], entry.get("where"), wanted == "texts", skip)
+        as_texts = entry.get("as") == "texts"
+        only = wanted == "texts" or as_texts
+        texts, questions = index_rows(entry["path"], entry.get("where"), only, as_texts, skip)
         asked = (
             Conversations(questions, recipe.questions_per_context) if recipe.questions_per_context > 1 else questions
         )
@@ -266,7 +346,10 @@ def training_batches(recipe: Recipe, config: GmsaConfig, encoder: Backbone, temp
         count = entry.get("rows_per_batch", recipe.rows_per_batch)
         weight = float(entry.get("weight", 1.0))
         sources += [(RowBatches(rows, budget, lengths, count), weight) for rows, lengths in chosen if len(rows)]
-    return TrainingBatches(sources, recipe, batches_per_step, encoder.tokenizer, template, config.window_size)
+    sink = model.compressor.sink_id if model.config.encoder_sink else None
+    return TrainingBatches(
+        sources, recipe, batches_per_step, encoder.tokenizer, template, model.config.window_size, packed, sink
+    )
 
 
 def prepare(recipe: Recipe) -> tuple[GmsaModel, Backbone, PromptTemplate]:
@@ -274,6 +357,7 @@ def prepare(recipe: Recipe) -> tuple[GmsaModel, Backbone, PromptTemplate]:
 
     Raises:
         GmsaError: see `build_model`.
+        ConfigError: compile on CPU without a C++ compiler.
     """
     model, decoder, encoder = build_model(recipe)
     template = PromptTemplate(decoder.tokenizer, model.config)
@@ -283,25 +367,10 @@ def prepare(recipe: Recipe) -> tuple[GmsaModel, Backbone, PromptTemplate]:
         parameter.data = parameter.data.float()  # the master weights
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
-    if recipe.compile:
-        compile_blocks(model)
-    return model, encoder, template
-
-
-def compile_blocks(model: GmsaModel) -> None:
-    """Compile the blocks one by one, in place: blocks of a kind share one graph, whatever the lengths in a batch.
-
-    Raises:
-        ConfigError: on CPU, without a C++ compiler.
-    """
-    if model.device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", os.environ.get("CXX", "")))):
+    compilers = ("g++", "c++", "clang++", os.environ.get("CXX", ""))
+    if recipe.compile and model.device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise ConfigError("compile needs a C++ compiler (g++ or clang++) on CPU: install one, or set compile=false")
-    # One graph per mode (training, probing), attention mask and dtype; past the limit torch would fall back for good.
-    torch._dynamo.config.recompile_limit = 64
-    parts = (model.compressor.encoder, model.compressor.lsa.blocks, body_of(model.decoder))
-    for part in parts:
-        for block in layers_of(part) if part is not None else ():
-            block.compile(dynamic=True)
+    return model, encoder, template
 
 
 def checkpoint_activations(model: GmsaModel) -> None:
@@ -326,6 +395,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
         GmsaError: a file, backbone or setting cannot be used, the loss is not finite any more, the disk is full, or the
             folder holds another run's checkpoints.
     """
+    began = time.monotonic()
     keep_freed_memory(-1)
     output = Path(recipe.output)
     main = int(os.environ.get("RANK", "0")) == 0
@@ -339,7 +409,10 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
     bad: list[BadLine] = []
     skip = bad.append if recipe.on_error == "skip" else None
     per_step = recipe.accumulate * arguments.world_size
-    batches = training_batches(recipe, model.config, encoder, template, per_step, skip)
+    packs = packs_batches(recipe, model, arguments.world_size)
+    batches = training_batches(recipe, model, encoder, template, per_step, skip, packs)
+    if recipe.compile:
+        compile_blocks(model, packs)
     if main and bad:
         shown = "".join(f"\n  {line}" for line in bad[:5]) + ("\n  ..." if len(bad) > 5 else "")
         tell(f"{len(bad)} bad line(s) skipped:{shown}")
@@ -347,9 +420,13 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
     if recipe.evaluate:
         options = {key: value for key, value in recipe.evaluate.items() if key != "every"}
         probe = RestorationProbe.from_file(encoder.tokenizer, template, model.config.window_size, **options)
-    trainer = GmsaTrainer(
-        recipe, probe, RunLog(output), model=model, args=arguments, train_dataset=batches if recipe.steps else None
-    )
+    average = None
+    if recipe.average is not None:
+        average = WeightAverage({n: p for n, p in model.named_parameters() if p.requires_grad}, recipe.average)
+    log = RunLog(output)
+    trainer = GmsaTrainer(recipe, probe, log, average, model=model, args=arguments, train_dataset=batches)
+    if average and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ConfigError("average needs whole weights in every process: leave it out under FSDP and DeepSpeed")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ConfigError("FSDP1 is not supported: set fsdp_version to 2")
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage > 2:
@@ -357,11 +434,16 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
     for noisy in (ProgressCallback, PrinterCallback):  # both write to stdout, which is for data
         trainer.remove_callback(noisy)
     trainer.add_callback(Progress)
+    if recipe.max_minutes is not None:
+        trainer.add_callback(Deadline(began, 60 * recipe.max_minutes))
+    if average and last:
+        average.load(last)
     if recipe.steps:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     final = output / "model"
     trainer.form = recipe.form
-    trainer.save_model(str(final))
+    with average.in_place() if average else nullcontext():
+        trainer.save_model(str(final))
     if trainer.is_world_process_zero():
         draw_curve(output)
     return final

@@ -11,11 +11,14 @@ from tiny import make_tokenizer
 
 from gmsa import GMSA
 from gmsa.cli.main import main
-from gmsa.errors import ConfigError, InputError
+from gmsa.errors import ConfigError, GmsaError, InputError
 from gmsa.io.backbones import Backbone
+from gmsa.io.loading import GmsaModel
+from gmsa.model.packed import packed_forward
+from gmsa.train.average import WeightAverage
 from gmsa.train.evaluation import RestorationProbe
 from gmsa.train.recipe import Recipe
-from gmsa.train.trainer import prepare, train
+from gmsa.train.trainer import prepare, train, training_batches
 
 TEXTS = [f"Line {i}: the {w} went over the hill and came back {i * 7} times." for i, w in enumerate("abcdefghijklmnop")]
 QUESTIONS = [{"input": t, "prompt": "Who went?", "answer": [t.split()[3]]} for t in TEXTS]
@@ -244,19 +247,82 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert "about 4 (4x) soft tokens" in told
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(recipe: Callable[..., Recipe], tmp_path: Path,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    from gmsa.errors import GmsaError
-    from gmsa.io.loading import GmsaModel
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    real, calls = (packed_forward if packed else GmsaModel.forward), []
 
-    real, calls = GmsaModel.forward, []
-
-    def forward(self: GmsaModel, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        out = real(self, *args, **kwargs)
+    def forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        out = real(*args, **kwargs)
         calls.append(1)
         return {**out, "loss": out["loss"] * float("nan")} if len(calls) == 5 else out
 
-    monkeypatch.setattr(GmsaModel, "forward", forward)
+    if packed:
+        monkeypatch.setattr("gmsa.train.trainer.packed_forward", forward)
+    else:
+        monkeypatch.setattr(GmsaModel, "forward", forward)
     with pytest.raises(GmsaError, match=r"batch 4 \(step 4\) is not finite.*checkpoint-3"):
-        train(recipe())
+        train(recipe(packed=packed))
     assert (tmp_path / "run/checkpoint-3/model.safetensors").exists()
+
+
+def test_packed_batches_train_as_padded_ones_do(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    write_rows(tmp_path / "questions.jsonl", QUESTIONS)
+    data = [{"path": str(tmp_path / "texts.jsonl")}, {"path": str(tmp_path / "questions.jsonl"), "as": "rows"}]
+    models = []
+    for packed in (False, True):
+        made = recipe(f"packed-{packed}", packed=packed, stage="joint", data=data, steps=4)
+        models.append(load_file(train(made) / "model.safetensors"))
+        log = (tmp_path / f"packed-{packed}/log.jsonl").read_text().splitlines()
+        models[-1]["tokens"] = torch.tensor([json.loads(line)["context_tokens"] for line in log])
+    padded, packed_ones = models
+    assert padded["tokens"].diff().gt(0).all()
+    assert padded.keys() == packed_ones.keys()
+    for name, tensor in padded.items():
+        # Adam divides by the gradient's size, so that a rounding error of a gradient near zero moves a weight.
+        torch.testing.assert_close(packed_ones[name], tensor, atol=5e-4, rtol=1e-3, msg=name)
+
+
+def test_rows_with_questions_can_be_read_as_texts(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    rows = [{**row, "prompt": prompt} for row in QUESTIONS for prompt in ("Who went?", "Who came back?")]
+    path = write_rows(tmp_path / "questions.jsonl", rows)
+    made = recipe(data=[{"path": path, "as": "texts"}])
+    model, encoder, template = prepare(made)
+    batches = training_batches(made, model, encoder, template, 1)
+    ((source, _),) = batches.sources
+    assert sorted(row["text"] for row in map(source.rows.__getitem__, range(len(source.rows)))) == sorted(TEXTS)
+    with pytest.raises(ConfigError, match="as must be rows or texts, got 'text'"):
+        recipe(data=[{"path": path, "as": "text"}])
+
+
+def test_the_model_is_the_mean_of_the_weights_and_a_resumed_run_goes_on_with_it(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    whole = train(recipe("whole", average=0.6))
+    last = load_file(whole.parent / "checkpoint-6/model.safetensors")
+    mean = load_file(whole / "model.safetensors")
+    assert any(not torch.equal(mean[name], last[name]) for name in last)
+
+    train(recipe("halves", average=0.6, steps=3))
+    resumed = train(recipe("halves", average=0.6), resume=True)
+    # The learning rate's way down depends on the number of steps, so the first three are compared by a third run.
+    for name, tensor in load_file(train(recipe("again", average=0.6, steps=3)) / "model.safetensors").items():
+        assert not torch.equal(tensor, load_file(resumed / "model.safetensors")[name])
+    weights = {name: torch.nn.Parameter(tensor.float()) for name, tensor in last.items()}
+    kept = WeightAverage(weights, 0.6)
+    kept.load(whole.parent / "checkpoint-6")
+    assert kept.updates == 6
+    with kept.in_place():
+        assert all(torch.allclose(weights[name], mean[name].float(), atol=1e-6) for name in mean)
+    assert all(torch.equal(weights[name], last[name].float()) for name in last)
+
+
+def test_a_run_ends_at_its_time_and_can_be_resumed(recipe: Callable[..., Recipe], tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    folder = train(recipe(steps=5000, max_minutes=1e-4))
+    assert (folder / "model.safetensors").exists()
+    assert "max_minutes are over: ended at step 1 of 5000" in capsys.readouterr().err
+    assert (tmp_path / "run/checkpoint-1").exists()
+    train(recipe(steps=2), resume=True)
+    assert len(losses(tmp_path / "run")) == 2
