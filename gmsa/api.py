@@ -256,8 +256,8 @@ class GMSA:
             InputError: an empty text, a bad batch size.
         """
         started = time.perf_counter()
-        check_merge_size(merge_size)
-        check_whole("batch_size", batch_size, error=InputError)
+        merge_size = check_merge_size(merge_size)
+        batch_size = check_whole("batch_size", batch_size, error=InputError)
         texts = [text] if isinstance(text, str) else _listed("context", text)
         for number, one in enumerate(texts):
             self._check_context(one, number)
@@ -298,9 +298,7 @@ class GMSA:
         return [token for piece in token_pieces(self.encoder_tokenizer, text) for token in piece]
 
     def _check_context(self, text: str, number: int) -> None:
-        if not isinstance(text, str):
-            raise InputError(f"a context must be a text, got {type(text).__name__}")
-        if not text.strip():
+        if not check_text(text, "the context").strip():
             raise InputError("the context is empty" if number == 0 else f"the context at place {number} is empty")
 
     def share_weights(self) -> "GMSA":

@@ -104,7 +104,7 @@ class GmsaConfig(PreTrainedConfig):
                 raise ConfigError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
 
         def whole(field: str, least: int) -> None:
-            check_whole(field, getattr(self, field), least)
+            setattr(self, field, check_whole(field, getattr(self, field), least))
 
         one_of("merging", MERGING_KINDS)
         one_of("lsa", ALIGNMENT_KINDS)

@@ -1,13 +1,18 @@
 """What commands share: kinds of arguments, reading a text, loading the model, saying what was done."""
 
 import argparse
+import codecs
 import json
+import math
+import os
 import re
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gmsa.errors import InputError
+from gmsa.text import HALF_SURROGATE, check_text
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
@@ -15,6 +20,26 @@ if TYPE_CHECKING:
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 DTYPES = ["bfloat16", "float16", "float32"]
+# How files of other encodings begin. Those of UTF-32 before those of UTF-16, which they begin with.
+MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# How files that are no text begin, and what gets the text out of them.
+OTHER_FILES = {
+    b"%PDF-": "a PDF: take its text out first, for example with pdftotext",
+    b"PK\x03\x04": "a ZIP archive, as .docx, .odt and .epub are: take its text out first, for example with pandoc",
+    b"\xd0\xcf\x11\xe0": "an Office document: save it as text first",
+    b"\x1f\x8b": "packed by gzip: unpack it first, for example with gunzip",
+    b"\x28\xb5\x2f\xfd": "packed by Zstandard: unpack it first, for example with unzstd",
+    b"\xfd7zXZ\0": "packed by xz: unpack it first, for example with unxz",
+    b"BZh": "packed by bzip2: unpack it first, for example with bunzip2",
+    b"\x89PNG": "a picture: there is no text in it",
+    b"\xff\xd8\xff": "a picture: there is no text in it",
+}
 
 
 class Add(Protocol):
@@ -92,8 +117,37 @@ def size(text: str) -> int:
     return value
 
 
-def read_text(path: str) -> str:
+def encoding(text: str) -> str:
+    """The name of a text encoding from the command line."""
+    try:
+        "a".encode(text)  # knows the encodings of text from others, such as hex
+    except (LookupError, ValueError):
+        known = "utf-8, utf-16, latin-1 and cp1252 are some"
+        raise argparse.ArgumentTypeError(f"unknown encoding {text!r}: {known}") from None
+    return text
+
+
+def whole_text(text: str) -> str:
+    """An argument that is text, not the name of a file."""
+    try:
+        return check_text(text, "it")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_encoding(command: argparse.ArgumentParser) -> None:
+    """The option that says how text files are encoded."""
+    command.add_argument(
+        "--encoding", type=encoding, metavar="NAME", help="of text files (UTF-8, or as their byte order mark says)"
+    )
+
+
+def read_text(path: str, encoding: str | None = None) -> str:
     """The text of a file or, for -, of standard input.
+
+    Args:
+        path: of the file.
+        encoding: its encoding; None: as its byte order mark says, else UTF-8.
 
     Raises:
         InputError: it is missing, empty or no text.
@@ -103,15 +157,66 @@ def read_text(path: str) -> str:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise InputError(f"{name} is not UTF-8 text: convert it first (a PDF with pdftotext, for example)")
+    text = decode(raw, name, encoding)
     if not text.strip():
         raise InputError(f"{name} is empty: there is nothing to compress")
     return text
+
+
+def decode(raw: bytes, name: str, encoding: str | None = None) -> str:
+    """The text that bytes stand for; see `read_text`."""
+    marked = next((marked for mark, marked in MARKS.items() if raw.startswith(mark)), None)
+    if marked == "utf-32" and len(raw) % 4:  # UTF-16, and the first character is NUL
+        marked = "utf-16"
+    used = encoding or marked or "utf-8"
+    try:
+        text = raw.decode(used)
+    except UnicodeDecodeError as error:
+        for beginning, what in OTHER_FILES.items():
+            if raw.startswith(beginning):
+                raise InputError(f"{name} is {what}") from None
+        hint = "" if encoding or marked else ": in another encoding? Name it, for example --encoding latin-1"
+        place = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+        raise InputError(f"{name} is not {used.upper()} text ({place}){hint}") from None
+    except UnicodeError as error:
+        raise InputError(f"{name} is not {used.upper()} text: {error}") from None
+    if used == "utf-8" and raw.count(0, 0, 4096) > len(raw[:4096]) // 3:
+        print(f"gmsa: note: {plain(name)} is full of NUL characters; UTF-16? --encoding utf-16-le", file=sys.stderr)
+    return check_text(text.removeprefix("\ufeff"), name)
+
+
+def check_output(path: str, *inputs: str) -> None:
+    """Say before the work, not after it, that a file cannot be written, or would be written over one that is read.
+
+    Args:
+        path: of the file to write; - is standard output.
+        inputs: what is read; - is standard input.
+
+    Raises:
+        InputError: it is so.
+    """
+    if path == "-":
+        if sys.stdout.isatty():
+            raise InputError("the output is binary and no terminal shows it: name a file, or redirect standard output")
+        return
+    place = Path(path)
+    if place.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    if not place.absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {place.absolute().parent}")
+    for name in inputs:
+        if _is_one_file(name, path):
+            read = "standard input" if name == "-" else name
+            raise InputError(f"{path} is what is read ({read}): name another file to write")
+
+
+def _is_one_file(read: str, written: str) -> bool:
+    try:
+        one = os.fstat(sys.stdin.fileno()) if read == "-" else Path(read).stat()
+        other = Path(written).stat()
+    except (OSError, ValueError):  # it is not there, or no file of the system's
+        return False
+    return stat.S_ISREG(one.st_mode) and os.path.samestat(one, other)
 
 
 def load(options: argparse.Namespace) -> "GMSA":
@@ -146,13 +251,38 @@ def summary(facts: dict[str, Any]) -> str:
 
 
 def emit(facts: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(facts, ensure_ascii=False))
+    """One JSON object on stdout; valid JSON whatever it holds and whatever stdout can show."""
+    line = json.dumps(_finite(facts), ensure_ascii=False)
+    line = HALF_SURROGATE.sub(lambda half: json.dumps(shown(half[0]))[1:-1], line)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(json.loads(line))
+    print(line)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null in place of numbers that JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def shown(name: str) -> str:
+    r"""A file's name as a text: a byte that was never decoded as \xff, four letters."""
+
+    def escaped(half: re.Match[str]) -> str:
+        number = ord(half[0])
+        return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"\\u{number:04x}"
+
+    return HALF_SURROGATE.sub(escaped, name)
 
 
 def plain(text: str) -> str:
-    """A text that does nothing to a terminal but appear: labels may come from elsewhere."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """A text that does nothing to a terminal but appear, on one line: names and labels may come from elsewhere."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown(text))
 
 
 def human(number: float) -> str:

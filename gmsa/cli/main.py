@@ -5,17 +5,23 @@ Nothing heavy is imported before a command needs it.
 """
 
 import argparse
+import codecs
+import errno
+import io
 import os
 import sys
 
 from gmsa import __version__
 from gmsa.cli import corpus, evaluate, memories, models, serve, store, train
-from gmsa.cli.common import adder
+from gmsa.cli.common import adder, plain
 from gmsa.errors import GmsaError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    prepare_streams()
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse gives up on a list of positionals that options stand between: gmsa train RECIPE --resume key=value
@@ -31,15 +37,46 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except GmsaError as error:
-        print(f"gmsa: {error}", file=sys.stderr)
+        print(f"gmsa: {plain(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("gmsa: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
+        return 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        drop_output()
+        print(f"gmsa: cannot write the output: {error.strerror}", file=sys.stderr)
         return 1
     return 0
+
+
+def prepare_streams() -> None:
+    """See to it that no character and no closed stream ends a command that has done its work."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as `>&-` does: print would write to another one
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+    codecs.register_error("gmsa.shown", show_all)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="gmsa.shown")
+
+
+def show_all(error: UnicodeError) -> tuple[str | bytes, int]:
+    """How an encoder goes on where it cannot: raw bytes of file names as they are, other characters as escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    bad = error.object[error.start : error.end]
+    try:
+        return bad.encode("ascii", "surrogateescape"), error.end
+    except UnicodeEncodeError:
+        return bad.encode("ascii", "backslashreplace"), error.end
+
+
+def drop_output() -> None:
+    """Let Python's own last flush of stdout go nowhere: it could only fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,30 +2,43 @@
 
 import argparse
 import dataclasses
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gmsa.cli.common import (
     Add,
     add_common,
+    add_encoding,
     add_merge_size,
+    check_output,
     count,
     describe,
     emit,
     load,
+    plain,
     read_text,
     seconds,
     summary,
 )
 from gmsa.cli.store import add_place, open_memory
 from gmsa.errors import InputError
+from gmsa.text import check_text
+
+if TYPE_CHECKING:
+    from gmsa.io.memory import Memory
 
 
 def add_commands(add: Add) -> None:
     """Hang the commands on the command line."""
     command = add("compress", compress, "Compress a text file into a memory file.")
-    command.add_argument("file", metavar="FILE", help="text in UTF-8, or - for standard input")
-    command.add_argument("-o", "--output", required=True, metavar="OUT", help="memory file to write (.safetensors)")
+    command.add_argument("file", metavar="FILE", help="text file, or - for standard input")
+    command.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="memory file to write (.safetensors), or - for stdout"
+    )
+    add_encoding(command)
     add_merge_size(command)
     add_common(command)
 
@@ -40,6 +53,7 @@ def add_commands(add: Add) -> None:
     command = add("ask", ask, "Answer a question from texts or memory files.")
     command.add_argument("question", metavar="QUESTION")
     command.add_argument("--context", action="append", default=[], metavar="FILE", help="text file or -; repeatable")
+    add_encoding(command)
     command.add_argument(
         "--memory", action="append", default=[], metavar="MEM", help="memory file, or id of a stored memory; repeatable"
     )
@@ -51,20 +65,34 @@ def add_commands(add: Add) -> None:
 
 def compress(options: argparse.Namespace) -> None:
     """Run `gmsa compress`."""
-    text = read_text(options.file)
-    folder = Path(options.output).absolute().parent
-    if not folder.is_dir():  # say so before the work, not after it
-        raise InputError(f"cannot write {options.output}: there is no folder {folder}")
+    check_output(options.output, options.file)
+    if options.output == "-" and options.json:
+        raise InputError("--json and -o - both write to standard output: name a file with -o")
+    text = read_text(options.file, options.encoding)
     gmsa = load(options)
     memory = gmsa.compress(text, options.merge_size, show_progress_bar=sys.stderr.isatty() and len(text) > 100_000)
-    memory.save(options.output)
     facts = {
         "output": options.output,
         **describe([memory]),
-        "bytes": Path(options.output).stat().st_size,
+        "bytes": write(memory, options.output),
         "seconds": seconds({"compress": gmsa.timings.compress}),
     }
-    emit(facts) if options.json else print(f"{summary(facts)}; wrote {options.output}", file=sys.stderr)
+    told = "standard output" if options.output == "-" else plain(options.output)
+    emit(facts) if options.json else print(f"{summary(facts)}; wrote {told}", file=sys.stderr)
+
+
+def write(memory: "Memory", output: str) -> int:
+    """Write a memory file, or one to standard output; returns its bytes."""
+    if output != "-":
+        memory.save(output)
+        return Path(output).stat().st_size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "memory.safetensors"
+        memory.save(path)
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return path.stat().st_size
 
 
 def restore(options: argparse.Namespace) -> None:
@@ -86,32 +114,34 @@ def restore(options: argparse.Namespace) -> None:
     if checked is not None:
         print(f"{checked.confirmed} of {checked.soft_tokens} soft tokens confirmed", file=sys.stderr)
         for span in facts["in_doubt"]:
-            print(f"in doubt: {' '.join(span.split())}", file=sys.stderr)
+            print(f"in doubt: {plain(' '.join(span.split()))}", file=sys.stderr)
 
 
 def ask(options: argparse.Namespace) -> None:
     """Run `gmsa ask`."""
     if not options.context and not options.memory:
         raise InputError("nothing to answer from: give --context FILE or --memory MEM")
-    if not options.question.strip():
+    if not check_text(options.question, "the question").strip():
         raise InputError("the question is empty")
     if options.context.count("-") > 1:
         raise InputError("standard input can be read as a context only once")
-    texts = [read_text(path) for path in options.context]
+    texts = [read_text(path, options.encoding) for path in options.context]
     memories = [open_memory(options, name) for name in options.memory]
     gmsa = load(options)
     memories += gmsa.compress(texts, options.merge_size)
     spent = gmsa.timings.compress
     if sys.stdout.isatty() and not options.json:
-        answer = ""
-        for piece in gmsa.answer(options.question, memories, max_new_tokens=options.max_new_tokens, stream=True):
-            answer += piece
+        stream = gmsa.answer(options.question, memories, max_new_tokens=options.max_new_tokens, stream=True)
+        for piece in stream:
             print(piece, end="", flush=True)
         print()
+        answer = stream.answer
+        assert answer is not None  # it has ended
     else:
         answer = gmsa.answer(options.question, memories, max_new_tokens=options.max_new_tokens)
     facts = {
         "answer": answer,
+        "finish_reason": answer.finish_reason,
         **describe(memories),
         "seconds": seconds({**dataclasses.asdict(gmsa.timings), "compress": spent}),
     }
@@ -121,3 +151,5 @@ def ask(options: argparse.Namespace) -> None:
         if not sys.stdout.isatty():
             print(answer)
         print(summary(facts), file=sys.stderr)
+        if answer.finish_reason == "length":
+            print(f"gmsa: note: cut after {answer.tokens} tokens: --max-new-tokens allows more", file=sys.stderr)

@@ -185,7 +185,7 @@ def key_of(given: str | None, file: str | None, variable: str) -> str | None:
     key = given or os.environ.get(variable) or None
     if file is not None:
         try:
-            key = Path(file).read_text().strip()
+            key = Path(file).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the API key from {file}") from error
     if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gmsa.cli.common import (
     Add,
     add_common,
+    add_encoding,
     add_json,
     add_merge_size,
     count,
@@ -24,6 +25,7 @@ from gmsa.cli.common import (
     read_text,
     seconds,
     size,
+    whole_text,
 )
 from gmsa.errors import InputError, MemoryFileError, MemoryNotFoundError
 
@@ -43,16 +45,17 @@ def add_commands(add: Add) -> None:
         return made
 
     made = command("add", add_texts, "Compress texts into the store; what is there is not compressed again.")
-    made.add_argument("files", nargs="+", metavar="FILE", help="text in UTF-8, or - for standard input")
+    made.add_argument("files", nargs="+", metavar="FILE", help="text file, or - for standard input")
+    add_encoding(made)
     add_merge_size(made)
-    made.add_argument("--label", metavar="NAME", help="for all of them (default: the file's name)")
+    made.add_argument("--label", type=whole_text, metavar="NAME", help="for all of them (default: the file's name)")
     made.add_argument("--meta", type=item, action="append", default=[], metavar="KEY=VALUE", help="kept; repeatable")
     made.add_argument("--form", choices=["bfloat16", "float32", "int8"], default="bfloat16", help="(bfloat16)")
     add_cap(made)
     add_common(made)
 
     made = command("ls", ls, "List stored memories, newest first.")
-    made.add_argument("--label", metavar="NAME", help="only those with this label")
+    made.add_argument("--label", type=whole_text, metavar="NAME", help="only those with this label")
     made.add_argument("--meta", type=item, action="append", default=[], metavar="KEY=VALUE", help="only with it")
     made.add_argument("--limit", type=count, metavar="N", help="at most so many")
     add_json(made)
@@ -98,7 +101,7 @@ def add_cap(command: argparse.ArgumentParser) -> None:
 
 def item(text: str) -> tuple[str, str]:
     """KEY=VALUE from the command line."""
-    key, equals, value = text.partition("=")
+    key, equals, value = whole_text(text).partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"give KEY=VALUE, got {text!r}")
     return key, value
@@ -133,7 +136,7 @@ def add_texts(options: argparse.Namespace) -> None:
 
     if options.files.count("-") > 1:
         raise InputError("standard input can be read only once")
-    texts = [read_text(path) for path in options.files]
+    texts = [read_text(path, options.encoding) for path in options.files]
     rows = []
     with open_store(options, form=options.form) as store:
         gmsa = load(options)

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from gmsa.cli.common import Add, add_json, emit, group
+from gmsa.cli.common import Add, add_json, check_output, emit, group
 from gmsa.errors import GmsaError, InputError
 
 
@@ -51,10 +51,12 @@ def train(options: argparse.Namespace) -> None:
 
 def data_check(options: argparse.Namespace) -> None:
     """Run `gmsa data check`."""
+    from gmsa.io.rows import find_files
     from gmsa.train.datacheck import check_files, check_plot, draw_lengths, format_report
 
-    if options.plot:
-        check_plot(options.plot)  # say so before the work, not after it
+    if options.plot:  # say so before the work, not after it
+        check_plot(options.plot)
+        check_output(options.plot, *(path for name in [*options.files, *options.against] for path in find_files(name)))
     report = check_files(options.files, options.against, options.backbone, show_progress_bar=sys.stderr.isatty())
     emit(report) if options.json else print(format_report(report))
     sys.stdout.flush()  # before what goes to stderr

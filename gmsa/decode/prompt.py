@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, InputError
 from gmsa.io.memory import Memory
-from gmsa.text import encode
+from gmsa.text import check_text, encode, encode_rendered
 
 # A prompt is a row of pieces: token ids (T,), a memory, or whatever else stands for one where the caller says so.
 Piece = Any
@@ -65,8 +65,6 @@ class PromptTemplate:
         self.config = config
         if config.prompt == "chat" and not tokenizer.chat_template:
             raise BackboneError("the decoder's tokenizer has no chat template: set prompt to 'plain'")
-        added = tokenizer.added_tokens_decoder.values()
-        self._special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         self._skeleton = lru_cache(maxsize=64)(self._render)
         self._frame = lru_cache(maxsize=1024)(self._make_frame)
         self._follow = lru_cache(maxsize=1024)(self._make_following)
@@ -78,7 +76,7 @@ class PromptTemplate:
         """What stands around that which a question or instruction is about.
 
         Raises:
-            InputError: the question is empty.
+            InputError: the question is empty, or no text.
         """
         return self._frame(_asked(question))
 
@@ -119,7 +117,7 @@ class PromptTemplate:
         """Token ids that stand between an answer, its end token included, and the answer to the next question.
 
         Raises:
-            InputError: the question is empty.
+            InputError: the question is empty, or no text.
             BackboneError: the chat template has no place for a second question.
         """
         return self._follow(_asked(question))
@@ -189,14 +187,7 @@ class PromptTemplate:
 
     def _tokenise(self, run: Sequence[tuple[str, bool]]) -> Tensor:
         """Token ids (T,) of template and text in turn."""
-        if not any(token in text for text, own in run if not own for token in self._special):
-            # In one go, as the model has seen prompts: nothing in the texts could be taken for a mark.
-            whole = "".join(text for text, _ in run)
-            return self._ids(self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
-        ids: list[int] = []
-        for text, own in run:
-            ids += self.tokenizer(text, add_special_tokens=False)["input_ids"] if own else self.encode(text)
-        return self._ids(ids)
+        return self._ids(encode_rendered(self.tokenizer, run))
 
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long)
@@ -219,7 +210,7 @@ class PromptTemplate:
 
 
 def _asked(question: str) -> str:
-    if not question.strip():
+    if not check_text(question, "the question").strip():
         raise InputError("the question is empty")
     return question
 

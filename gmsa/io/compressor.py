@@ -21,7 +21,8 @@ from transformers.initialization import no_init_weights
 from gmsa.config import GmsaConfig
 from gmsa.errors import CheckpointError
 from gmsa.io import checkpoint
-from gmsa.io.backbones import Backbone, load_tokenizer, quiet_transformers, sha256_of
+from gmsa.io.backbones import Backbone, load_tokenizer, quiet_transformers
+from gmsa.io.files import sha256_of
 from gmsa.model.backbone import LAYER_NAMES, NORM_NAMES, body_of, cut_config
 from gmsa.model.gmsa import GmsaNetwork
 
@@ -116,7 +117,7 @@ def _skeleton(folder: Path, dtype: torch.dtype, low: int, encoding: int | str, *
 def _read(folder: Path) -> dict[str, Tensor]:
     path = folder / checkpoint.WEIGHTS
     try:
-        recorded = json.loads((folder / checkpoint.CONFIG).read_text())["sha256"]
+        recorded = json.loads((folder / checkpoint.CONFIG).read_text(encoding="utf-8"))["sha256"]
         if sha256_of(path) != recorded:
             raise CheckpointError(f"{path} is damaged (SHA-256 differs from the one recorded): fetch it anew")
         with safetensors.safe_open(path, framework="pt") as file:

@@ -3,12 +3,8 @@
 import contextlib
 import copy
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -19,8 +15,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from gmsa import __version__
 from gmsa.errors import CheckpointError
 from gmsa.io import checkpoint
-from gmsa.io.backbones import quiet_transformers, sha256_of
+from gmsa.io.backbones import quiet_transformers
 from gmsa.io.compressor import KIND, CompressorModel, tensors_of
+from gmsa.io.files import atomic_folder, reason_of, sha256_of, write_json
 from gmsa.model.gmsa import GmsaNetwork
 
 Part = tuple[PreTrainedConfig, PreTrainedTokenizerBase]  # of a backbone
@@ -55,7 +52,7 @@ def export_decoder(
         decoder.save_pretrained(scratch, max_shard_size="5GB")
         tokenizer.save_pretrained(scratch)
         facts = {"format": DECODER_FORMAT, "compressor": fingerprint, "gmsa": __version__}
-        _write_json(scratch / NOTE, facts)
+        write_json(scratch / NOTE, facts)
 
 
 def export_compressor(model: GmsaNetwork, decoder: Part, encoder: Part, fingerprint: str, folder: Path) -> None:
@@ -85,13 +82,13 @@ def export_compressor(model: GmsaNetwork, decoder: Part, encoder: Part, fingerpr
                 backbone.save_pretrained(scratch / name)
                 tokenizer.save_pretrained(scratch / name)
         config["sha256"] = sha256_of(scratch / checkpoint.WEIGHTS)
-        _write_json(scratch / checkpoint.CONFIG, config)
+        write_json(scratch / checkpoint.CONFIG, config)
 
 
 def decoder_fingerprint(folder: Path) -> str | None:
     """The fingerprint of the compressor that an exported decoder belongs to; None for any other folder."""
     try:
-        note = json.loads((folder / NOTE).read_text())
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return note.get("compressor") if isinstance(note, dict) and note.get("format") == DECODER_FORMAT else None
@@ -129,25 +126,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder exists and is not empty, or cannot be written.
     """
-    scratch: Path | None = None
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists already: name a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        yield scratch
-        scratch.chmod(0o755)
-        for path in scratch.rglob("*"):
-            if path.is_file():
-                path.chmod(0o644)  # a server may run as somebody else; weights are written for their owner alone
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        scratch.replace(folder)
+        with atomic_folder(folder) as scratch:
+            yield scratch
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        raise CheckpointError(f"cannot write {folder}: {reason_of(error)}") from error
 
 
 def _check_whole(model: GmsaNetwork) -> None:
@@ -159,7 +144,3 @@ def _smallest(value: Tensor) -> Tensor:
     """In bf16 if that holds every value exactly."""
     short = value.to(torch.bfloat16)
     return (short if torch.equal(short.to(value.dtype), value) else value).contiguous()
-
-
-def _write_json(path: Path, facts: dict[str, Any]) -> None:
-    path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")

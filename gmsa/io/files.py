@@ -1,7 +1,19 @@
-"""Where GMSA keeps things."""
+"""Where GMSA keeps things, and how files come into being: whole and on the disk, or not at all."""
 
+import contextlib
+import hashlib
+import json
 import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# What a write that was killed leaves behind begins so. Short: beside a file whose own name is as long as may be.
+SCRATCH = ".gmsa-"
 
 
 def home() -> Path:
@@ -10,3 +22,128 @@ def home() -> Path:
     if given:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gmsa"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    """A small file of facts, the same bytes for the same facts."""
+    path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def reason_of(error: Exception) -> str:
+    """Why a write failed, for a message that names the place itself."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[Path]:
+    """A scratch file that takes the place of `path` once the block is done; on an error nothing changes.
+
+    A link is followed. A device or a pipe cannot be replaced: what was written is copied into it.
+
+    Args:
+        path: of the file.
+        private: its owner alone may read it. Else it keeps the mode of the file it replaces; a new one has that which
+            the umask leaves, whatever a library writes it with.
+
+    Raises:
+        OSError: there is no such folder, it cannot be written to, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    before = target.stat() if target.exists() else None
+    if before is not None and stat.S_ISDIR(before.st_mode):
+        raise IsADirectoryError(21, "it is a folder", str(path))
+    if before is not None and not stat.S_ISREG(before.st_mode):
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = Path(folder) / "file"
+            yield scratch
+            with scratch.open("rb") as file, open(path, "wb") as device:
+                shutil.copyfileobj(file, device)
+        return
+    scratch = target.with_name(f"{SCRATCH}{secrets.token_hex(8)}")
+    os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
+    try:
+        mode = (scratch if private or before is None else target).stat().st_mode & 0o777
+        yield scratch
+        scratch.chmod(mode)
+        flush(scratch)
+        scratch.replace(target)
+        flush(target.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, *, last: str | None = None) -> Iterator[Path]:
+    """A scratch folder that takes the place of `folder` once the block is done; on an error nothing changes.
+
+    Args:
+        folder: a link is followed; the folders above it are made.
+        last: replace only the files of these names in a folder that is there already, one by one; that of this name,
+            which names the others, comes last. None: what is there goes.
+
+    Raises:
+        OSError: it cannot be written, or the disk is full.
+    """
+    target = Path(os.path.realpath(folder))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f"{SCRATCH}{secrets.token_hex(8)}")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if last is None or not target.exists():
+            replace_folder(scratch, target)
+            return
+        _settle(scratch)
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == last):
+            path.replace(target / path.name)
+        flush(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_folder(scratch: Path, target: Path) -> None:
+    """Put a folder that has been written in the place of another, once all of it is on the disk.
+
+    Args:
+        scratch: on the same file system as `target`. Its files get the mode that its own, left by the umask, allows.
+        target: need not be there; what stands there goes.
+
+    Raises:
+        OSError: the disk is full, or `target` is no folder.
+    """
+    _settle(scratch)
+    if target.exists():  # a folder cannot be renamed onto another
+        old = target.with_name(f"{SCRATCH}{secrets.token_hex(8)}")
+        target.rename(old)
+        scratch.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        scratch.rename(target)
+    flush(target.parent)
+
+
+def _settle(folder: Path) -> None:
+    """Bring a folder to the disk, its files with the modes that the folder itself has."""
+    mode = folder.stat().st_mode
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            path.chmod(mode & 0o666)  # safetensors writes for the owner alone
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or what a folder lists, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems do not flush folders
+            raise
+    finally:
+        os.close(descriptor)

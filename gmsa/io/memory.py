@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gmsa.errors import MemoryFileError
+from gmsa.io.files import atomic_file, reason_of
 
 FORMAT = "gmsa-memory-1"
 FIELDS = ("merge_size", "origin_tokens", "fingerprint")
@@ -68,23 +68,13 @@ class Memory:
         Raises:
             MemoryFileError: the place cannot be written to.
         """
-        path = Path(path)
         tensor = self.soft_tokens.detach().cpu().contiguous()
         metadata = {name: str(getattr(self, name)) for name in FIELDS} | {"format": FORMAT, "sha256": _sha256(tensor)}
         try:
-            handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        except OSError as error:
-            raise MemoryFileError(f"cannot write {path}: {error.strerror}") from error
-        os.close(handle)
-        try:
-            save_file({"soft_tokens": tensor}, scratch, metadata=metadata)
-            with open(scratch, "rb") as file:
-                os.fsync(file.fileno())
-            Path(scratch).replace(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise MemoryFileError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+            with atomic_file(path) as scratch:
+                save_file({"soft_tokens": tensor}, scratch, metadata=metadata)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise MemoryFileError(f"cannot write {os.fspath(path)}: {reason_of(error)}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Memory":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gmsa.errors import InputError
+from gmsa.text import check_text
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
@@ -104,7 +105,10 @@ def parse_row(line: bytes, texts_only: bool = False) -> dict[str, Any] | None:
         ValueError: it is not UTF-8, not JSON or not a row.
     """
     # Decoded line by line: text files are decoded in blocks, so a bad byte would be blamed on another line.
-    text = line.decode("utf-8-sig").strip()
+    try:
+        text = line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 (byte 0x{line[error.start]:02x} at offset {error.start}): convert it") from None
     if not text:
         return None
     try:
@@ -112,7 +116,7 @@ def parse_row(line: bytes, texts_only: bool = False) -> dict[str, Any] | None:
     except RecursionError:
         raise InputError("nested too deeply") from None
     if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, but no text
-        json.dumps(row, ensure_ascii=False).encode()
+        check_text(json.dumps(row, ensure_ascii=False), "the row")
     return check_row(row, texts_only)
 
 

@@ -109,5 +109,4 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
 
 def check_merge_size(value: int) -> int:
     """Return `value` as a merge size, or raise ConfigError saying what one is."""
-    check_whole("merge_size", value)
-    return value
+    return check_whole("merge_size", value)

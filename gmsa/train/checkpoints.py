@@ -5,14 +5,13 @@ and then the folder is renamed. Only a folder whose manifest fits its files is e
 """
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from gmsa.errors import CheckpointError
-from gmsa.io.backbones import sha256_of
+from gmsa.io.files import SCRATCH as LEFT_BEHIND
+from gmsa.io.files import replace_folder, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 SCRATCH = ".saving"
@@ -29,36 +28,18 @@ def complete(scratch: Path, final: Path) -> None:
     Raises:
         OSError: the disk is full.
     """
-    files = sorted(path for path in scratch.rglob("*") if path.is_file())
+    written = sorted(path for path in scratch.rglob("*") if path.is_file())
     listed = {
-        str(path.relative_to(scratch)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+        str(path.relative_to(scratch)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in written
     }
-    manifest = scratch / MANIFEST
-    manifest.write_text(json.dumps(listed, indent=1) + "\n")
-    for path in [*files, manifest, *(p for p in scratch.rglob("*") if p.is_dir()), scratch]:
-        _flush(path)
-    if final.exists():  # a folder cannot be renamed onto another
-        old = Path(tempfile.mkdtemp(prefix=".replaced-", dir=final.parent))
-        final.rename(old / final.name)
-        scratch.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        scratch.rename(final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_json(scratch / MANIFEST, listed)
+    replace_folder(scratch, final)
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text())
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in listed.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -97,5 +78,8 @@ def newest_complete(output: Path) -> tuple[Path | None, list[str]]:
 
 def rotate(output: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what interrupted saves left behind."""
-    for folder in [*all_in(output)[:-keep], *output.glob(".replaced-*")]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for path in [*all_in(output)[:-keep], *output.glob(f"{LEFT_BEHIND}*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from gmsa.errors import GmsaError, InputError
 from gmsa.io.rows import BadLine, documents_of, find_files, parse_row, read_lines
+from gmsa.text import encode
 
 GRAM = 13  # words
 PREFIX = 200  # normalised characters

@@ -10,6 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gmsa.io.files import atomic_file
+
 
 class Progress(TrainerCallback):
     """A bar with the last figures on it; where stderr is no terminal, a line per log. Nothing goes to stdout."""
@@ -91,9 +93,10 @@ class RunLog(TrainerCallback):
         self.started = time.monotonic()
         path = self.folder / "log.jsonl"
         if state.is_world_process_zero and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= state.global_step]
-            path.write_text("".join(kept))
+            with atomic_file(path) as scratch:
+                scratch.write_text("".join(kept), encoding="utf-8")
             entries = [json.loads(line) for line in kept]
             self.started -= max((entry.get("seconds", 0) for entry in entries), default=0)
             self.context_before = max((entry.get("context_tokens", 0) for entry in entries), default=0)
@@ -114,7 +117,7 @@ class RunLog(TrainerCallback):
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add a line."""
-        with (self.folder / "log.jsonl").open("a") as file:
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
 
@@ -143,7 +146,7 @@ def draw_curve(folder: Path) -> None:
     path = folder / "log.jsonl"
     if not path.exists():
         return
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     train = [e for e in entries if "loss" in e]
     probes = [e for e in entries if "probe" in e]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -159,7 +162,6 @@ def draw_curve(folder: Path) -> None:
     right.legend(loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    scratch = folder / ".curve.png"
-    figure.savefig(scratch, dpi=110)
+    with atomic_file(folder / "curve.png") as scratch:
+        figure.savefig(scratch, dpi=110, format="png")
     plt.close(figure)
-    scratch.replace(folder / "curve.png")

@@ -276,10 +276,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or is no YAML of key: value pairs.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.safe_load(Path(path).read_bytes())  # UTF-8 or UTF-16, whatever the locale
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path} must hold key: value pairs")

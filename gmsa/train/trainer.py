@@ -25,6 +25,7 @@ from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import CheckpointError, ConfigError, GmsaError, InputError
 from gmsa.io import checkpoint
 from gmsa.io.backbones import Backbone, load_backbone
+from gmsa.io.files import atomic_file
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine
 from gmsa.model.compressor import rates_of
@@ -473,9 +474,8 @@ def _start_in(output: Path, recipe: Recipe, resume: bool, overwrite: bool, main:
             for folder in checkpoints.all_in(output):
                 shutil.rmtree(folder)
     if main:
-        scratch = output / ".recipe.yaml"
-        scratch.write_text(recipe.dump())
-        scratch.replace(output / "recipe.yaml")
+        with atomic_file(output / "recipe.yaml") as scratch:
+            scratch.write_text(recipe.dump(), encoding="utf-8")
     return last
 
 

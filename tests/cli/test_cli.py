@@ -79,7 +79,8 @@ def test_compress_restore_ask(model: str, text_file: str, tmp_path: Path, capsys
     asked = ["ask", "When?", "--memory", out, "--context", text_file, "--max-new-tokens", "5", *common]
     assert cli.main(asked) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"answer", "origin_tokens", "soft_tokens", "merge_size", "seconds"}
+    assert set(facts) == {"answer", "finish_reason", "origin_tokens", "soft_tokens", "merge_size", "seconds"}
+    assert facts["finish_reason"] in ("stop", "length")
     assert set(facts["seconds"]) == {"compress", "prefill", "decode"}
     assert facts["merge_size"] == [3, 4]
     assert facts["origin_tokens"] == 2 * len(TEXT)
@@ -128,7 +129,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     damaged.write_bytes(b"\x10" * 50)
     to = ["-o", str(out), "--model", model]
     assert "is empty" in fails(capsys, "compress", str(empty), *to)
-    assert "not UTF-8 text" in fails(capsys, "compress", str(binary), *to)
+    assert "is a PDF: take its text out first" in fails(capsys, "compress", str(binary), *to)
     assert "cannot read" in fails(capsys, "compress", str(tmp_path / "none.txt"), *to)
     assert "there is no folder" in fails(capsys, "compress", text_file, "-o", str(tmp_path / "no/m"), "--model", model)
     assert "unknown model" in fails(capsys, "compress", text_file, "-o", str(out), "--model", "no-such-model")

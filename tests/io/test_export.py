@@ -247,7 +247,7 @@ def test_nothing_is_overwritten_and_nothing_half_done(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "_write_json", full)
+    monkeypatch.setattr(export_module, "write_json", full)
     with pytest.raises(CheckpointError, match="No space left"):
         export(gmsa, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

