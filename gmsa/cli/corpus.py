@@ -1,15 +1,15 @@
-"""`gmsa compress-corpus`: every text of a corpus, by many workers."""
+"""`gmsa compress-corpus`: every text of a corpus, here or by many workers."""
 
 import argparse
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gmsa.cli.common import Add, add_common, add_merge_size, count, emit, size
 from gmsa.errors import GmsaError, InputError
 
 if TYPE_CHECKING:
-    from gmsa.corpus.corpus import Outcome, Totals
+    from gmsa.corpus import Record, Totals
 
 SHOWN = 10  # bad rows
 ENOUGH = 100_000  # bytes of text, to reckon from
@@ -17,14 +17,14 @@ ENOUGH = 100_000  # bytes of text, to reckon from
 
 def add_commands(add: Add) -> None:
     """Hang the command on the command line."""
-    command = add("compress-corpus", run, "Compress every text of a corpus, with many workers.")
+    command = add("compress-corpus", run, "Compress every text of a corpus, here or with Ray.")
     command.add_argument("inputs", nargs="+", metavar="IN", help=".jsonl (also .gz) or .parquet: path, glob or URL")
     command.add_argument(
         "output", metavar="OUT", help="folder or URL for shards and manifest; a job begun is gone on with"
     )
-    command.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or Ray (local)")
-    command.add_argument("--workers", type=count, default=1, metavar="N", help="models at work (1)")
-    command.add_argument("--threads", type=count, metavar="N", help="per worker (default: the CPUs shared out)")
+    command.add_argument("--engine", choices=["local", "ray"], default="local", help="this process, or Ray (local)")
+    command.add_argument("--workers", type=count, default=1, metavar="N", help="models at work; several need Ray (1)")
+    command.add_argument("--threads", type=count, metavar="N", help="per worker (with Ray: the CPUs shared out)")
     command.add_argument("--shard-size", type=size, default=10**6, metavar="N", help="text per shard, k, M or G (1M)")
     add_merge_size(command)
     command.add_argument("--form", choices=["bfloat16", "float32", "int8"], default="bfloat16", help="kept (bfloat16)")
@@ -42,22 +42,19 @@ def add_commands(add: Add) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run `gmsa compress-corpus`."""
     try:
-        from gmsa.corpus.corpus import bad_rows, compress_corpus
+        from gmsa.corpus import bad_rows, compress_corpus
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         raise GmsaError(f"corpora need more packages ({missing}): pip install 'gmsa[corpus]'") from error
     from tqdm import tqdm
 
-    def note(line: str) -> None:
-        tqdm.write(f"gmsa: {line}", file=sys.stderr)
+    with tqdm(desc="compress", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
 
-    with tqdm(desc="compress", unit="shard", disable=not sys.stderr.isatty()) as bar:
-
-        def progress(record: Any, done: int, of: int) -> None:
-            bar.total, bar.n = of, done
+        def progress(record: "Record", read: int, of: int) -> None:
+            bar.total, bar.n = of, max(bar.n, read)
             bar.refresh()
 
-        outcome = compress_corpus(
+        totals = compress_corpus(
             options.inputs,
             options.output,
             engine=options.engine,
@@ -73,14 +70,13 @@ def run(options: argparse.Namespace) -> None:
             max_row_bytes=options.max_row_bytes,
             on_error=options.on_error,
             threads=options.threads,
-            note=note,
             progress=progress,
         )
-    totals = outcome.totals
     if options.json:
-        emit(facts_of(options, outcome))
+        facts = {**dataclasses.asdict(totals), "seconds": round(totals.seconds, 1)}
+        emit({"output": options.output, **facts, "per_terabyte": per_terabyte(totals, options.price)})
     else:
-        print(report(options, outcome), file=sys.stderr)
+        print(report(options, totals), file=sys.stderr)
         for line in bad_rows(options.output, SHOWN):
             print(f"gmsa: {line}", file=sys.stderr)
         if totals.bad > SHOWN:
@@ -89,31 +85,19 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"not one of {totals.lines:,} rows could be compressed")
 
 
-def facts_of(options: argparse.Namespace, outcome: "Outcome") -> dict[str, Any]:
-    """What machines are told."""
-    totals = outcome.totals
-    return {
-        "output": options.output,
-        **dataclasses.asdict(totals),
-        "done_now": outcome.done_now,
-        "seconds": round(outcome.seconds, 1),
-        "per_terabyte": per_terabyte(totals, options.price),
-    }
-
-
 def per_terabyte(totals: "Totals", price: float | None) -> dict[str, float]:
     """What 10^12 bytes of such text would take with such workers."""
-    hours = totals.hours_per_terabyte()
-    known = {"worker_hours": round(hours, 1), "output_terabytes": round(totals.growth(), 2)}
+    share = 1e12 / max(totals.text_bytes, 1)
+    hours = totals.worker_seconds / 3600 * share
+    known = {"worker_hours": round(hours, 1), "output_terabytes": round(totals.bytes * share / 1e12, 2)}
     return known if price is None else {**known, "cost": round(hours * price, 2)}
 
 
-def report(options: argparse.Namespace, outcome: "Outcome") -> str:
+def report(options: argparse.Namespace, t: "Totals") -> str:
     """What a person is told."""
-    t = outcome.totals
     lines = [
         f"{t.lines:,} lines = {t.rows:,} memories + {t.bad:,} bad rows + {t.blank:,} blank lines; "
-        f"{t.shards:,} shards in {options.output}, {outcome.done_now:,} of them made now in {outcome.seconds:.1f} s"
+        f"{t.shards:,} shards in {options.output}, {t.done_now:,} of them made now in {t.seconds:.1f} s"
     ]
     if t.rows:
         seconds = max(t.worker_seconds, 1e-9)

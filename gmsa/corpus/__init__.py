@@ -1,1 +1,0 @@
-"""Beyond one process: models in parts, decoders behind vLLM, corpora compressed by many workers."""
