@@ -440,6 +440,22 @@ class GMSA:
         self.run(rows, batch_size)
         return [_answer(row) for row in rows]
 
+    def prompt_embeddings(self, question: str | Frame, memory: Content | Sequence[Content]) -> Tensor:
+        """What the decoder reads for a question about memories and texts, for a decoder elsewhere.
+
+        Returns:
+            (T, d), in the model's dtype.
+
+        Raises:
+            InputError: an empty question, or nothing to answer from.
+            MemoryMismatchError: a memory of another model.
+        """
+        (contents,) = self._contents_of(memory, 1, framed=isinstance(question, Frame))
+        if isinstance(contents, PrefixCache):
+            raise InputError("what a decoder elsewhere is to read cannot be read here before: give the memories")
+        (embeds,), _ = self._embedded([self._frame(question).around(*self._pieces(contents))])
+        return embeds
+
     def prefill(self, memory: Content | Sequence[Content]) -> PrefixCache:
         """Let the decoder read memories ahead of questions: `answer` takes the result in their place.
 

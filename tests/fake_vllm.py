@@ -89,20 +89,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fault = self.server.fault  # as it was when the request was seen to be there
         self.server.seen.append(body)
-        if self.server.fault == "disabled":
+        if fault == "disabled":
             message = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
             self.reply(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}})
-        elif self.server.fault == "busy":
+        elif fault == "busy":
             self.reply(503, None, b"upstream   connect error")
-        elif self.server.fault == "hangs-up":
+        elif fault == "hangs-up" or (fault == "hangs-up-on-long" and body["max_tokens"] > 1):
             self.close_connection = True
-        elif self.server.fault == "tells-no-ids":
+        elif fault == "tells-no-ids":
             self.reply(200, {"choices": [{"index": 0, "text": "x", "finish_reason": "length"}]})
-        elif self.server.fault == "refuses":
+        elif fault == "refuses":
             self.reply(400, {"error": {"message": "the prompt is not to its taste", "code": 400}})
         elif body.get("stream"):
-            self.stream(self.server.write(body))
+            self.stream(self.server.write(body), body, fault)
         else:
             tokens = self.server.write(body)
             text = self.server.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -113,14 +114,13 @@ class Handler(BaseHTTPRequestHandler):
     def reason(self, tokens: list[int], body: dict[str, Any]) -> str:
         return "stop" if tokens[-1] in body["stop_token_ids"] else "length"
 
-    def stream(self, tokens: list[int]) -> None:
+    def stream(self, tokens: list[int], body: dict[str, Any], fault: str) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        body = self.server.seen[-1]
         try:
-            if self.server.fault == "dies-first":
+            if fault == "dies-first":
                 self.event({"error": {"message": "the engine died", "code": 500}})
                 return
             sent = ""
@@ -130,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
                 # A character may take several tokens; it is sent once it is there.
                 text = whole[len(sent) :] if last or not whole.endswith("\ufffd") else ""
                 sent += text
-                if self.server.fault == "marks":
+                if fault == "marks":
                     text = "\u2028a\x85b"
                 choice = {
                     "text": text,
@@ -138,14 +138,14 @@ class Handler(BaseHTTPRequestHandler):
                     "finish_reason": self.reason(tokens, body) if last else None,
                 }
                 self.event({"choices": [choice], "usage": {"completion_tokens": number}})
-                if self.server.fault == "holds" and number == 1:
+                if fault == "holds" and number == 1:
                     self.server.go_on.wait(20)
-                if number == 2 and self.server.fault == "breaks-off":
+                if number == 2 and fault == "breaks-off":
                     return
-                if number == 2 and self.server.fault == "gives-up":
+                if number == 2 and fault == "gives-up":
                     self.event({"error": {"message": "the engine died", "code": 500}})
                     return
-                while self.server.fault == "endless":
+                while fault == "endless":
                     self.event({"choices": [{"text": "x", "finish_reason": None}]})
             self.event({"choices": [], "usage": {"completion_tokens": len(tokens)}})
             self.wfile.write(b"data: [DONE]\n\n")

@@ -4,7 +4,6 @@ import argparse
 import ipaddress
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -37,13 +36,12 @@ def add_commands(add: Add) -> None:
     made.add_argument(
         "--decoder",
         type=decoder,
-        default=(),
-        metavar="vllm:URL[,URL]",
-        help="vLLM servers of `gmsa export decoder` that write the answers; only the compressor runs here (local)",
+        metavar="vllm:URL",
+        help="vLLM server of `gmsa export decoder` that writes the answers; only the compressor runs here (local)",
     )
     key = made.add_mutually_exclusive_group()
     key.add_argument(
-        "--decoder-api-key", metavar="KEY", help=f"what those servers want (default: {DECODER_KEY_VARIABLE}, if set)"
+        "--decoder-api-key", metavar="KEY", help=f"what that server wants (default: {DECODER_KEY_VARIABLE}, if set)"
     )
     key.add_argument("--decoder-api-key-file", metavar="FILE", help="the same, from a file")
     made.add_argument("--decoder-name", metavar="NAME", help="of the model there (gmsa-FINGERPRINT, or the only one)")
@@ -78,17 +76,18 @@ def port(text: str) -> int:
     return int(text)
 
 
-def decoder(text: str) -> tuple[str, ...]:
-    """Addresses of decoders from the command line; none: the decoder is the model's own."""
+def decoder(text: str) -> str | None:
+    """The address of a decoder from the command line; None: the decoder is the model's own."""
     if text == LOCAL:
-        return ()
-    kind, _, rest = text.partition(":")
-    urls = tuple(url.strip() for url in rest.split(","))
-    if kind != "vllm" or not all(url.startswith(("http://", "https://")) for url in urls):
-        raise argparse.ArgumentTypeError(f"a decoder is {LOCAL} or vllm:http://HOST:PORT[,http://...], got {text!r}")
-    if any("@" in urlsplit(url).netloc for url in urls):
+        return None
+    kind, _, url = text.partition(":")
+    if kind != "vllm" or not url.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"a decoder is {LOCAL} or vllm:http://HOST:PORT, got {text!r}")
+    if "," in url:
+        raise argparse.ArgumentTypeError("a decoder has one address: put a router before several (docs/scale.md)")
+    if "@" in urlsplit(url).netloc:
         raise argparse.ArgumentTypeError("a decoder's address holds no key: give it with --decoder-api-key-file")
-    return urls
+    return url
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -112,35 +111,30 @@ def serve(options: argparse.Namespace) -> None:
             raise CheckpointError(f"{options.model} holds the compressor alone: name a decoder with --decoder vllm:URL")
         service = Service(gmsa, settings)
     else:
-        service = front(gmsa, settings, options.decoder, options.decoder_name, decoder_key)
+        service = remote_service(gmsa, settings, options.decoder, options.decoder_name, decoder_key)
     run(service, options.host, options.port)
     print("gmsa: stopped", file=sys.stderr)
 
 
-def front(gmsa: "GMSA", settings: "Settings", urls: Sequence[str], name: str | None, api_key: str | None) -> "Service":
-    """A service whose answers are written by decoders elsewhere, which are looked at first.
+def remote_service(gmsa: "GMSA", settings: "Settings", url: str, name: str | None, api_key: str | None) -> "Service":
+    """A service whose answers are written by a decoder elsewhere, which is looked at first.
 
     Raises:
-        GmsaError: one of them will not do. One that cannot be reached is a line on stderr.
+        GmsaError: it will not do. If it cannot be reached, that is a line on stderr.
     """
     from gmsa.serve.metrics import Metrics
+    from gmsa.serve.remote import RemoteDecoder
+    from gmsa.serve.remote_scheduler import RemoteScheduler
     from gmsa.serve.service import Service
-    from gmsa.serve.workers import Workers
 
     gmsa.drop_decoder()
     metrics = Metrics()
-    workers = Workers(
-        gmsa,
-        urls,
-        model=name,
-        api_key=api_key,
-        max_batch=settings.max_batch,
-        metrics=metrics,
-        on_step=metrics.on_step,
-    )
-    for line in workers.check():
+    remote = RemoteDecoder(gmsa, url, name, api_key)
+    scheduler = RemoteScheduler(remote, max_batch=settings.max_batch, metrics=metrics)
+    line = scheduler.check()
+    if line is not None:
         print(f"gmsa: {line}", file=sys.stderr)
-    return Service(gmsa, settings, workers, metrics)
+    return Service(gmsa, settings, scheduler, metrics)
 
 
 def settings_of(options: argparse.Namespace) -> "Settings":

@@ -42,7 +42,6 @@ from gmsa.serve.schemas import (
     RestoredMemory,
     RestoreRequest,
     Usage,
-    WorkerCounts,
 )
 from gmsa.serve.service import Job, ReadyPrompt, Service
 from gmsa.store import MemoryStore, StoredMemory
@@ -129,11 +128,7 @@ def _add_system_routes(app: FastAPI, service: Service) -> None:
             status = "failed"
         else:
             status = "ok" if scheduler.ready else "no_decoder"
-        workers = None
-        if scheduler.workers is not None:
-            workers = WorkerCounts(known=scheduler.workers[0], answering=scheduler.workers[1])
-        found = Health(status=status, workers=workers)
-        return JSONResponse(found.model_dump(exclude_none=True), 200 if status == "ok" else 503)
+        return JSONResponse(Health(status=status).model_dump(), 200 if status == "ok" else 503)
 
     as_text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 

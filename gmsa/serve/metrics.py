@@ -38,12 +38,9 @@ class Metrics:
         self.batch = Gauge("gmsa_batch_rows", "Answers being written", registry=registry)
         self.waiting = Gauge("gmsa_waiting_rows", "Answers waiting for a place in the batch", registry=registry)
         self.turns = Counter("gmsa_decoder_turns", "Steps of the batch", registry=registry)
-        self.workers = Gauge("gmsa_workers", "Decoders elsewhere: known, answering", ["which"], registry=registry)
-        self.worker_rows = Gauge(
-            "gmsa_worker_rows", "Answers that a decoder elsewhere is writing", ["worker"], registry=registry
-        )
-        self.worker_failures = Counter(
-            "gmsa_worker_failures", "Times a decoder elsewhere could not be used", ["worker"], registry=registry
+        self.decoder_up = Gauge("gmsa_decoder_up", "1 while a decoder elsewhere answers", registry=registry)
+        self.decoder_failures = Counter(
+            "gmsa_decoder_failures", "Times that a decoder elsewhere could not be used", registry=registry
         )
 
     def on_step(self, batch: int, waiting: int) -> None:

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class Decoding(Protocol):
-    """What makes answers of rows: `Scheduler` here, `RemoteDecoder` elsewhere.
+    """What makes answers of rows: `Scheduler` here, `RemoteScheduler` elsewhere.
 
     Attributes:
         on_step: called with the rows worked on and the rows waiting whenever these may have changed.
@@ -30,10 +30,6 @@ class Decoding(Protocol):
     @property
     def ready(self) -> bool:
         """Whether a row submitted now is likely to be answered."""
-
-    @property
-    def workers(self) -> tuple[int, int] | None:
-        """Decoders elsewhere that are known, and that answer; None where there are none elsewhere."""
 
     def start(self) -> None:
         """Begin to work."""
@@ -85,11 +81,6 @@ class Scheduler:
     def ready(self) -> bool:
         """The same here."""
         return self.alive
-
-    @property
-    def workers(self) -> None:
-        """The decoder is here."""
-        return None
 
     @property
     def max_length(self) -> int | None:

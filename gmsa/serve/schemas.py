@@ -335,18 +335,10 @@ class ModelList(BaseModel):
     data: list[ModelObject]
 
 
-class WorkerCounts(BaseModel):
-    """Decoders elsewhere: how many there are, and how many of them answer."""
-
-    known: int
-    answering: int
-
-
 class Health(BaseModel):
     """Whether the server answers questions."""
 
     status: Literal["ok", "draining", "failed", "no_decoder"]
-    workers: WorkerCounts | None = Field(None, description="only where the decoders are elsewhere")
 
 
 class ErrorBody(BaseModel):

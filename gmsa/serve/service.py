@@ -1,8 +1,8 @@
 """What stands behind the routes: from a request to the rows of an answer, and nothing about HTTP.
 
 Four threads do the work, so that the event loop never waits: one makes prompts (look-ups, templates, tokens), one
-compresses, one decodes (scheduler.py) or asks decoders elsewhere (workers.py), one restores with proof. Each has
-tokenizers of its own, as fast tokenizers are not made to be shared.
+compresses, one decodes (scheduler.py) or asks a decoder elsewhere (remote_scheduler.py), one restores with proof. Each
+has tokenizers of its own, as fast tokenizers are not made to be shared.
 """
 
 import asyncio

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 
 from gmsa import GMSA
 from gmsa.io.memory import Memory
-from gmsa.serve.vllm import LocalDecoder, RemoteDecoder, prompt_embeddings
+from gmsa.serve.remote import LocalDecoder, RemoteDecoder
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ("examples/thames.txt", "LICENSE")
@@ -77,7 +77,7 @@ def make_cases(gmsa: GMSA, count: int) -> list[Case]:
             memories.append(gmsa.compress(text[place : place + length], next(sizes)))
             place = (place + length) % (len(text) - max(LENGTHS))
         question = next(questions)
-        cases.append(Case(question, memories, prompt_embeddings(gmsa, question, memories)))
+        cases.append(Case(question, memories, gmsa.prompt_embeddings(question, memories)))
     return cases
 
 

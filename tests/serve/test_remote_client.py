@@ -16,7 +16,7 @@ from gmsa import GMSA, Memory
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, RemoteDecoderError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
-from gmsa.serve.vllm import LocalDecoder, RemoteDecoder, encode_embeddings, prompt_embeddings
+from gmsa.serve.remote import LocalDecoder, RemoteDecoder, encode_embeddings
 
 TEXTS = ["The mill was built in 1731 by two brothers.", "It stands by the river still, and turns."]
 QUESTION = "When was it built?"
@@ -50,12 +50,12 @@ def remote(gmsa: GMSA, server: FakeVllm) -> Iterator[RemoteDecoder]:
 def test_a_remote_decoder_answers_as_the_local_one(gmsa: GMSA, remote: RemoteDecoder) -> None:
     memories = gmsa.compress(TEXTS, 2)
     answers = set()
-    for group in (memories[0], memories[1], memories, memories[::-1]):
+    for group in (memories[0], memories[1], memories, memories[::-1], [memories[0], TEXTS[1]]):
         expected = gmsa.answer(QUESTION, group, max_new_tokens=12)
         assert remote.answer(QUESTION, group, max_new_tokens=12) == expected
         assert "".join(remote.answer(QUESTION, group, max_new_tokens=12, stream=True)) == expected
         answers.add(expected)
-    assert len(answers) == 4  # or the comparison would mean little
+    assert len(answers) == 5  # or the comparison would mean little
 
 
 def test_a_compressor_alone_is_enough(gmsa: GMSA, folders: tuple[Path, Path], server: FakeVllm) -> None:
@@ -85,7 +85,7 @@ def test_only_what_is_meant_is_encoded() -> None:
 
 
 def test_pieces_tell_tokens_and_why_they_end(gmsa: GMSA, remote: RemoteDecoder) -> None:
-    embeds = prompt_embeddings(gmsa, QUESTION, gmsa.compress(TEXTS[0], 2))
+    embeds = gmsa.prompt_embeddings(QUESTION, gmsa.compress(TEXTS[0], 2))
     pieces = list(remote.stream(embeds, max_new_tokens=5))
     assert [piece.tokens for piece in pieces] == [1, 2, 3, 4, 5]
     assert [piece.finish for piece in pieces] == [None] * 4 + ["length"]
@@ -140,7 +140,7 @@ def test_a_stream_that_does_not_end_well(
     gmsa: GMSA, remote: RemoteDecoder, server: FakeVllm, fault: str, says: str
 ) -> None:
     server.fault = fault
-    pieces = remote.stream(prompt_embeddings(gmsa, QUESTION, gmsa.compress(TEXTS[0], 2)), max_new_tokens=6)
+    pieces = remote.stream(gmsa.prompt_embeddings(QUESTION, gmsa.compress(TEXTS[0], 2)), max_new_tokens=6)
     assert [next(pieces).tokens, next(pieces).tokens] == [1, 2]
     with pytest.raises(RemoteDecoderError, match=says):
         next(pieces)
@@ -170,6 +170,8 @@ def test_what_cannot_be_asked_is_not_sent(gmsa: GMSA, remote: RemoteDecoder, ser
         (MemoryMismatchError, (QUESTION, foreign)),
         (InputError, (" ", memory)),
         (InputError, (QUESTION, [])),
+        (InputError, (QUESTION, TEXTS[0])),
+        (InputError, (QUESTION, gmsa.prefill(memory))),
         (ContextTooLongError, (QUESTION, [memory] * 12)),
     ):
         with pytest.raises(error):
@@ -229,7 +231,7 @@ def test_vllm_in_this_process(
     local = LocalDecoder(gmsa, folders[0], dtype="float32")
     assert local.llm.options == {"dtype": "float32"}
     memories = gmsa.compress(TEXTS, 2)
-    prompts = [prompt_embeddings(gmsa, QUESTION, memory) for memory in memories]
+    prompts = [gmsa.prompt_embeddings(QUESTION, memory) for memory in memories]
     for ours, theirs in zip(
         local.complete(prompts, max_new_tokens=6),
         (remote.complete(prompt, max_new_tokens=6) for prompt in prompts),

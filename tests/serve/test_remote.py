@@ -1,4 +1,4 @@
-"""A server whose answers are written elsewhere: against small vLLM-like servers that run the exported decoder."""
+"""A server whose answers are written elsewhere: by a small vLLM-like server that runs the exported decoder."""
 
 import contextlib
 import json
@@ -25,11 +25,12 @@ from gmsa.decode.sampler import Sampling
 from gmsa.errors import MemoryMismatchError, RemoteDecoderError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
-from gmsa.serve import workers
+from gmsa.serve import remote_scheduler
 from gmsa.serve.metrics import Metrics
+from gmsa.serve.remote import RemoteDecoder
+from gmsa.serve.remote_scheduler import RemoteScheduler, sampling_fields
 from gmsa.serve.service import Service
 from gmsa.serve.settings import Settings
-from gmsa.serve.workers import Workers, sampling_fields
 
 TEXT = "The secret word is heron. It stood by the river, and nobody asked it why."
 http = httpx.Client(timeout=60)
@@ -50,36 +51,29 @@ def folders(gmsa: GMSA, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "BACK_OFF", (0.02, 0.1))
-    monkeypatch.setattr(workers, "LOOK_EVERY", 0.1)
-    monkeypatch.setattr(workers, "PATIENCE", 1.0)
+    monkeypatch.setattr(remote_scheduler, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(remote_scheduler, "PATIENCE", 1.0)
 
 
 @pytest.fixture
-def fakes(gmsa: GMSA, folders: tuple[Path, Path]) -> Iterator[list[FakeVllm]]:
-    """Two workers."""
-    with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(serving_fake(FakeVllm(folders[0], gmsa.tokenizer, f"gmsa-{gmsa.fingerprint}")))
-            for _ in range(2)
-        ]
+def fake(gmsa: GMSA, folders: tuple[Path, Path]) -> Iterator[FakeVllm]:
+    with serving_fake(FakeVllm(folders[0], gmsa.tokenizer, f"gmsa-{gmsa.fingerprint}")) as fake:
+        yield fake
 
 
 @pytest.fixture
-def front(folders: tuple[Path, Path], tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """front(urls, **settings) -> the address of a server over a compressor alone; `front.service` is the last one."""
+def serve(folders: tuple[Path, Path], tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """serve(decoder's url, **settings) -> the address of a server over a compressor; `serve.service` is the last."""
     with contextlib.ExitStack() as stack:
 
-        def start(urls: list[str], check: bool = True, **changes: Any) -> str:
+        def start(url: str, **changes: Any) -> str:
             alone = GMSA.from_pretrained(folders[1], dtype="float32")
             settings = Settings(**{"store": tmp_path / "store", "max_batch": 8, "max_prompt_tokens": 512, **changes})
             metrics = Metrics()
-            pool = Workers(
-                alone, urls, api_key="secret", max_batch=settings.max_batch, metrics=metrics, on_step=metrics.on_step
-            )
-            if check:
-                pool.check()
-            start.service = Service(alone, settings, pool, metrics)  # type: ignore[attr-defined]
+            decoder = RemoteDecoder(alone, url, api_key="secret")
+            scheduler = RemoteScheduler(decoder, max_batch=settings.max_batch, metrics=metrics)
+            scheduler.check()
+            start.service = Service(alone, settings, scheduler, metrics)  # type: ignore[attr-defined]
             return stack.enter_context(running(start.service))  # type: ignore[attr-defined]
 
         yield start
@@ -122,9 +116,9 @@ def metric(url: str, name: str) -> float:
 
 
 def test_answers_are_those_of_a_decoder_here(
-    gmsa: GMSA, fakes: list[FakeVllm], front: Callable[..., str], tmp_path: Path
+    gmsa: GMSA, fake: FakeVllm, serve: Callable[..., str], tmp_path: Path
 ) -> None:
-    there = front([fake.url for fake in fakes])
+    there = serve(fake.url)
     local = Service(gmsa, Settings(store=tmp_path / "local", max_prompt_tokens=LIMIT))
     with running(local) as here:
         ids = [
@@ -167,11 +161,11 @@ def test_answers_are_those_of_a_decoder_here(
     stopped = chat(there, bodies[2][1]).json()["choices"][0]
     assert stopped["finish_reason"] == "stop"
     assert stopped["message"]["content"] == plain[: min(plain.find(stop) for stop in bodies[2][1]["stop"])]
-    assert all(fake.answered for fake in fakes)  # both were asked
+    assert fake.answered
 
 
-def test_what_is_asked_of_a_worker(gmsa: GMSA, fakes: list[FakeVllm], front: Callable[..., str]) -> None:
-    url = front([fakes[0].url])
+def test_what_is_asked_of_the_decoder(gmsa: GMSA, fake: FakeVllm, serve: Callable[..., str]) -> None:
+    url = serve(fake.url)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     create = client.chat.completions.create
     fields: dict[str, Any] = {
@@ -184,13 +178,13 @@ def test_what_is_asked_of_a_worker(gmsa: GMSA, fakes: list[FakeVllm], front: Cal
     assert texts[0][0] != texts[0][1]  # each answer has a seed of its own
     assert texts[2][0] not in texts[0]
     assert first.usage.completion_tokens == again.usage.completion_tokens
-    body = fakes[0].answered[0]
+    body = fake.answered[0]
     expected = {
         "model": f"gmsa-{gmsa.fingerprint}", "max_tokens": 9, "temperature": 1.5, "top_p": 0.9,
         "presence_penalty": 0.5, "frequency_penalty": -0.5, "stop_token_ids": sorted(gmsa.ends), "stream": True,
     }  # fmt: skip
     assert expected.items() <= body.items()
-    assert sorted(body["seed"] for body in fakes[0].answered[:2]) == [7, 8]
+    assert sorted(body["seed"] for body in fake.answered[:2]) == [7, 8]
 
 
 @pytest.mark.parametrize(
@@ -218,130 +212,86 @@ def test_a_whole_model_keeps_its_compressor_only(gmsa: GMSA, tmp_path: Path) -> 
     assert whole.fingerprint == gmsa.fingerprint
 
 
-# -- workers that fail -------------------------------------------------------------------------------------------------
+# -- a decoder that fails ----------------------------------------------------------------------------------------------
 
 
-def test_a_dead_worker_is_passed_over_and_taken_back(
-    gmsa: GMSA, folders: tuple[Path, Path], fakes: list[FakeVllm], front: Callable[..., str]
+def test_a_decoder_that_goes_away_and_comes_back(
+    gmsa: GMSA, folders: tuple[Path, Path], serve: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     port = free_port()
-    url = front([f"http://127.0.0.1:{port}", fakes[0].url])
-    assert http.get(f"{url}/health").json() == {"status": "ok", "workers": {"known": 2, "answering": 1}}
-    assert {chat(url, asking()).status_code for _ in range(4)} == {200}
-    with serving_fake(FakeVllm(folders[0], gmsa.tokenizer, f"gmsa-{gmsa.fingerprint}", port)) as late:
-        eventually(lambda: http.get(f"{url}/health").json()["workers"]["answering"] == 2)
-        assert metric(url, 'gmsa_workers{which="answering"}') == 2
-        assert {chat(url, asking()).status_code for _ in range(4)} == {200}
-        assert late.answered
-    eventually(lambda: http.get(f"{url}/health").json()["workers"]["answering"] == 1)
-    assert chat(url, asking()).status_code == 200
+    url = serve(f"http://127.0.0.1:{port}")
+    for _ in range(2):
+        eventually(lambda: http.get(f"{url}/health").status_code == 503)
+        assert http.get(f"{url}/health").json() == {"status": "no_decoder"}
+        assert metric(url, "gmsa_decoder_up") == 0
+        answer = chat(url, asking())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        assert answer.json()["error"]["message"] == "no decoder can be reached; try again later"
+        assert http.post(f"{url}/v1/memories", json={"text": TEXT}).status_code in (200, 201)  # needs none
+        with serving_fake(FakeVllm(folders[0], gmsa.tokenizer, f"gmsa-{gmsa.fingerprint}", port)):
+            eventually(lambda: http.get(f"{url}/health").status_code == 200)
+            assert metric(url, "gmsa_decoder_up") == 1
+            assert {chat(url, asking()).status_code for _ in range(4)} == {200}
+    assert metric(url, "gmsa_decoder_failures_total") >= 1
+    assert "secret" not in caplog.text
 
 
 @pytest.mark.parametrize("fault", ["busy", "hangs-up", "dies-first"])
-def test_a_row_that_has_no_token_yet_goes_to_another_worker(
-    fakes: list[FakeVllm], front: Callable[..., str], fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "LOOK_EVERY", 60)
-    url = front([fake.url for fake in fakes])
+def test_a_row_that_has_no_token_yet_is_sent_once_more(fake: FakeVllm, serve: Callable[..., str], fault: str) -> None:
+    url = serve(fake.url)
     expected = chat(url, asking()).json()["choices"]
-    assert http.get(f"{url}/health").json()["workers"]["answering"] == 2
-    (last,) = [fake for fake in fakes if fake.answered]
-    (next_one,) = [fake for fake in fakes if fake is not last]
-    next_one.fault = fault
-    again = chat(url, asking())
-    assert next_one.answered  # it was its turn
-    assert again.json()["choices"] == expected
-    assert len(last.answered) == 2
-    assert metric(url, f'gmsa_worker_failures_total{{worker="{next_one.url}"}}') >= 1
-    next_one.fault = ""
-    eventually(lambda: http.get(f"{url}/health").json()["workers"]["answering"] == 2)
+    fake.fault = fault
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(chat, url, asking())
+        eventually(lambda: len(fake.answered) == 2)
+        fake.fault = ""
+        assert again.result().json()["choices"] == expected
+    assert len(fake.answered) == 3
+    assert metric(url, "gmsa_decoder_failures_total") >= 1
+    assert http.get(f"{url}/health").status_code == 200
 
 
 @pytest.mark.parametrize("fault", ["breaks-off", "gives-up"])
-def test_a_worker_that_dies_within_an_answer(fakes: list[FakeVllm], front: Callable[..., str], fault: str) -> None:
-    url = front([fakes[0].url])
+def test_a_decoder_that_dies_within_an_answer(fake: FakeVllm, serve: Callable[..., str], fault: str) -> None:
+    url = serve(fake.url)
     whole = events(url, asking())
-    fakes[0].fault = fault
+    fake.fault = fault
     failed = events(url, asking())
     assert failed[:-1] == whole[: len(failed) - 1]
     assert failed[-1]["error"]["code"] == "generation_failed"  # as of a decoder here, and no [DONE]
-    fakes[0].fault = ""
+    fake.fault = ""
     eventually(lambda: http.get(f"{url}/health").status_code == 200)
-    fakes[0].fault = fault
+    fake.fault = fault
     answer = chat(url, asking())
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "generation_failed")
     assert answer.headers["Retry-After"] == "1"
-    fakes[0].fault = ""
+    assert len(fake.answered) == 3  # never sent again
+    fake.fault = ""
     eventually(lambda: chat(url, asking()).status_code == 200)
 
 
-def test_a_request_that_is_refused_fails_alone(fakes: list[FakeVllm], front: Callable[..., str]) -> None:
-    url = front([fake.url for fake in fakes])
-    for fake in fakes:
-        fake.fault = "refuses"
+def test_a_request_that_is_refused_fails_alone(fake: FakeVllm, serve: Callable[..., str]) -> None:
+    url = serve(fake.url)
+    fake.fault = "refuses"
     assert chat(url, asking()).status_code == 503
-    assert sum(len(fake.answered) for fake in fakes) == 1  # others would say the same
-    assert http.get(f"{url}/health").json()["workers"]["answering"] == 2
+    assert len(fake.answered) == 1  # it would say the same again
+    assert http.get(f"{url}/health").status_code == 200
 
 
-def test_a_request_that_kills_workers_is_not_sent_to_all(
-    gmsa: GMSA, folders: tuple[Path, Path], front: Callable[..., str]
-) -> None:
-    with contextlib.ExitStack() as stack:
-        name = f"gmsa-{gmsa.fingerprint}"
-        five = [stack.enter_context(serving_fake(FakeVllm(folders[0], gmsa.tokenizer, name))) for _ in range(5)]
-        url = front([fake.url for fake in five])
-        for fake in five:
-            fake.fault = "hangs-up"
-        assert chat(url, asking()).status_code == 503
-        assert sum(len(fake.answered) for fake in five) == workers.TRIES
-
-
-def test_without_any_worker_memories_can_still_be_made(
-    gmsa: GMSA, folders: tuple[Path, Path], front: Callable[..., str]
-) -> None:
-    port = free_port()
-    url = front([f"http://127.0.0.1:{port}"])
-    health = http.get(f"{url}/health")
-    assert (health.status_code, health.json()["status"]) == (503, "no_decoder")
+def test_a_request_that_ends_what_reads_it_is_not_sent_without_end(fake: FakeVllm, serve: Callable[..., str]) -> None:
+    url = serve(fake.url)
+    fake.fault = "hangs-up-on-long"  # but writes a token when it is tried
     answer = chat(url, asking())
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
-    assert http.post(f"{url}/v1/memories", json={"text": TEXT}).status_code == 201
-    with serving_fake(FakeVllm(folders[0], gmsa.tokenizer, f"gmsa-{gmsa.fingerprint}", port)):
-        eventually(lambda: chat(url, asking()).status_code == 200)
-
-
-def test_a_row_waits_for_a_worker_that_is_back_soon(fakes: list[FakeVllm], front: Callable[..., str]) -> None:
-    url = front([fakes[0].url])
-    fakes[0].fault = "busy"
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(chat, url, asking())
-        eventually(lambda: fakes[0].answered)
-        fakes[0].fault = ""
-        assert answer.result().status_code == 200
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "generation_failed")
+    assert len(fake.answered) == remote_scheduler.TRIES == 2
 
 
 # -- whom, how many, how long ------------------------------------------------------------------------------------------
 
 
-def test_the_worker_with_the_fewest_rows_is_next(fakes: list[FakeVllm], front: Callable[..., str]) -> None:
-    slow, quick = fakes
-    slow.fault = "holds"
-    url = front([slow.url, quick.url])
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(chat, url, asking())
-        eventually(lambda: slow.answered)
-        for _ in range(3):
-            assert chat(url, asking()).status_code == 200
-        assert (len(slow.answered), len(quick.answered)) == (1, 3)
-        assert metric(url, f'gmsa_worker_rows{{worker="{slow.url}"}}') == 1
-        slow.go_on.set()
-        assert waiting.result().status_code == 200
-
-
-def test_as_many_requests_as_here_are_let_in(fakes: list[FakeVllm], front: Callable[..., str]) -> None:
-    fakes[0].fault = "holds"
-    url = front([fakes[0].url], max_batch=1, max_queue=1)
+def test_as_many_requests_as_here_are_let_in(fake: FakeVllm, serve: Callable[..., str]) -> None:
+    fake.fault = "holds"
+    url = serve(fake.url, max_batch=1, max_queue=1)
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(chat, url, asking()) for _ in range(2)]
         eventually(lambda: metric(url, "gmsa_open_requests") == 2 and metric(url, "gmsa_waiting_rows") == 1)
@@ -349,38 +299,38 @@ def test_as_many_requests_as_here_are_let_in(fakes: list[FakeVllm], front: Calla
         refused = chat(url, asking())
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert http.get(f"{url}/health").status_code == 200  # the event loop waits for nobody
-        eventually(lambda: fakes[0].answered)
-        assert len(fakes[0].answered) == 1  # the other waits its turn here
-        fakes[0].go_on.set()
+        eventually(lambda: fake.answered)
+        assert len(fake.answered) == 1  # the other waits its turn here
+        fake.go_on.set()
         assert [answer.result().status_code for answer in waiting] == [200, 200]
 
 
-def test_a_client_that_leaves_ends_the_workers_request(fakes: list[FakeVllm], front: Callable[..., str]) -> None:
-    fakes[0].fault = "endless"
-    url = front([fakes[0].url])
+def test_a_client_that_leaves_ends_the_request(fake: FakeVllm, serve: Callable[..., str]) -> None:
+    fake.fault = "endless"
+    url = serve(fake.url)
     with http.stream("POST", f"{url}/v1/chat/completions", json=asking(stream=True)) as response:
         lines = response.iter_lines()  # kept: without it the connection is closed
         next(lines)
-        eventually(lambda: fakes[0].answered)
-    assert fakes[0].gone.wait(10)
+        eventually(lambda: fake.answered)
+    assert fake.gone.wait(10)
     eventually(lambda: metric(url, "gmsa_open_requests") == 0 and metric(url, "gmsa_batch_rows") == 0)
 
 
-def test_a_stop_string_ends_the_workers_request(fakes: list[FakeVllm], front: Callable[..., str]) -> None:
-    url = front([fakes[0].url])
+def test_a_stop_string_ends_the_request(fake: FakeVllm, serve: Callable[..., str]) -> None:
+    url = serve(fake.url)
     first = chat(url, asking()).json()["choices"][0]["message"]["content"][0]
-    fakes[0].fault = "endless"  # after the first token
+    fake.fault = "endless"  # after the first token
     assert chat(url, asking(stop=first)).json()["choices"][0]["finish_reason"] == "stop"
-    assert fakes[0].gone.wait(10)
+    assert fake.gone.wait(10)
 
 
-def test_stopping_gives_up_what_is_under_way(fakes: list[FakeVllm], front: Callable[..., str]) -> None:
-    fakes[0].fault = "holds"
-    url = front([fakes[0].url], max_batch=1)
+def test_stopping_gives_up_what_is_under_way(fake: FakeVllm, serve: Callable[..., str]) -> None:
+    fake.fault = "holds"
+    url = serve(fake.url, max_batch=1)
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(chat, url, asking()) for _ in range(2)]
         eventually(lambda: metric(url, "gmsa_waiting_rows") == 1)
-        front.service.scheduler.stop()  # type: ignore[attr-defined]
+        serve.service.scheduler.stop()  # type: ignore[attr-defined]
         assert [answer.result().status_code for answer in waiting] == [503, 503]
     assert http.get(f"{url}/health").json()["status"] == "failed"
 
@@ -388,12 +338,18 @@ def test_stopping_gives_up_what_is_under_way(fakes: list[FakeVllm], front: Calla
 # -- what will not do --------------------------------------------------------------------------------------------------
 
 
-def test_workers_that_will_not_do_are_said_at_the_start(gmsa: GMSA, fakes: list[FakeVllm]) -> None:
+def test_a_decoder_that_will_not_do_is_said_at_the_start(gmsa: GMSA, fake: FakeVllm) -> None:
+    def check(**options: Any) -> str | None:
+        with RemoteDecoder(gmsa, fake.url, **{"api_key": "secret", **options}) as decoder:
+            return RemoteScheduler(decoder).check()
+
     def fails(says: str, error: type[Exception] = RemoteDecoderError, **options: Any) -> None:
         with pytest.raises(error, match=says) as caught:
-            Workers(gmsa, [fakes[1].url, fakes[0].url], **{"api_key": "secret", **options}).check()
+            check(**options)
         assert "\n" not in str(caught.value)
+        assert "secret" not in str(caught.value)
 
+    assert check() is None
     fails("refuses the API key", api_key="guess")
     fails("no model 'other'", model="other")
     for fault, says in (
@@ -401,28 +357,27 @@ def test_workers_that_will_not_do_are_said_at_the_start(gmsa: GMSA, fakes: list[
         ("tells-no-ids", "tells no token ids"),
         ("no-openai", "unlike an OpenAI-compatible server"),
     ):
-        fakes[0].fault = fault
+        fake.fault = fault
         fails(says)
-    fakes[0].fault = ""
-    fakes[0].names = ["gmsa-0123456789abcdef"]
+    fake.fault = ""
+    fake.names = ["gmsa-0123456789abcdef"]
     fails("decoder of compressor 0123456789abcdef", MemoryMismatchError)
-    fakes[0].names = [f"gmsa-{gmsa.fingerprint}"]
-    fakes[0].fault = "busy"
-    fakes[1].names = ["decoder"]
-    unnamed, silent = Workers(gmsa, [fakes[1].url, fakes[0].url], api_key="secret").check()
-    assert f"--served-model-name gmsa-{gmsa.fingerprint}" in unnamed
-    assert "503" in silent  # that may pass
+    fake.names = ["decoder"]
+    assert f"--served-model-name gmsa-{gmsa.fingerprint}" in (check() or "")
+    fake.fault = "busy"
+    assert "503" in (check() or "")  # that may pass
+    with pytest.raises(RemoteDecoderError, match=r"put a router before several \(docs/scale.md\)"):
+        RemoteDecoder(gmsa, f"{fake.url},{fake.url}")
 
 
-def test_a_worker_that_comes_back_with_another_model_is_not_used(
-    fakes: list[FakeVllm], front: Callable[..., str]
-) -> None:
-    url = front([fake.url for fake in fakes])
-    fakes[0].names = ["gmsa-0123456789abcdef"]
-    eventually(lambda: http.get(f"{url}/health").json()["workers"]["answering"] == 1)
-    before = len(fakes[0].answered)
-    assert {chat(url, asking()).status_code for _ in range(3)} == {200}
-    assert len(fakes[0].answered) == before
+def test_a_decoder_that_comes_back_with_another_model_is_not_used(fake: FakeVllm, serve: Callable[..., str]) -> None:
+    url = serve(fake.url)
+    assert chat(url, asking()).status_code == 200
+    fake.names = ["gmsa-0123456789abcdef"]
+    eventually(lambda: http.get(f"{url}/health").json()["status"] == "no_decoder")
+    before = len(fake.answered)
+    assert {chat(url, asking()).status_code for _ in range(3)} == {503}
+    assert len(fake.answered) == before
 
 
 @pytest.mark.parametrize(
@@ -431,6 +386,7 @@ def test_a_worker_that_comes_back_with_another_model_is_not_used(
         ([], 1, "holds the compressor alone"),
         (["--decoder", "vllm:localhost:8000"], 2, "a decoder is local or vllm:http://HOST:PORT"),
         (["--decoder", "http://localhost:8000"], 2, "a decoder is local or vllm:http://HOST:PORT"),
+        (["--decoder", "vllm:http://a:8000,http://b:8000"], 2, "put a router before several (docs/scale.md)"),
         (["--decoder", "vllm:http://me:key@localhost:8000"], 2, "holds no key"),
         (["--decoder", "vllm:{url}", "--decoder-api-key", "guess"], 1, "refuses the API key"),
         (["--decoder", "vllm:{url}", "--decoder-api-key-file", "/nowhere"], 1, "cannot read the API key"),
@@ -438,11 +394,11 @@ def test_a_worker_that_comes_back_with_another_model_is_not_used(
     ],
 )
 def test_the_command_says_in_one_line_what_will_not_do(
-    folders: tuple[Path, Path], fakes: list[FakeVllm], options: list[str], code: int, says: str, tmp_path: Path,
+    folders: tuple[Path, Path], fake: FakeVllm, options: list[str], code: int, says: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    fakes[0].names = ["gmsa-0123456789abcdef"]
-    given = [option.format(url=fakes[0].url) for option in options]
+    fake.names = ["gmsa-0123456789abcdef"]
+    given = [option.format(url=fake.url) for option in options]
     command = ["serve", str(folders[1]), "--port", "0", "--store", str(tmp_path / "s"), *given]
     if code == 2:  # argparse's own
         with pytest.raises(SystemExit, match="2"):
@@ -454,12 +410,12 @@ def test_the_command_says_in_one_line_what_will_not_do(
     assert code == 2 or len(said) == 1
 
 
-# -- several fronts ----------------------------------------------------------------------------------------------------
+# -- several servers ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def process(folder: Path, store: Path, url: str) -> Iterator[str]:
-    """A front of its own process."""
+    """A server of its own process."""
     command = [sys.executable, "-m", "gmsa", "serve", str(folder), "--port", "0", "--dtype", "float32"]
     command += ["--store", str(store), "--decoder", f"vllm:{url}", "--decoder-api-key", "secret"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as started:
@@ -474,11 +430,11 @@ def process(folder: Path, store: Path, url: str) -> Iterator[str]:
             started.wait(30)
 
 
-def test_two_fronts_share_a_store(
-    gmsa: GMSA, folders: tuple[Path, Path], fakes: list[FakeVllm], tmp_path: Path
+def test_two_servers_share_a_store_and_a_decoder(
+    gmsa: GMSA, folders: tuple[Path, Path], fake: FakeVllm, tmp_path: Path
 ) -> None:
     with ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
-        started = [pool.submit(stack.enter_context, process(folders[1], tmp_path / "s", fakes[0].url)) for _ in "ab"]
+        started = [pool.submit(stack.enter_context, process(folders[1], tmp_path / "s", fake.url)) for _ in "ab"]
         one, other = (each.result() for each in started)
         for number in range(10):
             text = f"{number}. {TEXT}"
