@@ -94,6 +94,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "disabled":
             message = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
             self.reply(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}})
+        elif fault == "router":  # vllm-router 0.1.17
+            self.reply(422, None, b"Failed to deserialize the JSON body into the target type: missing field `prompt`")
         elif fault == "busy":
             self.reply(503, None, b"upstream   connect error")
         elif fault == "hangs-up" or (fault == "hangs-up-on-long" and body["max_tokens"] > 1):

@@ -326,6 +326,8 @@ def check_response(response: httpx.Response, url: str) -> None:
         reason = f"it refuses the API key ({reason})" if reason else "it refuses the API key"
     elif "enable-prompt-embeds" in reason:
         reason = "it was started without --enable-prompt-embeds"
+    elif "missing field `prompt`" in reason:
+        reason = "it is a router that knows no prompt embeddings: put nginx in its place (docs/scale.md)"
     passing = status == 429 or status >= 500
     kind = PassingError if passing else RefusedError if status in (400, 413, 422) else RemoteDecoderError
     raise kind(f"the decoder at {url} answers {status}: {reason}")

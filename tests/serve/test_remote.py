@@ -354,6 +354,7 @@ def test_a_decoder_that_will_not_do_is_said_at_the_start(gmsa: GMSA, fake: FakeV
     fails("no model 'other'", model="other")
     for fault, says in (
         ("disabled", "without --enable-prompt-embeds"),
+        ("router", "router that knows no prompt embeddings"),
         ("tells-no-ids", "tells no token ids"),
         ("no-openai", "unlike an OpenAI-compatible server"),
     ):

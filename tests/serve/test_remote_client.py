@@ -119,6 +119,7 @@ def test_leaving_a_stream_ends_the_request(gmsa: GMSA, remote: RemoteDecoder, se
     ("fault", "says"),
     [
         ("disabled", "started without --enable-prompt-embeds"),
+        ("router", "router that knows no prompt embeddings"),
         ("busy", "answers 503: upstream connect error"),
         ("no-openai", "unlike an OpenAI-compatible server"),
         ("no-json", "unlike an OpenAI-compatible server"),
