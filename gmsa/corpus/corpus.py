@@ -417,7 +417,7 @@ def _finish(fs: AbstractFileSystem, folder: str, shards: Sequence[Shard], record
 def bad_rows(output: str, limit: int) -> list[str]:
     """The first bad rows of a finished corpus, a line each."""
     fs, folder = open_place(output)
-    rows = fs.cat_file(f"{folder}/{BAD_ROWS}").decode().splitlines()[:limit]
+    rows = fs.cat_file(f"{folder}/{BAD_ROWS}").splitlines()[:limit]  # of bytes: names may hold other line ends
     return [f"{row['source']}, line {row['line']}: {row['reason']}" for row in map(json.loads, rows)]
 
 

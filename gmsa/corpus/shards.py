@@ -10,7 +10,7 @@ import hashlib
 import json
 import lzma
 import os
-import tempfile
+import secrets
 import time
 import zlib
 from collections.abc import Iterator
@@ -29,6 +29,7 @@ from torch import Tensor
 from gmsa.api import GMSA
 from gmsa.errors import CorpusError, GmsaError, InputError, MemoryFileError
 from gmsa.io.memory import Memory
+from gmsa.text import check_text
 
 FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 CHUNK_BYTES = 1 << 18  # of text handed to the compressor at once
@@ -175,8 +176,8 @@ class scratch_file:
     def __enter__(self) -> "scratch_file":
         if self.local:
             folder, name = os.path.split(self.path)
-            handle, self._scratch = tempfile.mkstemp(prefix=f".{name}-", dir=folder)
-            self._file: Any = os.fdopen(handle, "wb")
+            self._scratch = os.path.join(folder, f".{name}-{secrets.token_hex(8)}")  # noqa: PTH118
+            self._file: Any = open(self._scratch, "xb")
         else:
             self._file = self.fs.open(self.path, "wb")
         return self
@@ -331,8 +332,10 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
             return None
         row = json.loads(text)
         if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, but no text
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeError:
+            check_text(json.dumps(row, ensure_ascii=False), "the row")
+    except InputError:
+        raise
+    except UnicodeDecodeError:
         raise InputError("no UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"no JSON ({error})") from None

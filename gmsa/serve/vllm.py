@@ -178,7 +178,7 @@ class RemoteDecoder:
         embeds = prompt_embeddings(self.gmsa, question, memories)
         if stream:
             return _texts(self.stream(embeds, max_new_tokens=max_new_tokens, **sampling))
-        return self.complete(embeds, max_new_tokens=max_new_tokens, **sampling).text.strip()
+        return self.complete(embeds, max_new_tokens=max_new_tokens, **sampling).text
 
     def complete(self, embeds: Tensor, *, max_new_tokens: int, **sampling: Any) -> RemotePiece:
         """The whole answer to a prompt (T, d), with its token ids where the server tells them (vLLM does)."""
@@ -411,7 +411,7 @@ class LocalDecoder:
     ) -> list[str]:
         """Answer each question from its own memories; greedy but for fields of `vllm.SamplingParams` given."""
         prompts = [prompt_embeddings(self.gmsa, q, m) for q, m in zip(questions, memories, strict=True)]
-        return [out.text.strip() for out in self.complete(prompts, max_new_tokens=max_new_tokens, **sampling)]
+        return [out.text for out in self.complete(prompts, max_new_tokens=max_new_tokens, **sampling)]
 
     def complete(self, prompts: Sequence[Tensor], *, max_new_tokens: int, **sampling: Any) -> list[RemotePiece]:
         """The whole answer to each prompt (T_i, d), with its token ids."""

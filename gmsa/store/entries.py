@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gmsa.errors import GmsaError, InputError, MemoryFileError
+from gmsa.text import check_text
 
 if TYPE_CHECKING:  # torch takes seconds to import, and looking through an index needs none
     from gmsa.io.memory import Memory
@@ -181,13 +182,8 @@ def read_bytes(path: Path, size: int | None = None) -> bytes:
 
 def check_notes(label: str | None, metadata: dict[str, Any] | None) -> None:
     """Raise InputError unless a label and metadata can be kept and come back the same."""
-    if label is not None:
-        if not isinstance(label, str) or len(label) > MAX_LABEL:
-            raise InputError(f"a label is a text of at most {MAX_LABEL:,} characters")
-        try:
-            label.encode()
-        except UnicodeEncodeError as error:
-            raise InputError("the label holds half a surrogate pair: decode it properly first") from error
+    if label is not None and len(check_text(label, "the label")) > MAX_LABEL:
+        raise InputError(f"a label is a text of at most {MAX_LABEL:,} characters")
     if metadata is not None:
         try:
             text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
