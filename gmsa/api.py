@@ -40,7 +40,7 @@ from gmsa.model.backbone import body_of, layers_of
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.merging import check_merge_size
 from gmsa.model.windows import Window, batch_windows, cut_windows, make_windows, split_windows
-from gmsa.text import check_text, token_pieces
+from gmsa.text import Control, check_text, token_pieces
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
@@ -643,13 +643,9 @@ class GMSA:
                 lengths=[window.origin_tokens for window in windows],
                 merge_size=windows[0].merge_size,
                 candidates=candidates,
-                banned=sorted(self.ends | set(self.tokenizer.all_special_ids) | self._special_ids()),
+                banned=sorted(self.ends | Control.of(self.tokenizer).spellings.keys()),  # no text holds them
                 on_step=on_step,
             )
-
-    def _special_ids(self) -> set[int]:
-        """Tokens that only templates write; no text holds them."""
-        return {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     def _restoring(self, window: Memory) -> tuple[Tensor, ...]:
         """The prompt that restores a window, checked."""

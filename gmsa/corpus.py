@@ -28,6 +28,7 @@ from gmsa.io.memory import Memory
 from gmsa.io.parquet import FORMS, pack, read_rows, to_parquet, unpack
 from gmsa.io.urls import Line, Source, UrlFolder, find_sources, one_line_errors, read_lines
 from gmsa.model.merging import check_merge_size
+from gmsa.text import check_text
 
 FORMAT, MANIFEST, BAD_ROWS = "gmsa-corpus-1", "manifest.json", "bad-rows.jsonl"
 # Fields of a job that must be the same for two runs to add up to one corpus.
@@ -336,6 +337,7 @@ def parse(line: Line, job: Job) -> dict[str, Any] | None:
         text, name = row.pop(job.text_field, None), row.pop(job.id_field, None)
         if not isinstance(text, str):
             raise InputError(f"{job.text_field!r} is missing or no text")
+        check_text(text, repr(job.text_field))
         if not text.strip():
             raise InputError(f"{job.text_field!r} is empty")
         name = name if isinstance(name, str | None) else _json(name)
@@ -344,7 +346,7 @@ def parse(line: Line, job: Job) -> dict[str, Any] | None:
             raise InputError(f"longer than {job.max_row_bytes:,} bytes")
     except InputError:
         raise
-    except UnicodeError:  # a wrong byte, or half of a surrogate pair, which is valid JSON but no text
+    except UnicodeError:  # a wrong byte, or half of a surrogate pair in another field
         raise InputError("no UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"no JSON ({error})") from None

@@ -41,7 +41,8 @@ class TextPieces:
     def _fresh(self, final: bool) -> str:
         known = self._decode(self._tokens[self._context : self._read])
         text = self._decode(self._tokens[self._context :])
-        if not final and text.endswith(REPLACEMENT):  # the last bytes may be the beginning of a character
+        # The last bytes may be the beginning of a character, for which some tokenizers write nothing at all.
+        if not final and (text.endswith(REPLACEMENT) or text == known):
             return ""
         self._context, self._read = self._read, len(self._tokens)
         return text[len(known) :]

@@ -60,6 +60,7 @@ class BertScorer:
             padding=True,
             truncation=True,
             max_length=self.longest,
+            split_special_tokens=True,
             return_special_tokens_mask=True,
             return_tensors="pt",
         )

@@ -23,6 +23,7 @@ from pydantic import ConfigDict
 
 from gmsa.errors import InputError
 from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source
+from gmsa.text import check_text
 
 ROLES = {"human": "user", "ai": "assistant", "system": "system"}
 
@@ -140,12 +141,12 @@ def _messages(messages: Sequence[BaseMessage]) -> list[Message]:
     """LangChain's messages as the reader takes them.
 
     Raises:
-        InputError: a role or a part that is neither text nor memory.
+        InputError: a role or a part that is neither text nor memory, or a call of a tool.
     """
     made = []
     for message in messages:
         role = getattr(message, "role", ROLES.get(message.type))
-        if role is None:
+        if role is None or getattr(message, "tool_calls", None):
             raise InputError(f"a message of type {message.type!r} cannot be read: there are no tools here")
         content = message.content if isinstance(message.content, list) else [message.content]
         made.append(Message(role, [_part(part) for part in content]))
@@ -155,8 +156,10 @@ def _messages(messages: Sequence[BaseMessage]) -> list[Message]:
 def _part(part: Any) -> str | Source:
     if isinstance(part, str):
         return part
+    if not isinstance(part, Mapping):
+        raise InputError(f"a part of a message is a text or a dict, got {type(part).__name__}")
     if part.get("type") == "text":
-        return part["text"]
+        return check_text(part.get("text"), "the text of a part")
     if part.get("type") == "memory" and (part.get("memory_id") or part.get("text")):
         return Source(part.get("text"), part.get("memory_id"))
     raise InputError(f"a part of type {part.get('type')!r} cannot be read: give text, or a memory's id or text")

@@ -161,8 +161,13 @@ class MemoryPostprocessor(BaseNodePostprocessor):
         for found, node in zip(nodes, attach_memories([node.node for node in nodes], self.reader), strict=True):
             id = node.metadata.get(MEMORY_ID)
             mark = self.reader.mark(Source(id=id) if id else Source(text="{content}"))
-            # Without any metadata the template would not be used.
-            changes = {"text_template": mark, "metadata": {MEMORY_ID: id, **node.metadata}}
+            # Without any metadata that the LLM may see the template would not be used.
+            hidden = [name for name in node.excluded_llm_metadata_keys if name != MEMORY_ID]
+            changes = {
+                "text_template": mark,
+                "metadata": {MEMORY_ID: id, **node.metadata},
+                "excluded_llm_metadata_keys": hidden,
+            }
             made.append(NodeWithScore(node=node.model_copy(update=changes), score=found.score))
         return made
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gmsa.errors import GmsaError, InputError, MemoryFileError, MemoryNotFoundError
+from gmsa.text import check_text, check_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,18 +32,33 @@ MEMORY_ID = "gmsa_memory_id"  # of a document's metadata
 
 @dataclass(frozen=True)
 class Source:
-    """A document to answer from: its memory's id, its text, or both. The text serves where no such memory is stored."""
+    """A document to answer from: its memory's id, its text, or both. The text serves where no such memory is stored.
+
+    Raises:
+        InputError: what is given as a text is none.
+    """
 
     text: str | None = None
     id: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.text is not None:
+            check_text(self.text, "a document")
+
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat: "system", "user" or "assistant", and its parts in order."""
+    """One turn of a chat: "system", "user" or "assistant", and its parts in order.
+
+    Raises:
+        InputError: a part is neither a text nor a source.
+    """
 
     role: str
     parts: Sequence[str | Source]
+
+    def __post_init__(self) -> None:
+        check_texts((part for part in self.parts if not isinstance(part, Source)), "a message's parts")
 
 
 @dataclass(frozen=True)

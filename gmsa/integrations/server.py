@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from gmsa.errors import MemoryNotFoundError, RemoteDecoderError
 from gmsa.integrations.reader import GREEDY, Answer, Message, Options, Reader, Remembered, Source
+from gmsa.text import check_text
 
 if TYPE_CHECKING:
     import httpx
@@ -58,6 +59,7 @@ class ServerReader(Reader):
         return [self._remember(text) for text in texts]
 
     def _remember(self, text: str) -> Remembered:
+        check_text(text, "a document")
         body = {"text": text} | ({} if self.merge_size is None else {"merge_size": self.merge_size})
         made = self._send("/v1/memories", body)
         return Remembered(made["id"], made["soft_tokens"], made["origin_tokens"])
@@ -125,9 +127,9 @@ class ServerReader(Reader):
                 if response.is_error:
                     response.read()
                 self._check(response)
-                for line in response.iter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if not line.startswith("data:") or data == "[DONE]":
+                for line in _lines(response.iter_bytes()):
+                    data = line.removeprefix(b"data:").strip()
+                    if not line.startswith(b"data:") or data == b"[DONE]":
                         continue
                     event = json.loads(data)
                     if "error" in event:
@@ -166,3 +168,11 @@ def _by_text(messages: Sequence[Message]) -> list[Message]:
             parts.append(Source(part.text) if isinstance(part, Source) else part)
         made.append(Message(message.role, parts))
     return made
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a stream. httpx's own end at every character that ends lines for Python, amid an event, too."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines

@@ -1,6 +1,11 @@
 """Which part of a long message is the question."""
 
+import re
 from collections.abc import Callable
+
+LINE_END = r"(?:\r\n|\r(?!\n)|(?<!\r)\n)"
+# What stands before and after the last border of a kind: the end of a paragraph, of a line.
+BORDERS = [re.compile(f"(.*){border}(.*)", re.DOTALL) for border in (2 * LINE_END, LINE_END)]
 
 
 def split_question(text: str, count: Callable[[str], int], longest: int) -> tuple[str, str]:
@@ -15,8 +20,8 @@ def split_question(text: str, count: Callable[[str], int], longest: int) -> tupl
         longest: tokens of what may stay text.
     """
     body = text.rstrip()
-    for border in ("\n\n", "\n"):
-        document, _, question = body.rpartition(border)
-        if document.strip() and count(question) <= longest:
-            return document, question
+    for border in BORDERS:
+        found = border.match(body)
+        if found and found[1].strip() and count(found[2]) <= longest:
+            return found[1], found[2]
     return text, ""

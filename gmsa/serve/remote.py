@@ -189,7 +189,7 @@ class RemoteDecoder:
         """
         embeds = self.gmsa.prompt_embeddings(question, memories)
         if not stream:
-            return self.complete(embeds, max_new_tokens=max_new_tokens, **sampling).text.strip()
+            return self.complete(embeds, max_new_tokens=max_new_tokens, **sampling).text
         pieces = self.stream(embeds, max_new_tokens=max_new_tokens, **sampling)
 
         def texts() -> Iterator[str]:
@@ -401,7 +401,7 @@ class LocalDecoder:
     ) -> list[str]:
         """Answer each question from its own memories; greedy but for fields of `vllm.SamplingParams` given."""
         prompts = [self.gmsa.prompt_embeddings(q, m) for q, m in zip(questions, memories, strict=True)]
-        return [piece.text.strip() for piece in self.complete(prompts, max_new_tokens=max_new_tokens, **sampling)]
+        return [piece.text for piece in self.complete(prompts, max_new_tokens=max_new_tokens, **sampling)]
 
     def complete(self, prompts: Sequence[Tensor], *, max_new_tokens: int, **sampling: Any) -> list[RemotePiece]:
         """The whole answer to each prompt (T_i, d), with its token ids."""

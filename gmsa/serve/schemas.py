@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
+from gmsa.text import HALF_SURROGATE
+
 # JSON is typed already: "1" is no number and 1 no truth.
 STRICT = ConfigDict(strict=True)
 MAX_PARTS = 256
@@ -18,10 +20,8 @@ MAX_PROMPTS = 32
 
 def _whole(text: str) -> str:
     """Refuse half a surrogate pair, which JSON can write and no text has."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half a surrogate pair, so it is no text") from None
+    if HALF_SURROGATE.search(text):
+        raise ValueError("holds half a surrogate pair, so it is no text")
     return text
 
 

@@ -166,7 +166,7 @@ MESSY: list[tuple[bytes, str | None]] = [  # lines and why they are bad; "" for 
     (b'{"text": null}', "missing or no text"),
     (b'{"txt": "a"}', "missing or no text"),
     (b'{"text": 7}', "missing or no text"),
-    (b'{"text": "half a \\ud83d pair"}', "no UTF-8"),
+    (b'{"text": "half a \\ud83d pair"}', "half a surrogate pair"),
     (b'{"text": "a \xff byte"}', "no UTF-8"),
     (b'{"text": "' + b"y" * 2000 + b'"}', "longer than 1,500 bytes"),
     (b'{"text": "' + "ü".encode() * 730 + b'", "id": "wide"}', None),
@@ -176,6 +176,20 @@ MESSY: list[tuple[bytes, str | None]] = [  # lines and why they are bad; "" for 
     (b"   ", ""),
     (b'{"text": "the last one has no line break", "id": {"a": [1]}}', None),
 ]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_follow_the_umask(run: Callable[..., Totals], tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a text"}\n')
+    before = os.umask(umask)
+    try:
+        run(path)
+    finally:
+        os.umask(before)
+    made = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(made) >= 3
+    assert {file.stat().st_mode & 0o777 for file in made} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize("shard_bytes", [17, 300, 5000, 1 << 20])

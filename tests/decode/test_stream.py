@@ -1,10 +1,13 @@
 """Text comes out whole, however tokens cut it."""
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import make_tokenizer
+from tokenizers_of_families import TEXT, TOKENIZERS, tokenizer_of
 
 from gmsa.decode.stream import TextPieces
+from gmsa.text import encode
 
 
 def said(text: str, stops: list[str]) -> tuple[list[str], bool]:
@@ -35,3 +38,20 @@ def test_characters_and_possible_stops_are_held_back() -> None:
     assert said("a😀b", [])[0] == ["a", "", "", "", "😀", "b", ""]
     assert said("xENyEND", ["END"]) == (["x", "", "", "ENy", "", "", ""], True)
     assert said("xEN", ["END"]) == (["x", "", "", "EN"], False)
+
+
+CODE = "    x = width * height\n    y = x + 1\n"
+WHITE = st.sampled_from([" ", "    ", "\n", "\r\n", "\t", "x", "if", "水", "🎉", ".", "<|im_end|>"])
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WHITE, max_size=14).map("".join))
+@example(CODE)
+@example(TEXT)
+def test_a_stream_is_the_whole_in_every_family(family: str, text: str) -> None:
+    tokenizer = tokenizer_of(family)
+    ids = encode(tokenizer, text)
+    pieces = TextPieces(tokenizer)
+    streamed = "".join([*map(pieces.add, ids), pieces.finish()])
+    assert streamed == tokenizer.decode(ids, skip_special_tokens=True)

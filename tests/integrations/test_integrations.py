@@ -275,6 +275,27 @@ def test_options_reach_the_model(reader: LocalReader) -> None:
     assert len(drawn) > 1
 
 
+@pytest.mark.parametrize("bad", ["half \udc9d", None, b"bytes", 7])
+def test_what_is_no_text_is_refused_before_anybody_is_asked(bad: Any) -> None:
+    with pytest.raises(InputError, match="number 2"):
+        Message("user", ["text", bad])
+    if bad is not None:
+        with pytest.raises(InputError, match="a document"):
+            Source(bad)
+    with pytest.raises(InputError, match="a document"):
+        ServerReader("http://127.0.0.1:9").remember([bad])
+
+
+def test_a_streamed_line_ends_at_line_feeds_alone() -> None:
+    event = 'data: {"choices": [{"delta": {"content": "a\u2028b\x85c"}}]}\n\ndata: [DONE]\n\n'.encode()
+    cut = [event[start : start + 7] for start in range(0, len(event), 7)]
+    remote = ServerReader("http://server")
+    remote._client = httpx.Client(  # a cached property
+        base_url="http://server", transport=httpx.MockTransport(lambda _: httpx.Response(200, content=iter(cut)))
+    )
+    assert list(remote.stream([Message("user", ["Who?"])])) == ["a\u2028b\x85c"]
+
+
 def test_marks_are_found_again_and_cannot_be_forged(reader: LocalReader, gmsa: GMSA) -> None:
     named, whole = Source(id="ab" * 32), Source("Some\ntext {x} <memory> of a document")
     text = f"Before\n{reader.mark(named)}\n\n{reader.mark(whole)}\nAfter"

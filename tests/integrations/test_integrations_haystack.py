@@ -98,7 +98,7 @@ def test_streams_and_threads(reader: LocalReader) -> None:
     ]
     assert len(seen) > 1
     assert reply.text == "".join(seen)
-    assert reply.text.strip() == text
+    assert reply.text == text
     seen.clear()
 
     async def both() -> list[str]:

@@ -120,7 +120,7 @@ def test_chats_options_and_streams(model: ChatGmsa, reader: LocalReader, expecte
     turns = [Message("system", ["Be short."]), Message("user", ["Hello?"]), Message("assistant", ["Yes."])]
     assert model.invoke(chat).content == reader.answer([*turns, Message("user", [QUESTION])], Options(8)).text
     asked = [memory_message(QUESTION, Fixed().invoke(QUESTION))]
-    assert model.invoke(asked, stop=[expected[2:4]]).content == expected[:2].strip()
+    assert model.invoke(asked, stop=[expected[2:4]]).content == expected[:2]
     assert model.bind(max_tokens=2).invoke(asked).content == reader.answer(
         [Message("user", [*map(Source, DOCUMENTS), QUESTION])], Options(2)
     ).text  # fmt: skip
@@ -141,3 +141,10 @@ def test_what_cannot_be_read_is_refused(model: ChatGmsa) -> None:
         model.invoke([ToolMessage("x", tool_call_id="1")])
     with pytest.raises(InputError, match="memory"):
         model.invoke([HumanMessage([{"type": "memory"}, "Who?"])])
+    with pytest.raises(InputError, match="text of a part must be a text"):
+        model.invoke([HumanMessage([{"type": "text"}, "Who?"])])
+    call = {"name": "look_up", "args": {}, "id": "1"}
+    with pytest.raises(InputError, match="no tools"):
+        model.invoke([HumanMessage("Who?"), AIMessage("", tool_calls=[call]), HumanMessage("Who?")])
+    with pytest.raises(InputError, match="half a surrogate pair"):
+        model.invoke("who \udc9d?")

@@ -15,7 +15,7 @@ from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 
 from gmsa import GMSA, MemoryStore
-from gmsa.integrations import LocalReader, Message, Options
+from gmsa.integrations import LocalReader, Message, Options, Source
 from gmsa.integrations.llamaindex import QA_TEMPLATE, GmsaLLM, MemoryPostprocessor, attach_memories
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
@@ -102,6 +102,16 @@ def test_a_node_is_answered_from_its_stored_memory(
     assert str(engine(GmsaLLM(reader=reader, max_tokens=8), reader).query(QUESTION)) == expected
 
 
+def test_a_node_that_shows_the_llm_no_metadata_is_read_from_its_memory(reader: LocalReader, gmsa: GMSA) -> None:
+    everything = ["place", "gmsa_memory_id", "gmsa_soft_tokens", "gmsa_origin_tokens"]
+    node = TextNode(text=DOCUMENTS[0], metadata={"place": 0}, excluded_llm_metadata_keys=everything)
+    (found,) = MemoryPostprocessor(reader=reader).postprocess_nodes([NodeWithScore(node=node)], query_str=QUESTION)
+    (source,) = reader.split(found.node.get_content(metadata_mode=MetadataMode.LLM))
+    assert isinstance(source, Source)
+    answer = reader.answer([Message("user", [source, QUESTION])], Options(8))
+    assert answer.soft_tokens == len(gmsa.compress(DOCUMENTS[0], 4))
+
+
 def test_chats_completions_and_streams(llm: GmsaLLM, reader: LocalReader) -> None:
     chat = [ChatMessage(role="system", content="Be short."), ChatMessage(role="user", content=QUESTION)]
     told = reader.answer([Message("system", ["Be short."]), Message("user", [QUESTION])], Options(8))
@@ -111,7 +121,7 @@ def test_chats_completions_and_streams(llm: GmsaLLM, reader: LocalReader) -> Non
     alone = llm.complete(QUESTION).text
     assert alone == reader.answer([Message("user", [QUESTION])], Options(8)).text
     assert llm.complete(QUESTION, max_tokens=2).text != alone
-    assert [r.text for r in llm.stream_complete(QUESTION)][-1].strip() == alone
+    assert [r.text for r in llm.stream_complete(QUESTION)][-1] == alone
     last = None
     for last in llm.stream_chat(chat):
         assert last.delta

@@ -42,9 +42,14 @@ class EmbeddingSentences(SentenceMethod):
         vectors = []
         for start in range(0, len(texts), BATCH):
             part = [texts[i] for i in order[start : start + BATCH]]
-            batch = self.tokenizer(part, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt").to(
-                self.model.device
-            )
+            batch = self.tokenizer(
+                part,
+                padding=True,
+                truncation=True,
+                max_length=LONGEST,
+                split_special_tokens=True,
+                return_tensors="pt",
+            ).to(self.model.device)
             states = self.model(**batch).last_hidden_state  # (N, T, 384)
             mask = batch["attention_mask"][..., None]
             vectors.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))

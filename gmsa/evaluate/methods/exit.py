@@ -12,6 +12,7 @@ from gmsa.api import GMSA
 from gmsa.evaluate.methods.base import Models, from_hub, require
 from gmsa.evaluate.methods.sentences import SentenceMethod
 from gmsa.model.padding import pad_left, positions
+from gmsa.text import encode, encode_rendered
 
 BASE = "google/gemma-2b-it"
 ADAPTER = "doubleyyh/exit-gemma-2b"
@@ -50,10 +51,15 @@ class Exit(SentenceMethod):
 
     def prompt(self, sentence: str, question: str, context: str) -> list[int]:
         """Token ids of what is asked of one sentence."""
-        before = self.tokenizer.encode(BEFORE.format(question=question))
-        after = self.tokenizer.encode(AFTER.format(sentence=sentence.strip()), add_special_tokens=False)
-        shown = self.tokenizer.encode(context, add_special_tokens=False, verbose=False)
+        before = [*self.tokenizer.encode(""), *self.filled(BEFORE, "{question}", question)]
+        after = self.filled(AFTER, "{sentence}", sentence.strip())
+        shown = encode(self.tokenizer, context)
         return [*before, *shown[: max(0, LONGEST - len(before) - len(after))], *after]
+
+    def filled(self, template: str, place: str, text: str) -> list[int]:
+        """Token ids of a template with a text in its place."""
+        before, _, after = template.partition(place)
+        return encode_rendered(self.tokenizer, [(before, True), (text, False), (after, True)])
 
     @torch.no_grad()
     def useful(self, prompts: list[list[int]]) -> list[float]:

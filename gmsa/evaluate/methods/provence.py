@@ -16,6 +16,7 @@ from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFas
 from gmsa.api import GMSA
 from gmsa.evaluate.methods.base import MethodUnavailable, Models, from_hub
 from gmsa.evaluate.methods.sentences import SentenceMethod
+from gmsa.text import encode
 
 MODEL = "naver/provence-reranker-debertav3-v1"
 LONGEST = 512  # tokens of question and sentences together
@@ -47,7 +48,7 @@ class Provence(SentenceMethod):
     @torch.no_grad()
     def rank(self, sentences: list[str], question: str) -> list[float]:
         """See `SentenceMethod.rank`."""
-        asked, *parts = self.tokenizer([question, *sentences], add_special_tokens=False, verbose=False)["input_ids"]
+        asked, *parts = [encode(self.tokenizer, text) for text in (question, *sentences)]
         begin, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         asked = asked[: LONGEST // 2]
         scores: list[float] = []
