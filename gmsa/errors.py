@@ -39,6 +39,10 @@ class StoreError(GmsaError):
     """A memory store cannot be opened, read or written."""
 
 
+class MemoryTooLargeError(StoreError):
+    """A memory takes more bytes than a store is allowed to hold."""
+
+
 class MemoryMismatchError(GmsaError, ValueError):
     """A memory was made by another compressor than the one asked to read it."""
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from gmsa.cli.common import DTYPES, Add, add_merge_size, count, size
+from gmsa.cli.store import store_path
 from gmsa.errors import CheckpointError, ConfigError, GmsaError, InputError
-from gmsa.io.files import home
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
@@ -47,7 +47,7 @@ def add_commands(add: Add) -> None:
     )
     key.add_argument("--decoder-api-key-file", metavar="FILE", help="the same, from a file")
     made.add_argument("--decoder-name", metavar="NAME", help="of the model there (gmsa-FINGERPRINT, or the only one)")
-    made.add_argument("--store", metavar="PATH", help="folder of the memories (default: store in GMSA_HOME)")
+    made.add_argument("--store", metavar="PATH", help="file of the memory store (default: store.sqlite in GMSA_HOME)")
     made.add_argument(
         "--max-store", type=size, metavar="SIZE", help="least recently used memories go beyond it (no cap)"
     )
@@ -163,7 +163,7 @@ def settings_of(options: argparse.Namespace) -> "Settings":
     name = Path(options.model).name or options.model
     return Settings(
         model_names=tuple(dict.fromkeys(options.served_name or [f"gmsa-{name}" if name == "default" else name])),
-        store=Path(options.store) if options.store else home() / "store",
+        store=store_path(options),
         api_key=key,
         max_batch=options.max_batch or MAX_BATCH["vllm" if options.decoder else LOCAL],
         **{

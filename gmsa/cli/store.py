@@ -1,12 +1,14 @@
 """`gmsa store`: memories kept on disk."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +29,23 @@ from gmsa.cli.common import (
     size,
     whole_text,
 )
-from gmsa.errors import InputError, MemoryFileError, MemoryNotFoundError
+from gmsa.errors import (
+    ConfigError,
+    GmsaError,
+    InputError,
+    MemoryFileError,
+    MemoryNotFoundError,
+    MemoryTooLargeError,
+    StoreError,
+)
 
 if TYPE_CHECKING:
+    from gmsa.api import GMSA
     from gmsa.io.memory import Memory
-    from gmsa.store import MemoryStore, StoredMemory
-    from gmsa.store.entries import Damage
+    from gmsa.store import Damage, ImportReport, MemoryStore, StoredMemory
+
+# What can be wrong with one of many things; anything else ends the command.
+BAD_ITEM = (InputError, ConfigError, MemoryFileError, MemoryNotFoundError, MemoryTooLargeError)
 
 
 def add_commands(add: Add) -> None:
@@ -68,28 +81,27 @@ def add_commands(add: Add) -> None:
     made.add_argument("ids", nargs="+", metavar="ID", help="or how it begins, four digits at least")
     add_json(made)
 
-    made = command("gc", gc, "Tidy up after crashes and keep to a size.")
-    made.add_argument("--quarantined", action="store_true", help="delete damaged files that were set aside, too")
+    made = command("gc", gc, "Keep to a size, and give the space of deleted memories back to the disk.")
     add_cap(made)
     add_json(made)
 
-    made = command("verify", verify, "Read every memory; set aside what is damaged.")
+    made = command("verify", verify, "Read the whole store; report what is damaged.")
     add_json(made)
 
     made = command("export", export, "Write memories into one portable file.")
-    made.add_argument("output", metavar="OUT.tar")
+    made.add_argument("output", metavar="OUT.tar", help="or, for one memory, OUT.safetensors")
     made.add_argument("ids", nargs="*", metavar="ID", help="(default: all)")
     add_json(made)
 
     made = command("import", import_, "Take in memories from such files. Do so only from those you trust.")
-    made.add_argument("files", nargs="+", metavar="FILE.tar")
+    made.add_argument("files", nargs="+", metavar="FILE", help="a .tar or .safetensors file")
     add_cap(made)
     add_json(made)
 
 
 def add_place(command: argparse.ArgumentParser) -> None:
     """The option that says which store."""
-    command.add_argument("--store", metavar="PATH", help="folder of the store (default: store in GMSA_HOME)")
+    command.add_argument("--store", metavar="PATH", help="file of the store (default: store.sqlite in GMSA_HOME)")
 
 
 def add_cap(command: argparse.ArgumentParser) -> None:
@@ -107,13 +119,23 @@ def item(text: str) -> tuple[str, str]:
     return key, value
 
 
+def store_path(options: argparse.Namespace) -> Path:
+    """The file that the options name, or the default."""
+    from gmsa.io.files import home
+
+    if options.store:
+        return Path(options.store)
+    path, old = home() / "store.sqlite", home() / "store"
+    if old.is_dir() and not path.exists():
+        print(f"gmsa: {old} is of an older version and is not used: see `--store {old}`", file=sys.stderr)
+    return path
+
+
 def open_store(options: argparse.Namespace, **more: Any) -> "MemoryStore":
     """The store the options name."""
-    from gmsa.io.files import home
     from gmsa.store import MemoryStore
 
-    path = Path(options.store) if options.store else home() / "store"
-    return MemoryStore(path, max_bytes=getattr(options, "max_bytes", None), **more)
+    return MemoryStore(store_path(options), max_bytes=getattr(options, "max_bytes", None), **more)
 
 
 def open_memory(options: argparse.Namespace, name: str) -> "Memory":
@@ -131,30 +153,69 @@ def open_memory(options: argparse.Namespace, name: str) -> "Memory":
 
 
 def add_texts(options: argparse.Namespace) -> None:
-    """Run `gmsa store add`."""
-    from tqdm import tqdm
-
+    """Run `gmsa store add`: what can be added is, what cannot is named."""
     if options.files.count("-") > 1:
         raise InputError("standard input can be read only once")
-    texts = [read_text(path, options.encoding) for path in options.files]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    bad: list[GmsaError] = []
+    texts: list[tuple[str, str]] = []
+    for path in options.files:  # before the model is loaded
+        with collected(bad):
+            texts.append((path, read_text(path, options.encoding)))
+    try:
+        if texts:
+            add_all(options, texts, rows, bad)
+    finally:  # what was added before the disk was full, too
+        if options.json and rows:
+            emit({"memories": rows})
+    fail(bad, len(options.files), "texts were not added")
+
+
+def add_all(
+    options: argparse.Namespace, texts: list[tuple[str, str]], rows: list[dict[str, Any]], bad: list[GmsaError]
+) -> None:
+    """Add named texts; `rows` gets what is said of each, `bad` what cannot be added."""
+    from tqdm import tqdm
+
     with open_store(options, form=options.form) as store:
         gmsa = load(options)
-        work = list(zip(options.files, texts, strict=True))
-        for path, text in tqdm(work, desc="add", unit="text", disable=len(work) == 1 or not sys.stderr.isatty()):
-            started = time.perf_counter()
-            label = options.label
-            if label is None and store.find(text, gmsa.fingerprint, options.merge_size) is None:  # it may have a better
-                label = file_name(path)
-            entry, _, was_there = store.get_or_compress(
-                gmsa, text, options.merge_size, label=label, metadata=dict(options.meta) or None
-            )
-            spent = seconds({"store": time.perf_counter() - started})
-            rows.append({**dataclasses.asdict(entry), "was_there": was_there, "seconds": spent})
-            if not options.json:
-                print(f"{line(entry)}{'  (was there)' if was_there else ''}", flush=True)
-    if options.json:
-        emit({"memories": rows})
+        for path, text in tqdm(texts, desc="add", unit="text", disable=len(texts) == 1 or not sys.stderr.isatty()):
+            with collected(bad, path):
+                rows.append(add_text(options, store, gmsa, path, text))
+
+
+def add_text(options: argparse.Namespace, store: "MemoryStore", gmsa: "GMSA", path: str, text: str) -> dict[str, Any]:
+    """Add one text; what is said of it."""
+    started = time.perf_counter()
+    label = options.label
+    if label is None and store.find(text, gmsa.fingerprint, options.merge_size) is None:  # it may have a better one
+        label = file_name(path)
+    entry, _, was_there = store.get_or_compress(
+        gmsa, text, options.merge_size, label=label, metadata=dict(options.meta) or None
+    )
+    if not options.json:
+        print(f"{line(entry)}{'  (was there)' if was_there else ''}", flush=True)
+    spent = seconds({"store": time.perf_counter() - started})
+    return {**dataclasses.asdict(entry), "was_there": was_there, "seconds": spent}
+
+
+@contextlib.contextmanager
+def collected(bad: list[GmsaError], name: str = "") -> Iterator[None]:
+    """Note what is wrong with one of many, and go on."""
+    try:
+        yield
+    except BAD_ITEM as error:
+        bad.append(type(error)(f"{name}: {error}" if name else str(error)))
+
+
+def fail(bad: list[GmsaError], total: int, what: str) -> None:
+    """Raise the one error, or name each on stderr and raise how many there were; do nothing if there were none."""
+    if len(bad) == total == 1:
+        raise bad[0]
+    for error in bad:
+        print(f"gmsa: {plain(str(error))}", file=sys.stderr)
+    if bad:
+        raise InputError(f"{len(bad)} of {total} {what}")
 
 
 def file_name(path: str) -> str | None:
@@ -173,11 +234,8 @@ def ls(options: argparse.Namespace) -> None:
     for entry in entries:
         print(line(entry))
     sys.stdout.flush()  # before what goes to stderr
-    print(
-        f"{len(entries)} of {stats.memories} memories; all take {human(stats.bytes)} for {stats.origin_tokens:,} tokens"
-        + (f"; {stats.quarantined} damaged files are set aside" if stats.quarantined else ""),
-        file=sys.stderr,
-    )
+    total = f"all take {human(stats.bytes)} for {stats.origin_tokens:,} tokens"
+    print(f"{len(entries)} of {stats.memories} memories; {total}", file=sys.stderr)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -196,30 +254,32 @@ def show(options: argparse.Namespace) -> None:
 
 
 def rm(options: argparse.Namespace) -> None:
-    """Run `gmsa store rm`."""
+    """Run `gmsa store rm`: what is there goes, what is not is named."""
+    gone: list[str] = []
+    bad: list[GmsaError] = []
+    names = list(dict.fromkeys(options.ids))
     with open_store(options, create=False) as store:
-        # Whole ids as they are: of a quarantined memory there is a file, but no entry.
-        ids = [name if len(name) == 64 else store.resolve(name) for name in options.ids]
-        gone = [id for id in dict.fromkeys(ids) if store.delete(id)]
+        for name in names:
+            with collected(bad):
+                id = store.resolve(name)
+                if store.delete(id):
+                    gone.append(id)
     if options.json:
         emit({"deleted": gone})
     else:
         print(f"deleted {len(gone)}", file=sys.stderr)
-    if missing := set(ids) - set(gone):
-        raise MemoryNotFoundError(f"no stored memory {', '.join(sorted(missing))}")
+    fail(bad, len(names), "were not deleted")
 
 
 def gc(options: argparse.Namespace) -> None:
     """Run `gmsa store gc`."""
     with open_store(options, create=False) as store:
-        report = store.gc(quarantined=options.quarantined)
+        evicted = store.gc()
+        size = store.path.stat().st_size
     if options.json:
-        emit(dataclasses.asdict(report))
-        return
-    facts = dataclasses.asdict(report)
-    counts = {name: value if isinstance(value, int) else len(value) for name, value in facts.items()}
-    print(", ".join(f"{name} {number}" for name, number in counts.items()), file=sys.stderr)
-    tell([*report.missing, *report.damaged])
+        emit({"evicted": evicted, "file_bytes": size})
+    else:
+        print(f"removed {len(evicted)} to keep to the size; the file takes {human(size)}", file=sys.stderr)
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -230,13 +290,17 @@ def verify(options: argparse.Namespace) -> None:
         emit(dataclasses.asdict(report))
     else:
         tell(report.damaged)
-        print(
-            f"read {report.checked}: damaged {len(report.damaged)}; set aside {len(report.quarantined)}, "
-            f"files that are not listed {len(report.orphans)} (`gmsa store gc` deals with both)",
-            file=sys.stderr,
+        for problem in report.problems:
+            print(problem, file=sys.stderr)
+        print(f"read {report.checked}: damaged {len(report.damaged)}", file=sys.stderr)
+    if report.problems:
+        raise StoreError(
+            "the file itself is damaged: save what is whole with `gmsa store export`, move the file away and import it"
         )
     if report.damaged:
-        raise MemoryFileError(f"damaged memories: {len(report.damaged)} of {report.checked}; compress their texts anew")
+        raise MemoryFileError(
+            f"damaged memories: {len(report.damaged)} of {report.checked}; compress their texts anew, or rm them"
+        )
 
 
 def export(options: argparse.Namespace) -> None:
@@ -251,9 +315,13 @@ def export(options: argparse.Namespace) -> None:
 
 
 def import_(options: argparse.Namespace) -> None:
-    """Run `gmsa store import`."""
+    """Run `gmsa store import`: what can be taken in is, what cannot is named."""
+    reports: list[ImportReport] = []
+    bad: list[GmsaError] = []
     with open_store(options) as store:
-        reports = [store.import_(path) for path in options.files]
+        for path in options.files:
+            with collected(bad):
+                reports.append(store.import_(path))
     added, present = ([id for r in reports for id in getattr(r, name)] for name in ("added", "present"))
     refused = [damage for report in reports for damage in report.refused]
     if options.json:
@@ -261,6 +329,7 @@ def import_(options: argparse.Namespace) -> None:
     else:
         print(f"added {len(added)}, there before {len(present)}, refused {len(refused)}", file=sys.stderr)
     tell(refused)
+    fail(bad, len(options.files), "files were not imported")
     if refused:
         raise MemoryFileError(f"memories refused: {len(refused)}")
 

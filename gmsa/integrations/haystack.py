@@ -1,13 +1,13 @@
 """Haystack: a chat generator that reads documents as memories, and a component that makes these ahead of questions.
 
-    reader = LocalReader(store="memories")  # or ServerReader("http://127.0.0.1:8000")
+    reader = LocalReader(store="memories.sqlite")  # or ServerReader("http://127.0.0.1:8000")
     pipeline = Pipeline()
     pipeline.add_component("retriever", InMemoryBM25Retriever(documents))
     pipeline.add_component("generator", GmsaChatGenerator(reader))
     pipeline.connect("retriever.documents", "generator.documents")
     pipeline.run({"retriever": {"query": question}, "generator": {"messages": question}})
 
-Pipelines can be written down where the reader was made of names: `LocalReader("default", "memories")`.
+Pipelines can be written down where the reader was made of names: `LocalReader("default", "memories.sqlite")`.
 """
 
 import asyncio

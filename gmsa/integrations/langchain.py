@@ -1,6 +1,6 @@
 """LangChain: a chat model that reads memories, and a retriever that attaches them to what another one finds.
 
-    reader = LocalReader(store="memories")  # or ServerReader("http://127.0.0.1:8000")
+    reader = LocalReader(store="memories.sqlite")  # or ServerReader("http://127.0.0.1:8000")
     retriever = MemoryRetriever(retriever=any_retriever, reader=reader)
     chain = {"documents": retriever, "question": RunnablePassthrough()} | RunnableLambda(memory_messages)
     chain = chain | ChatGmsa(reader=reader) | StrOutputParser()

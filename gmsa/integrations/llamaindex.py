@@ -1,6 +1,6 @@
 """LlamaIndex: an LLM that reads memories, and a postprocessor that lets retrieved nodes stand for theirs.
 
-    reader = LocalReader(store="memories")  # or ServerReader("http://127.0.0.1:8000")
+    reader = LocalReader(store="memories.sqlite")  # or ServerReader("http://127.0.0.1:8000")
     engine = RetrieverQueryEngine.from_args(
         retriever, llm=GmsaLLM(reader=reader), node_postprocessors=[MemoryPostprocessor(reader=reader)],
         text_qa_template=QA_TEMPLATE,

@@ -213,9 +213,9 @@ class LocalReader(Reader):
 
     Args:
         gmsa: the model, or what `GMSA.from_pretrained` takes; then it is loaded when first needed.
-        store: where memories are kept, or its folder; None: every text is compressed each time.
+        store: where memories are kept, or its file; None: every text is compressed each time.
         merge_size: of memories that are made or looked up by text.
-        form: of memories that are kept or looked up by text, where the store is given as a folder.
+        form: of memories that are kept or looked up by text, where the store is given as a file.
         keep: store what had to be compressed. False: only look memories up.
         batch_size: chats answered at once, at most.
     """

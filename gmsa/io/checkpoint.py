@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, CheckpointError
 from gmsa.io.backbones import Backbone, fingerprint_of, load_backbone
-from gmsa.io.files import atomic_folder, reason_of, sha256_of, write_json
+from gmsa.io.files import atomic_folder, int8_rows, reason_of, sha256_of, write_json
 from gmsa.model.gmsa import GmsaNetwork
 
 WEIGHTS = "model.safetensors"
@@ -72,7 +72,7 @@ def save_model(
         if form == "exact":
             tensors[name] = value.contiguous()
         elif value.dim() == 2 and name in origins:
-            tensors[f"{name}:int8"], tensors[f"{name}:scale"] = _to_int8(value.float() - origins[name].float())
+            tensors[f"{name}:int8"], tensors[f"{name}:scale"] = int8_rows(value.float() - origins[name].float())
         else:
             tensors[name] = value if value.dim() == 1 else value.to(torch.bfloat16)
     try:
@@ -96,12 +96,6 @@ def _origins(model: GmsaNetwork) -> dict[str, Tensor]:
     drawn = ["lora_", APPENDED, *(f"compressor.lsa.{prefix}" for prefix in model.compressor.lsa.drawn)]
     named = {stored_name(n): p.detach() for n, p in fresh.named_parameters()}
     return {n: p for n, p in named.items() if not any(part in n for part in drawn)}
-
-
-def _to_int8(difference: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> int8 values and one fp32 scale per output channel."""
-    scale = (difference.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
-    return (difference / scale).round().to(torch.int8), scale
 
 
 def find_folder(name: str, revision: str | None, token: str | None, local_files_only: bool) -> Path:

@@ -10,10 +10,14 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import Tensor
 
 # What a write that was killed leaves behind begins so. Short: beside a file whose own name is as long as may be.
 SCRATCH = ".gmsa-"
+SMALLEST_SCALE = 1e-30  # so that a row of zeros has one
 
 
 def home() -> Path:
@@ -147,3 +151,16 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def int8_rows(matrix: "Tensor") -> "tuple[Tensor, Tensor]":
+    """A matrix in 8 bits with a scale per row; `values * scale` is the matrix within half a step.
+
+    Args:
+        matrix: (rows, columns) in fp32.
+
+    Returns:
+        int8 values (rows, columns) and fp32 scales (rows, 1), each 1/127 of its row's largest.
+    """
+    scale = (matrix.abs().amax(dim=1, keepdim=True) / 127).clamp(min=SMALLEST_SCALE)
+    return (matrix / scale).round().char(), scale

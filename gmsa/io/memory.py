@@ -1,6 +1,15 @@
-"""A memory: the soft tokens of one text, and where they came from. A value that can be stored and joined."""
+"""A memory: the soft tokens of one text, and where they came from. A value that can be stored and joined.
+
+A memory file is one safetensors file whose header says what it holds, with a SHA-256 of its tensors: safetensors itself
+loads a flipped byte without complaint. `Memory.save` keeps soft tokens as they are. A store has three forms of them:
+- "float32": exact.
+- "bfloat16": half as large; exact for a model that computes in bf16.
+- "int8": a quarter; each soft token in 8 bits with one fp32 scale of its own, read back as fp32.
+What it writes out (`encode`) are memory files, too, with a second SHA-256 in the header, `check`, over the rest of it.
+"""
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,14 +17,17 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from gmsa.errors import MemoryFileError
-from gmsa.io.files import atomic_file, reason_of
+from gmsa.io.files import atomic_file, int8_rows, reason_of
 
 FORMAT = "gmsa-memory-1"
+INT8_FORMAT = "gmsa-memory-int8-1"
 FIELDS = ("merge_size", "origin_tokens", "fingerprint")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+SCALE_BYTES = 4  # of one soft token in int8
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +80,17 @@ class Memory:
         Raises:
             MemoryFileError: the place cannot be written to.
         """
-        tensor = self.soft_tokens.detach().cpu().contiguous()
-        metadata = {name: str(getattr(self, name)) for name in FIELDS} | {"format": FORMAT, "sha256": _sha256(tensor)}
+        tensors = {"soft_tokens": self.soft_tokens.detach().cpu().contiguous()}
+        header = {name: str(getattr(self, name)) for name in FIELDS} | {"format": FORMAT, "sha256": _sha256(tensors)}
         try:
             with atomic_file(path) as scratch:
-                save_file({"soft_tokens": tensor}, scratch, metadata=metadata)
+                save_file(tensors, scratch, metadata=header)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise MemoryFileError(f"cannot write {os.fspath(path)}: {reason_of(error)}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Memory":
-        """Read a file written by `save`.
+        """Read a file written by `save`, or by a store.
 
         Raises:
             MemoryFileError: there is no such file, or it is damaged or something else.
@@ -88,19 +100,112 @@ class Memory:
             raise MemoryFileError(f"no such memory file: {path}")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                header = file.metadata() or {}
+                if header.get("format") not in (FORMAT, INT8_FORMAT):
                     raise MemoryFileError(f"{path} is a safetensors file, but not a memory made by `gmsa compress`")
-                soft_tokens = file.get_tensor("soft_tokens")
-            if _sha256(soft_tokens) != metadata["sha256"]:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if _sha256(tensors) != header["sha256"]:
                 raise ValueError("its SHA-256 differs from the one recorded")
-            memory = cls(
-                soft_tokens, int(metadata["merge_size"]), int(metadata["origin_tokens"]), metadata["fingerprint"]
-            )
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
+            if header["format"] == INT8_FORMAT:
+                soft_tokens = from_rows(_rows_of(tensors, "int8"), "int8")
+            else:
+                soft_tokens = tensors["soft_tokens"]
+            memory = cls(soft_tokens, int(header["merge_size"]), int(header["origin_tokens"]), header["fingerprint"])
+        except (OSError, safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise MemoryFileError(f"{path} is damaged or not a memory: compress the text anew ({error})") from error
         return memory
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+# -- the forms of a store ----------------------------------------------------------------------------------------------
+
+
+def to_rows(soft_tokens: Tensor, form: str) -> Tensor:
+    """Soft tokens (M, d) of any floating dtype in a form: (M, bytes of a soft token), uint8.
+
+    Raises:
+        MemoryFileError: a value is too large for the form.
+    """
+    soft = soft_tokens.detach().to("cpu", torch.float32)
+    if form == "int8":
+        values, scale = int8_rows(soft)
+        return torch.cat([values.view(torch.uint8), scale.view(torch.uint8)], dim=1)
+    stored = soft.to(DTYPES[form]).contiguous()
+    if not bool(torch.isfinite(stored).all()):
+        raise MemoryFileError(f"the memory holds values too large for {form}: store it as float32")
+    return stored.view(torch.uint8)
+
+
+def from_rows(rows: Tensor, form: str) -> Tensor:
+    """Soft tokens (M, d) from what `to_rows` made: in bf16 from the form bfloat16, else in fp32."""
+    if form != "int8":
+        return rows.view(DTYPES[form])
+    scale = rows[:, -SCALE_BYTES:].contiguous().view(torch.float32)  # (M, 1)
+    return rows[:, :-SCALE_BYTES].view(torch.int8).float() * scale
+
+
+def encode(rows: Tensor, form: str, fields: dict[str, str]) -> bytes:
+    """The memory file of rows.
+
+    Args:
+        rows: from `to_rows`.
+        form: theirs.
+        fields: for the header: those of `FIELDS`, and more if wanted.
+    """
+    tensors = {"soft_tokens": rows.view(DTYPES[form])} if form != "int8" else _int8_tensors(rows)
+    format = INT8_FORMAT if form == "int8" else FORMAT
+    header = {**fields, "format": format, "form": form, "sha256": _sha256(tensors)}
+    return save(tensors, metadata={**header, "check": _check(header)})
+
+
+def decode(raw: bytes) -> tuple[Tensor, dict[str, str]]:
+    """Rows, and the fields of the header (`form` among them), of a file made by `encode`.
+
+    Raises:
+        MemoryFileError: the bytes are damaged or something else; the message is the reason alone.
+    """
+    try:
+        tensors = load(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+        check, form = header.pop("check"), header["form"]
+        if header["format"] != (INT8_FORMAT if form == "int8" else FORMAT):
+            raise ValueError(f"its format is {header['format'][:50]!r}")
+        if _check(header) != check or _sha256(tensors) != header["sha256"]:
+            raise ValueError("its SHA-256 differs from the one recorded")
+        rows = _rows_of(tensors, form)
+        merge_size, origin_tokens = int(header["merge_size"]), int(header["origin_tokens"])
+        if not (1 <= merge_size < 2**53 and 1 <= len(rows) <= origin_tokens < 2**53):
+            raise ValueError(f"{len(rows)} soft tokens cannot stand for {origin_tokens} tokens at {merge_size}x")
+    # Anything can be in the header of a file from elsewhere: no JSON object, no texts, nested without end.
+    except (safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise MemoryFileError(f"not a stored memory: {error}") from error
+    return rows, header
+
+
+def _int8_tensors(rows: Tensor) -> dict[str, Tensor]:
+    values, scale = rows[:, :-SCALE_BYTES].contiguous(), rows[:, -SCALE_BYTES:].contiguous()
+    return {"soft_tokens": values.view(torch.int8), "scale": scale.view(torch.float32)}
+
+
+def _rows_of(tensors: dict[str, Tensor], form: str) -> Tensor:
+    """The rows that a file's tensors are, checked: they may come from elsewhere."""
+    soft = tensors["soft_tokens"]
+    names = {"soft_tokens", "scale"} if form == "int8" else {"soft_tokens"}
+    if soft.dtype != DTYPES[form] or soft.dim() != 2 or not soft.numel() or tensors.keys() != names:
+        raise ValueError(f"its tensors are not those of the form {form}")
+    if form != "int8":
+        return soft.view(torch.uint8)
+    scale = tensors["scale"]
+    if scale.dtype != torch.float32 or scale.shape != (len(soft), 1):
+        raise ValueError("its scales are not one fp32 number per soft token")
+    return torch.cat([soft.view(torch.uint8), scale.view(torch.uint8)], dim=1)
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors, reverse=True):  # soft tokens before scales
+        digest.update(tensors[name].view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check(header: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ class Settings:
 
     Attributes:
         model_names: what the model is called in requests; the first is the one reported.
-        store: folder of the memory store.
+        store: file of the memory store.
         api_key: what clients must send; None: everybody may do everything.
         merge_size: of texts, where a request names none.
         auto_compress: compress texts of more tokens than this; 0: none.
@@ -29,7 +29,7 @@ class Settings:
     """
 
     model_names: tuple[str, ...] = ("gmsa",)
-    store: Path = field(default_factory=lambda: Path("memories"))
+    store: Path = field(default_factory=lambda: Path("memories.sqlite"))
     api_key: str | None = None
     merge_size: int = 4
     auto_compress: int = 0

@@ -284,7 +284,7 @@ def test_marks_are_found_again_and_cannot_be_forged(reader: LocalReader, gmsa: G
 
 
 def test_a_reader_can_be_written_down(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
-    named = LocalReader("default", "memories", merge_size=8, form="int8", keep=False)
+    named = LocalReader("default", "memories.sqlite", merge_size=8, form="int8", keep=False)
     assert reader_from_dict(named.to_dict()).to_dict() == named.to_dict()
     monkeypatch.setenv("GMSA_API_KEY", "secret")
     remote = ServerReader("http://localhost:1/v1", api_key="secret", merge_size=2)

@@ -112,7 +112,7 @@ def test_streams_and_threads(reader: LocalReader) -> None:
 def test_pipelines_can_be_written_down() -> None:
     pipeline = Pipeline()
     pipeline.add_component("memories", MemoryAttacher(ServerReader("http://127.0.0.1:8000")))
-    reader = LocalReader("default", "memories", merge_size=8)
+    reader = LocalReader("default", "memories.sqlite", merge_size=8)
     pipeline.add_component("generator", GmsaChatGenerator(reader, SHORT, print_chunk))
     pipeline.connect("memories.documents", "generator.documents")
     again = Pipeline.loads(pipeline.dumps(), allowed_modules=["gmsa.integrations.haystack", __name__])

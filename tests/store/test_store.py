@@ -1,5 +1,6 @@
 """Memories on disk: what is stored comes back, what is damaged never does, and names lead nowhere."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -11,6 +12,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,14 @@ from gmsa.errors import (
     MemoryFileError,
     MemoryMismatchError,
     MemoryNotFoundError,
+    MemoryTooLargeError,
     StoreError,
 )
+from gmsa.io import database
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
-from gmsa.store import FORMS, StoredMemory
-from gmsa.store.forms import DTYPES, decode, encode
+from gmsa.io.memory import DTYPES, FIELDS, decode, encode, from_rows, to_rows
+from gmsa.store import FORMS, StoredMemory, VerifyReport
 
 TEXT = "The mill was built in 1731 by two brothers. It stands by the river still."
 NAMES = [
@@ -62,16 +66,27 @@ def make(text: str = TEXT, merge_size: int = 4, fingerprint: str = "0123456789ab
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[MemoryStore]:
-    with MemoryStore(tmp_path / "store", form="float32") as opened:
+    with MemoryStore(tmp_path / "store.sqlite", form="float32") as opened:
         yield opened
-
-
-def file_of(store: MemoryStore, id: str) -> Path:
-    return store.path / "memories" / f"{id}.safetensors"
 
 
 def everything_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@contextlib.contextmanager
+def opened(store: MemoryStore) -> Iterator[sqlite3.Connection]:
+    """The store's file, past the store."""
+    db = sqlite3.connect(store.path, isolation_level=None)
+    try:
+        yield db
+    finally:
+        db.close()
+
+
+def file_bytes(memory: Memory, form: str, **more: str) -> bytes:
+    fields = {name: str(getattr(memory, name)) for name in FIELDS}
+    return encode(to_rows(memory.soft_tokens, form), form, fields | more)
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------
@@ -85,43 +100,44 @@ def test_the_forms_are_the_ones_that_can_be_encoded() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_reads_back_within_its_precision(form: str, dtype: torch.dtype) -> None:
     soft = torch.randn(7, 64).to(dtype) * torch.logspace(-3, 3, 7)[:, None].to(dtype)  # rows of very unlike size
-    memory, header = decode(encode(Memory(soft, 4, 27, "abc"), form, {"label": "x"}))
-    assert (memory.merge_size, memory.origin_tokens, memory.fingerprint) == (4, 27, "abc")
+    rows, header = decode(file_bytes(Memory(soft, 4, 27, "abc"), form, label="x"))
+    assert (header["merge_size"], header["origin_tokens"], header["fingerprint"]) == ("4", "27", "abc")
     assert (header["label"], header["form"]) == ("x", form)
+    assert torch.equal(rows, to_rows(soft, form))
+    found = from_rows(rows, form)
     exact = soft.float()
-    error = (memory.soft_tokens.float() - exact).abs()
+    error = (found.float() - exact).abs()
     if form == "float32":
-        assert torch.equal(memory.soft_tokens, exact)
+        assert torch.equal(found, exact)
     elif form == "bfloat16":
-        assert torch.equal(memory.soft_tokens, exact.bfloat16())
+        assert torch.equal(found, exact.bfloat16())
     else:  # half a step of 1/127 of each row's largest
-        assert memory.soft_tokens.dtype == torch.float32
+        assert found.dtype == torch.float32
         assert bool((error <= exact.abs().amax(1, keepdim=True) / 127 * 0.5001).all())
         assert error.max() > 0
 
 
 def test_int8_of_zeros_is_zeros() -> None:
-    memory, _ = decode(encode(Memory(torch.zeros(2, 4), 1, 2, "abc"), "int8", {}))
-    assert torch.equal(memory.soft_tokens, torch.zeros(2, 4))
+    assert torch.equal(from_rows(to_rows(torch.zeros(2, 4), "int8"), "int8"), torch.zeros(2, 4))
 
 
 def test_sizes_are_those_of_the_form() -> None:
     memory = Memory(torch.randn(100, 576), 4, 400, "abc")
-    sizes = {form: len(encode(memory, form, {})) for form in FORMS}
     for form, per_token in (("float32", 4 * 576), ("bfloat16", 2 * 576), ("int8", 576 + 4)):
-        assert 0 < sizes[form] - 100 * per_token < 1000  # the header
+        assert to_rows(memory.soft_tokens, form).nbytes == 100 * per_token
+        assert 0 < len(file_bytes(memory, form)) - 100 * per_token < 1000  # the header
 
 
 def test_what_no_longer_fits_is_refused_not_made_infinite() -> None:
     with pytest.raises(MemoryFileError, match="store it as float32"):
-        encode(Memory(torch.full((1, 2), 3.4e38), 1, 1, "abc"), "bfloat16", {})
+        to_rows(torch.full((1, 2), 3.4e38), "bfloat16")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_flipped_bit_of_a_file_goes_unnoticed(form: str) -> None:
     """Every byte of a file: it is refused, or (padding, JSON spelling) means exactly the same."""
-    raw = encode(make("abcdefgh", width=3), form, {"label": "x"})
-    memory, header = decode(raw)
+    raw = file_bytes(make("abcdefgh", width=3), form, label="x")
+    rows, header = decode(raw)
     unnoticed = 0
     for at in range(len(raw)):
         bad = bytearray(raw)
@@ -132,21 +148,38 @@ def test_no_flipped_bit_of_a_file_goes_unnoticed(form: str) -> None:
             continue
         unnoticed += 1
         assert read == header
-        assert torch.equal(found.soft_tokens, memory.soft_tokens)
+        assert torch.equal(found, rows)
     assert unnoticed < 10
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_truncated_file_is_read(form: str) -> None:
-    raw = encode(make("abcdefgh", width=3), form, {})
+    raw = file_bytes(make("abcdefgh", width=3), form)
     for length in range(len(raw)):
         with pytest.raises(MemoryFileError):
             decode(raw[:length])
 
 
-def test_files_are_memory_files_too(store: MemoryStore) -> None:
-    entry = store.put(TEXT, make())
-    assert torch.equal(Memory.load(file_of(store, entry.id)).soft_tokens, make().soft_tokens)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_memory_is_written_out_as_a_memory_file(tmp_path: Path, form: str) -> None:
+    file = tmp_path / "one.safetensors"
+    with MemoryStore(tmp_path / "s", form=form) as store:
+        entry = store.put(TEXT, make(), label="mill")
+        store.put("other", make("other"))
+        assert store.export([entry.id], file).exported == [entry.id]
+        memory, stored = Memory.load(file), store.load(entry.id)
+        assert torch.equal(memory.soft_tokens, stored.soft_tokens)
+        assert (memory.merge_size, memory.origin_tokens, memory.fingerprint) == (4, len(TEXT), "0123456789abcdef")
+        with pytest.raises(InputError, match="can hold one memory, not 2"):
+            store.export(None, file)
+    with MemoryStore(tmp_path / "t") as other:
+        assert other.import_(file).added == [entry.id]
+        assert torch.equal(other.load(entry.id).soft_tokens, stored.soft_tokens)
+        assert other.entry(entry.id).label == "mill"
+        file.write_bytes(file.read_bytes()[:-1])
+        assert "not a stored memory" in other.import_(file).refused[0].reason
+        with pytest.raises(MemoryFileError, match="no memory file"):
+            other.import_(tmp_path / "none.safetensors")
 
 
 # -- put, get, look through --------------------------------------------------------------------------------------------
@@ -166,7 +199,7 @@ def test_compress_once_ask_forever(tmp_path: Path, form: str) -> None:
         assert (again.id, again.label, again.metadata) == (entry.id, "mill", {"year": 1731})
         assert again.used > entry.used
         assert again.dtype == form
-        assert again.bytes == file_of(store, entry.id).stat().st_size
+        assert again.bytes == len(memory) * {"float32": 4 * 8, "bfloat16": 2 * 8, "int8": 8 + 4}[form]
         assert (again.origin_tokens, again.soft_tokens) == (len(TEXT), len(memory))
 
 
@@ -236,7 +269,7 @@ def test_labels_are_only_text(store: MemoryStore, label: str) -> None:
     entry = store.put(TEXT, make(), label=label, metadata={label: label})
     assert store.list(label=label) == [entry]
     assert store.entry(entry.id).metadata == {label: label}
-    assert set(everything_in(store.path.parent)) - set(before) == {f"store/memories/{entry.id}.safetensors"}
+    assert everything_in(store.path.parent) == before
 
 
 @pytest.mark.parametrize(
@@ -252,6 +285,8 @@ def test_notes_that_would_not_come_back_are_refused_before_the_work(
         store.get_or_compress(gmsa, TEXT, 4, label=label, metadata=metadata)
     assert gmsa.calls == 0
     assert store.list() == []
+    with pytest.raises(InputError, match=r"label|metadata"):
+        store.list(label=label, metadata=metadata)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -281,9 +316,8 @@ def test_ids_can_be_shortened(store: MemoryStore) -> None:
     ids = [store.put(f"t{n}", make(f"t{n}")).id for n in range(5)]
     assert [store.resolve(id[:8]) for id in ids] == ids
     assert store.resolve(ids[0]) == ids[0]
-    with sqlite3.connect(store.path / "index.sqlite3") as db:
+    with opened(store) as db:
         db.execute("UPDATE memories SET id = ? WHERE id = ?", (ids[0][:20] + "0" * 44, ids[1]))
-    db.close()
     with pytest.raises(InputError, match="several memories"):
         store.resolve(ids[0][:12])
     with pytest.raises(MemoryNotFoundError):
@@ -296,14 +330,11 @@ def test_ids_can_be_shortened(store: MemoryStore) -> None:
 def test_only_the_owner_can_read(tmp_path: Path) -> None:
     umask = os.umask(0)
     try:
-        with MemoryStore(tmp_path / "a" / "store") as store:
-            store.put(TEXT, make())
-            for path in [store.path, *store.path.rglob("*")]:
-                mode = stat.S_IMODE(path.stat().st_mode)
-                assert mode == (0o700 if path.is_dir() else 0o600), path
-            assert (store.path / "index.sqlite3-wal").exists()
-            store.export(None, tmp_path / "x.tar")
-            assert stat.S_IMODE((tmp_path / "x.tar").stat().st_mode) == 0o600
+        with MemoryStore(tmp_path / "a" / "s") as store:
+            store.get_or_compress(FakeGmsa(), TEXT, 4)
+            store.export(None, tmp_path / "a" / "x.tar")
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").iterdir()}
+            assert modes == dict.fromkeys(["s", "s-wal", "s-shm", "s-claims", "x.tar"], 0o600)
     finally:
         os.umask(umask)
 
@@ -312,7 +343,7 @@ def test_nothing_of_a_memory_is_logged(store: MemoryStore, caplog: pytest.LogCap
     caplog.set_level(logging.DEBUG)
     entry = store.put(TEXT, make(), label="secret name", metadata={"secret": 1})
     store.load(entry.id)
-    file_of(store, entry.id).write_bytes(b"")
+    HARMS["cut"](store, entry.id)
     with pytest.raises(MemoryFileError):
         store.load(entry.id)
     assert entry.id in caplog.text
@@ -323,76 +354,102 @@ def test_nothing_of_a_memory_is_logged(store: MemoryStore, caplog: pytest.LogCap
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 
-def flip(path: Path, at: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 0x10
-    path.write_bytes(raw)
+def set_column(table: str, column: str, value: str) -> Callable[[MemoryStore, str], None]:
+    """Set a column of one memory's rows to what an SQL expression says."""
+
+    def harm(store: MemoryStore, id: str) -> None:
+        of = f"SELECT number FROM memories WHERE id = '{id}'"
+        where = f"id = '{id}'" if table == "memories" else f"memory = ({of})"
+        with opened(store) as db:
+            db.execute(f"UPDATE {table} SET {column} = {value} WHERE {where}")
+
+    return harm
 
 
-def link(path: Path) -> None:
-    target = path.parent.parent.parent / "elsewhere"
-    path.rename(target)
-    path.symlink_to(target)
+def flipped(column: str, at: int) -> str:
+    """SQL for a column's bytes with one of them changed: the at-th of as many as there are, from 1."""
+    tail = f"substr({column}, {at} + 1)" if at > 0 else f"substr({column}, length({column}) + 2 + {at})"
+    head = f"substr({column}, 1, {at} - 1)" if at > 0 else f"substr({column}, 1, length({column}) + {at})"
+    one = f"substr({column}, {at}, 1)"
+    other = f"CASE hex({one}) WHEN '3F' THEN x'21' ELSE x'3F' END"
+    return f"CAST({head} || {other} || {tail} AS BLOB)"
 
 
-def replace_by_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
+def remove_chunks(store: MemoryStore, id: str) -> None:
+    with opened(store) as db:
+        db.execute("DELETE FROM chunks WHERE memory = (SELECT number FROM memories WHERE id = ?)", (id,))
 
 
-def replace_by_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+def swap_with_other(store: MemoryStore, id: str) -> None:
+    """Give it the soft tokens of the memory that was stored before."""
+    with opened(store) as db:
+        number = db.execute("SELECT number FROM memories WHERE id = ?", (id,)).fetchone()[0]
+        db.execute("DELETE FROM chunks WHERE memory = ?", (number,))
+        db.execute("INSERT INTO chunks SELECT ?, place, sha256, data FROM chunks WHERE memory != ?", (number, number))
 
 
-HARMS: dict[str, Callable[[Path], Any]] = {
-    **{f"flip {at}": lambda path, at=at: flip(path, at) for at in (0, 8, 30, 200, -1, -40)},  # type: ignore[misc]
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "emptied": lambda path: path.write_bytes(b""),
-    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "other content": lambda path: path.write_bytes(b"x" * path.stat().st_size),
-    "removed": Path.unlink,
-    "link": link,
-    "folder": replace_by_folder,
-    "pipe": replace_by_pipe,
+HARMS: dict[str, Callable[[MemoryStore, str], None]] = {
+    **{f"flip {at}": set_column("chunks", "data", flipped("data", at)) for at in (1, 30, 200, -1, -40)},
+    "flip sha256": set_column("chunks", "sha256", flipped("sha256", 3)),
+    "cut": set_column("chunks", "data", "substr(data, 1, length(data) - 1)"),
+    "emptied": set_column("chunks", "data", "x''"),
+    "longer": set_column("chunks", "data", "CAST(data || x'00' AS BLOB)"),
+    "other content": set_column("chunks", "data", "zeroblob(length(data))"),
+    "no bytes": set_column("chunks", "data", "7"),
+    "removed": remove_chunks,
+    "another's": swap_with_other,
+    **{f"facts {at}": set_column("memories", "facts", flipped("facts", at)) for at in (1, 40, 90, -1, -5)},
+    "facts emptied": set_column("memories", "facts", "x''"),
+    "facts as text": set_column("memories", "facts", "'[]'"),
+    "facts' sha256": set_column("memories", "sha256", "'?'"),
 }
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_what_is_damaged_is_set_aside_and_never_served(store: MemoryStore, harm: str) -> None:
+def test_what_is_damaged_is_reported_and_never_served(store: MemoryStore, tmp_path: Path, harm: str) -> None:
     good = store.put("other", make("other"))
     entry = store.put(TEXT, make(), label="mill")
-    HARMS[harm](file_of(store, entry.id))
-    with pytest.raises(MemoryFileError, match=rf"stored memory {entry.id[:12]} is not served: its .*compress the text"):
-        store.load(entry.id)
-    with pytest.raises(MemoryNotFoundError):  # it is gone, not asked for again
-        store.load(entry.id)
-    assert not os.path.lexists(file_of(store, entry.id))
+    HARMS[harm](store, entry.id)
+    for _ in range(2):  # it stays until somebody does something about it
+        with pytest.raises(
+            MemoryFileError, match=rf"stored memory {entry.id[:12]} is not served: its .*compress the t"
+        ):
+            store.load(entry.id)
     report = store.verify()
-    assert report.checked == 1
-    assert report.damaged == []
-    aside = [name for name in everything_in(store.path / "quarantine") if name.startswith(entry.id)]
-    assert len(aside) == len(report.quarantined) == (harm != "removed")
-    if report.quarantined:
-        assert (report.quarantined[0].id, report.quarantined[0].label) == (entry.id, "mill")
-    assert store.gc(quarantined=True).purged == len(aside)
+    assert (report.checked, report.problems) == (2, [])
+    assert [(d.id, d.label) for d in report.damaged] == [(entry.id, None if "facts" in harm else "mill")]
+    assert [e.id for e in store.list()] == ([good.id] if "facts" in harm else [entry.id, good.id])
+    if "facts" in harm:
+        assert store.find(TEXT, "0123456789abcdef", 4) is None
+        with pytest.raises(MemoryFileError, match="is not served: its row differs"):
+            store.entry(entry.id)
+    report = store.export(None, tmp_path / "x.tar")
+    assert (report.exported, [d.id for d in report.damaged]) == ([good.id], [entry.id])
     # Compressed anew it is served again.
     _, memory, was_there = store.get_or_compress(FakeGmsa(), TEXT, 4)
     assert not was_there
     assert torch.equal(memory.soft_tokens, make().soft_tokens)
     assert torch.equal(store.load(good.id).soft_tokens, make("other").soft_tokens)
+    assert store.verify() == database_is_whole(2)
+    HARMS[harm](store, entry.id)  # or it is deleted
+    assert store.delete(entry.id)
+    assert store.verify() == database_is_whole(1)
 
 
-@pytest.mark.parametrize("harm", ["flip -1", "cut", "removed"])
+def database_is_whole(memories: int) -> VerifyReport:
+    return VerifyReport(memories, [], [])
+
+
+@pytest.mark.parametrize("harm", ["flip -1", "cut", "removed", "facts 40"])
 def test_damage_heals_by_compressing_anew(store: MemoryStore, harm: str, caplog: pytest.LogCaptureFixture) -> None:
     gmsa = FakeGmsa()
     entry, memory, _ = store.get_or_compress(gmsa, TEXT, 4)
-    HARMS[harm](file_of(store, entry.id))
+    HARMS[harm](store, entry.id)
     again, same, was_there = store.get_or_compress(gmsa, TEXT, 4)
     assert (again.id, was_there, gmsa.calls) == (entry.id, False, 2)
     assert torch.equal(same.soft_tokens, memory.soft_tokens)
-    assert "no longer served" in caplog.text
-    HARMS[harm](file_of(store, entry.id))
+    assert "is not served" in caplog.text
+    HARMS[harm](store, entry.id)
     store.put(TEXT, make())  # a damaged one does not stand in the way of a whole one
     assert torch.equal(store.load(entry.id).soft_tokens, memory.soft_tokens)
 
@@ -400,53 +457,61 @@ def test_damage_heals_by_compressing_anew(store: MemoryStore, harm: str, caplog:
 def test_verify_reads_everything(store: MemoryStore) -> None:
     entries = [store.put(f"t{n}", make(f"t{n}"), label=str(n)) for n in range(6)]
     used = [store.entry(e.id).used for e in entries]
-    flip(file_of(store, entries[1].id), -1)
-    file_of(store, entries[2].id).unlink()
-    (store.path / "memories" / f"{'a' * 64}.safetensors").write_bytes(b"?")
+    HARMS["flip -1"](store, entries[1].id)
+    HARMS["removed"](store, entries[2].id)
     report = store.verify()
     assert report.checked == 6
     assert {d.label: d.reason for d in report.damaged} == {
         "1": "its SHA-256 differs from the one recorded",
-        "2": "its file is missing",
+        "2": "its soft tokens are not all there",
     }
-    assert [d.label for d in report.quarantined] == ["1"]
-    assert report.orphans == ["a" * 64]
-    assert [store.entry(e.id).used for e in entries if e.label not in "12"] == [used[0], *used[3:]]
-    assert store.verify().damaged == []
+    assert report.problems == []
+    assert [store.entry(e.id).used for e in entries] == used
+    assert [d.label for d in store.verify().damaged] == ["1", "2"]
+
+
+def test_when_it_was_used_is_never_nonsense(store: MemoryStore) -> None:
+    entry = store.put(TEXT, make())
+    for value in ("'?'", "1e300", "-1.0", "x'00'"):
+        set_column("memories", "used", value)(store, entry.id)
+        assert store.entry(entry.id).used == entry.created
 
 
 def test_values_that_are_not_finite_are_not_served_even_with_matching_hashes(store: MemoryStore) -> None:
-    from safetensors.torch import save
-
-    from gmsa.store import forms
-
     entry = store.put(TEXT, make())
-    _, header = decode(file_of(store, entry.id).read_bytes())
     soft = make().soft_tokens.clone()
     soft[1, 1] = float("inf")
-    header["sha256"] = forms._sha256({"soft_tokens": soft})
-    raw = save({"soft_tokens": soft}, metadata={**header, "check": forms._check(header)})
-    file_of(store, entry.id).write_bytes(raw)
-    with sqlite3.connect(store.path / "index.sqlite3") as db:
-        db.execute("UPDATE memories SET sha256 = ?, bytes = ?", (hashlib.sha256(raw).hexdigest(), len(raw)))
-    db.close()
+    with store._database.writing() as db:
+        database.write_chunks(db, database.find_row(db, entry.id)[0], entry.id, soft.view(torch.uint8))
     with pytest.raises(MemoryFileError, match="not finite"):
         store.load(entry.id)
-    assert len(store.verify().quarantined) == 1
+    assert [d.id for d in store.verify().damaged] == [entry.id]
 
 
-def test_the_file_of_another_memory_is_not_served(store: MemoryStore) -> None:
-    a, b = store.put("aaaa", make("aaaa")), store.put("bbbb", make("bbbb"))
-    file_of(store, a.id).write_bytes(file_of(store, b.id).read_bytes())
-    with pytest.raises(MemoryFileError):
-        store.load(a.id)
-    with sqlite3.connect(store.path / "index.sqlite3") as db:  # a file without a row that says it is another's
-        db.execute("DELETE FROM memories WHERE id = ?", (b.id,))
-    db.close()
-    file_of(store, b.id).rename(file_of(store, a.id))
-    report = store.gc()
-    assert report.adopted == []
-    assert "another memory" in report.damaged[0].reason
+def test_a_large_memory_is_kept_in_chunks_of_whole_soft_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "CHUNK_BYTES", 100)
+    for form in FORMS:
+        with MemoryStore(tmp_path / form, form=form) as store:
+            entry = store.put(TEXT, make())
+            whole = from_rows(to_rows(make().soft_tokens, form), form)
+            assert torch.equal(store.load(entry.id).soft_tokens, whole)
+            with opened(store) as db:
+                sizes = [size for (size,) in db.execute("SELECT length(data) FROM chunks ORDER BY place")]
+            width = entry.bytes // entry.soft_tokens
+            assert len(sizes) > 2
+            assert all(size <= 100 and size % width == 0 for size in sizes)
+            with opened(store) as db:
+                db.execute("DELETE FROM chunks WHERE place = ?", (sizes[0],))
+            with pytest.raises(MemoryFileError, match="SHA-256 differs"):  # the third one is in the second one's place
+                store.load(entry.id)
+
+
+def test_listing_reads_no_soft_tokens(store: MemoryStore) -> None:
+    entry = store.put(TEXT, make(), label="a", metadata={"b": 1})
+    with opened(store) as db:
+        db.execute("DROP TABLE chunks")
+    assert store.list() == store.list(label="a", metadata={"b": 1}) == [store.entry(entry.id)] == [entry]
+    assert store.stats().memories == 1
 
 
 def test_a_memory_of_another_model_is_refused(store: MemoryStore) -> None:
@@ -459,131 +524,111 @@ def test_a_memory_of_another_model_is_refused(store: MemoryStore) -> None:
     assert len(store.list()) == 2
 
 
-def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
-    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entry = store.put(TEXT, make())
-
-    def too_many(*_: object) -> int:
-        raise OSError(24, "Too many open files")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("gmsa.store.entries.os.open", too_many)
-        with pytest.raises(StoreError, match="Too many open files"):
-            store.load(entry.id)
-    assert torch.equal(store.load(entry.id).soft_tokens, make().soft_tokens)
-
-
 # -- delete, cap, tidy up ----------------------------------------------------------------------------------------------
 
 
 def test_delete_leaves_nothing(store: MemoryStore) -> None:
     label = "a label that is found nowhere afterwards"
+    kept = store.put("other", make("other"), label="kept")
     entry = store.put(TEXT, make(), label=label)
-    flip(file_of(store, entry.id), -1)
-    with pytest.raises(MemoryFileError):
-        store.load(entry.id)
-    store.put(TEXT, make(), label=label)  # now there is one, and a damaged copy of it
+    raw = to_rows(make().soft_tokens, "float32").numpy().tobytes()
+    store._database.shrink()
+    assert label.encode() in store.path.read_bytes()
+    assert raw in store.path.read_bytes()
     assert store.delete(entry.id) is True
     assert store.delete(entry.id) is False
-    assert store.gc().adopted == []
-    assert store.verify().quarantined == []
-    assert not [name for name in everything_in(store.path) if entry.id in name]
-    for path in store.path.rglob("index*"):
-        assert label.encode() not in path.read_bytes()
+    store.gc()
+    assert store.list() == [kept]
+    for path in store.path.parent.iterdir():
+        assert not [trace for trace in (label.encode(), raw[:64], entry.id.encode()) if trace in path.read_bytes()]
+
+
+def test_gc_gives_space_back(store: MemoryStore) -> None:
+    text = "x" * 20_000
+    ids = [store.put(f"{text}{n}", make(f"{text}{n}", width=64)).id for n in range(4)]
+    store.gc()
+    size = store.path.stat().st_size
+    assert all(map(store.delete, ids[1:]))
+    assert store.gc() == []
+    assert store.path.stat().st_size < size / 2
+    assert torch.equal(store.load(ids[0]).soft_tokens, make(f"{text}0", width=64).soft_tokens)
+    assert store.verify() == database_is_whole(1)
 
 
 def test_the_least_recently_used_make_way(tmp_path: Path) -> None:
     size = MemoryStore(tmp_path / "probe").put("t0", make("t0")).bytes
-    with MemoryStore(tmp_path / "s", max_bytes=3 * size + 50) as store:
+    with MemoryStore(tmp_path / "s", max_bytes=3 * size + 5) as store:
         ids = [store.put(f"t{n}", make(f"t{n}")).id for n in range(3)]
         store.load(ids[0])
         new = store.put("t3", make("t3")).id
         assert {e.id for e in store.list()} == {ids[0], ids[2], new}
-        assert not file_of(store, ids[1]).exists()
-        store.max_bytes = size + 50
-        assert store.gc().evicted == [ids[2], ids[0]]
+        store.max_bytes = size + 5
+        assert store.gc() == [ids[2], ids[0]]
         assert [e.id for e in store.list()] == [new]
         assert store.stats().bytes <= store.max_bytes
-        store.max_bytes = size - 50
-        with pytest.raises(StoreError, match="more than the store may hold"):
+        store.max_bytes = size - 5
+        with pytest.raises(MemoryTooLargeError, match="more than the store may hold"):
             store.put("u0", make("u0"))
         assert [e.id for e in store.list()] == [new]  # nothing made way for what does not fit
-
-
-def test_gc_adopts_removes_and_leaves_alone(store: MemoryStore) -> None:
-    kept, orphan, broken, gone = [store.put(t, make(t), label=t, metadata={"t": t}) for t in ("k", "o", "b", "g")]
-    with sqlite3.connect(store.path / "index.sqlite3") as db:
-        db.execute("DELETE FROM memories WHERE label IN ('o', 'b')")
-    db.close()
-    flip(file_of(store, broken.id), -1)
-    file_of(store, gone.id).unlink()
-    (store.path / "memories" / "notes.txt").write_text("mine")
-    old, fresh = store.path / "scratch" / "old", store.path / "scratch" / "fresh"
-    old.write_text("x")
-    fresh.write_text("x")
-    os.utime(old, (0, time.time() - 7200))
-    report = store.gc()
-    assert (report.adopted, report.foreign, report.scratch) == ([orphan.id], ["notes.txt"], 1)
-    assert [d.id for d in report.damaged] == [broken.id]
-    assert [(d.id, d.label) for d in report.missing] == [(gone.id, "g")]
-    assert fresh.exists()  # may be another process's
-    assert {e.id for e in store.list()} == {kept.id, orphan.id}
-    entry = store.entry(orphan.id)
-    assert (entry.label, entry.metadata, entry.created) == ("o", {"t": "o"}, orphan.created)
-    assert torch.equal(store.load(orphan.id).soft_tokens, make("o").soft_tokens)
-    assert store.gc(quarantined=True).purged == 1
-    assert everything_in(store.path / "quarantine") == []
-    again = store.gc()
-    assert (again.adopted, again.missing, again.damaged, again.scratch) == ([], [], [], 0)
-
-
-def test_a_lost_or_damaged_index_is_rebuilt_from_the_files(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    with MemoryStore(path) as store:
-        before = [store.put(f"t{n}", make(f"t{n}"), label=f"l{n}") for n in range(3)]
-    (path / "index.sqlite3").write_bytes(b"this is no database, however long it is" * 100)
-    with pytest.raises(StoreError, match=r"index.* is damaged: move it .* away and run `gmsa store gc`"):
-        MemoryStore(path)
-    (path / "index.sqlite3").unlink()
-    with MemoryStore(path) as store:
-        assert store.list() == []
-        assert len(store.gc().adopted) == 3
-        after = store.list()
-        assert [(e.id, e.label, e.created) for e in after] == [(e.id, e.label, e.created) for e in before[::-1]]
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------
 
 
-def test_folders_that_are_something_else_are_left_alone(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir(mode=0o755)
-    (home / "diary.txt").write_text("mine")
-    with pytest.raises(StoreError, match="not a memory store and not empty"):
-        MemoryStore(home)
-    assert everything_in(home) == ["diary.txt"]
-    assert stat.S_IMODE(home.stat().st_mode) == 0o755
-    with pytest.raises(StoreError, match="Not a directory"):
-        MemoryStore(home / "diary.txt")
+def test_what_is_something_else_is_left_alone(tmp_path: Path) -> None:
+    diary = tmp_path / "diary.txt"
+    diary.write_text("mine")
+    diary.chmod(0o644)
+    with pytest.raises(StoreError, match="is damaged, or none"):
+        MemoryStore(diary)
+    assert diary.read_text() == "mine"
+    assert stat.S_IMODE(diary.stat().st_mode) == 0o644
+    with pytest.raises(StoreError, match="is a folder: a memory store is a file, such as"):
+        MemoryStore(tmp_path)
+    with pytest.raises(StoreError, match=r"Not a directory|File exists"):
+        MemoryStore(diary / "store")
     with pytest.raises(StoreError, match="NUL"):
         MemoryStore("a\0b")
     with pytest.raises(StoreError, match="there is no memory store"):
         MemoryStore(tmp_path / "none", create=False)
-    assert not (tmp_path / "none").exists()
     other = tmp_path / "other"
-    other.mkdir()
-    with sqlite3.connect(other / "index.sqlite3") as db:
+    with sqlite3.connect(other) as db:
         db.execute("CREATE TABLE t (x)")
     db.close()
+    before = other.read_bytes()
     with pytest.raises(StoreError, match="something else's or a newer GMSA's"):
         MemoryStore(other)
-    linked = tmp_path / "linked"
-    (linked / "memories").mkdir(parents=True)
-    (linked / "index.sqlite3").symlink_to(home / "diary.txt")
-    with pytest.raises(StoreError, match="symbolic link"):
-        MemoryStore(linked)
-    assert (home / "diary.txt").read_text() == "mine"
+    assert other.read_bytes() == before
+    assert everything_in(tmp_path) == ["diary.txt", "other"]
+
+
+def test_a_store_of_an_older_version_says_what_to_do(tmp_path: Path) -> None:
+    old = tmp_path / "store"
+    (old / "memories").mkdir(parents=True)
+    with sqlite3.connect(old / "index.sqlite3") as db:
+        db.execute(f"PRAGMA application_id = {database.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    for path in (old, old / "index.sqlite3"):
+        with pytest.raises(
+            StoreError, match=r"an older GMSA.*`gmsa store export all.tar`.*`gmsa store import all.tar`"
+        ):
+            MemoryStore(path)
+    assert everything_in(old) == ["index.sqlite3", "memories"]
+
+
+def test_an_empty_file_becomes_a_store_and_names_mean_nothing_to_sqlite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", ":memory:", "file:x?mode=memory", "ü \udcff"):
+        if name == "empty":
+            Path(name).touch()
+        with MemoryStore(name) as store:
+            entry = store.put(TEXT, make())
+        with MemoryStore(name, create=False) as store:
+            assert store.entry(entry.id) == entry
+        assert Path(name).exists()
 
 
 def test_bad_options(tmp_path: Path) -> None:
@@ -601,26 +646,23 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
         store.list()
 
 
-def test_a_busy_index_is_a_clear_error(store: MemoryStore, tmp_path: Path) -> None:
+def test_a_busy_store_is_a_clear_error(store: MemoryStore) -> None:
     entry = store.put(TEXT, make())
-    other = sqlite3.connect(store.path / "index.sqlite3", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    started = time.monotonic()
-    assert torch.equal(store.load(entry.id).soft_tokens, make().soft_tokens)  # reading waits for nobody
-    assert time.monotonic() - started < 10
-    with store._index.reading() as db:
-        db.execute("PRAGMA busy_timeout = 50")
-    with pytest.raises(StoreError, match="busy"):
-        store.put("more", make("more"))
-    other.execute("ROLLBACK")
-    other.close()
+    with opened(store) as other:
+        other.execute("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        assert torch.equal(store.load(entry.id).soft_tokens, make().soft_tokens)  # reading waits for nobody
+        assert time.monotonic() - started < 10
+        store._database._writer[0].execute("PRAGMA busy_timeout = 50")
+        with pytest.raises(StoreError, match="busy"):
+            store.put("more", make("more"))
+        other.execute("ROLLBACK")
     store.put("more", make("more"))
-    assert everything_in(store.path / "scratch") == []
 
 
 def test_several_threads_use_one_store(tmp_path: Path) -> None:
     failed: list[BaseException] = []
-    with MemoryStore(tmp_path / "s", form="float32", max_bytes=4_000) as store:
+    with MemoryStore(tmp_path / "s", form="float32", max_bytes=1_000) as store:
 
         def work(seed: int) -> None:
             generator = torch.Generator().manual_seed(seed)
@@ -641,8 +683,8 @@ def test_several_threads_use_one_store(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert failed == []
-        assert store.verify().quarantined == []
-        assert store.stats().bytes <= 4_000
+        assert store.verify() == database_is_whole(store.stats().memories)
+        assert store.stats().bytes <= 1_000
 
 
 # -- export and import -------------------------------------------------------------------------------------------------
@@ -664,23 +706,57 @@ def test_export_and_import(tmp_path: Path, store: MemoryStore) -> None:
         assert other.verify().damaged == []
     assert store.export([entries[2].id], file).exported == [entries[2].id]
     with tarfile.open(file) as tar:
-        assert [(m.name, m.mode) for m in tar] == [
-            (f"memories/{entries[2].id}.safetensors", 0o600),
-            ("manifest.json", 0o600),
-        ]
+        assert [(m.name, m.mode) for m in tar] == [(f"memories/{entries[2].id}.safetensors", 0o600)]
 
 
 def test_export_leaves_out_what_is_damaged(tmp_path: Path, store: MemoryStore) -> None:
     a, b = store.put("a", make("a")), store.put("b", make("b"))
-    flip(file_of(store, a.id), -1)
+    HARMS["flip -1"](store, a.id)
     report = store.export(None, tmp_path / "x.tar")
     assert (report.exported, [d.id for d in report.damaged]) == ([b.id], [a.id])
-    flip(file_of(store, b.id), -1)
+    HARMS["flip -1"](store, b.id)
+    before = everything_in(tmp_path)
     with pytest.raises(MemoryFileError, match="not served"):
         store.export([b.id], tmp_path / "y.tar")
     with pytest.raises(StoreError, match="cannot write"):
         store.export(None, tmp_path / "no" / "folder.tar")
-    assert [p.name for p in tmp_path.iterdir() if p.name != "store"] == ["x.tar"]
+    assert everything_in(tmp_path) == before
+
+
+def old_archive(path: Path, memories: dict[str, Memory], labels: dict[str, str]) -> None:
+    """An archive as older versions wrote it: a manifest comes last and knows labels that were given later."""
+    listed = []
+    with tarfile.open(path, "w") as tar:
+        for id, memory in memories.items():
+            raw = file_bytes(memory, "int8", id=id, metadata="{}", created="1.5", label="first")
+            info = tarfile.TarInfo(f"memories/{id}.safetensors")
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+            digest = hashlib.sha256(raw).hexdigest()
+            listed.append(
+                {
+                    "id": id,
+                    "label": labels[id],
+                    "metadata": {"n": 1},
+                    "bytes": len(raw),
+                    "sha256": digest,
+                    "dtype": "int8",
+                }
+            )
+        manifest = json.dumps({"format": "gmsa-memories-1", "memories": listed}).encode()
+        info = tarfile.TarInfo("manifest.json")
+        info.size = len(manifest)
+        tar.addfile(info, io.BytesIO(manifest))
+
+
+def test_archives_of_older_versions_come_in(tmp_path: Path, store: MemoryStore) -> None:
+    ids = {"a" * 64: make("a"), "b" * 64: make("b")}
+    old_archive(tmp_path / "old.tar", ids, dict.fromkeys(ids, "renamed"))
+    assert store.import_(tmp_path / "old.tar").added == list(ids)
+    for id, memory in ids.items():
+        entry = store.entry(id)
+        assert (entry.label, entry.metadata, entry.dtype, entry.created) == ("renamed", {"n": 1}, "int8", 1.5)
+        assert torch.equal(store.load(id).soft_tokens, from_rows(to_rows(memory.soft_tokens, "int8"), "int8"))
 
 
 def rewrite(path: Path, change: Callable[[dict[str, bytes], list[tarfile.TarInfo]], None]) -> None:
@@ -707,17 +783,13 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", size: int
 TRICKS = {
     "parent": member("../../evil", size=3),
     "absolute": member("/tmp/evil", size=3),
-    "in memories": member("memories/../evil.safetensors", size=3),
-    "short id": member("memories/abc.safetensors", size=3),
-    "unicode": member("memories/" + "０" * 64 + ".safetensors", size=3),
     "line end": member(f"memories/{'0' * 64}.safetensors\n", size=3),
     "link": member(f"memories/{'0' * 64}.safetensors", tarfile.SYMTYPE, "/etc/passwd"),
     "hard link": member(f"memories/{'0' * 64}.safetensors", tarfile.LNKTYPE, "manifest.json"),
     "folder": member("memories", tarfile.DIRTYPE),
     "device": member(f"memories/{'0' * 64}.safetensors", tarfile.CHRTYPE),
     "pipe": member("manifest.json", tarfile.FIFOTYPE),
-    "second manifest": member("manifest.json", size=3),
-    "not listed": member(f"memories/{'0' * 64}.safetensors", size=3),
+    "manifest": member("manifest.json", size=3),
 }
 
 
@@ -727,12 +799,38 @@ def test_an_archive_with_anything_else_in_it_is_refused_whole(tmp_path: Path, st
     file = tmp_path / "x.tar"
     store.export(None, file)
     rewrite(file, lambda _, more: more.append(TRICKS[trick]))
+    refused_whole(tmp_path, file)
+
+
+def refused_whole(tmp_path: Path, file: Path) -> None:
     with MemoryStore(tmp_path / "other") as other:
         before = everything_in(tmp_path)
         with pytest.raises(MemoryFileError, match="refused, nothing of it was imported"):
             other.import_(file)
         assert everything_in(tmp_path) == before
         assert other.list() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["memories/../evil", "../../evil", "/tmp/evil", "memories/abc", "memories/" + "０" * 64]
+)
+def test_names_in_an_archive_mean_nothing(tmp_path: Path, store: MemoryStore, name: str) -> None:
+    """What a file is, it says itself; one that is no memory is refused, whatever it is called."""
+    entry = store.put(TEXT, make(), label="mill")
+    file = tmp_path / "x.tar"
+    store.export(None, file)
+
+    def rename(contents: dict[str, bytes], more: list[tarfile.TarInfo]) -> None:
+        contents[f"{name}.safetensors"] = contents.pop(f"memories/{entry.id}.safetensors")
+        more.append(member(f"{name}2.safetensors", size=3))
+
+    rewrite(file, rename)
+    before = {name for name in everything_in(tmp_path) if not name.startswith("other")}
+    with MemoryStore(tmp_path / "other") as other:
+        report = other.import_(file)
+        assert (report.added, len(report.refused)) == ([entry.id], 1)
+        assert other.entry(entry.id).label == "mill"
+    assert {name for name in everything_in(tmp_path) if not name.startswith("other")} == before
 
 
 def edit(**fields: Any) -> Callable[[dict[str, bytes], Any], None]:
@@ -754,65 +852,69 @@ def set_manifest(raw: bytes) -> Callable[[dict[str, bytes], Any], None]:
     "change",
     [
         set_manifest(b"["), set_manifest(b"[]"), set_manifest(b"[" * 100_000), set_manifest(b'{"format": "other"}'),
-        set_manifest(b'{"format": "gmsa-memories-1", "memories": 7}'),
-        set_manifest(b'{"format": "gmsa-memories-1", "memories": [{}]}'),
-        set_manifest(b'{"format": "gmsa-memories-1", "memories": []}'),
-        edit(id="../../../etc/passwd"), edit(id=7), edit(label=["x"]), edit(metadata=None), edit(bytes="1"),
-        lambda contents, _: contents.pop("manifest.json"),
+        set_manifest(b'{"memories": 7}'), set_manifest(b'{"memories": [{}]}'), set_manifest(b'{"memories": []}'),
+        edit(id="../../../etc/passwd"), edit(id=7),
+        lambda contents, _: contents.pop(f"memories/{'a' * 64}.safetensors"),
     ],
 )  # fmt: skip
 def test_an_archive_with_a_bad_manifest_is_refused_whole(
     tmp_path: Path, store: MemoryStore, change: Callable[..., None]
 ) -> None:
-    store.put(TEXT, make())
     file = tmp_path / "x.tar"
-    store.export(None, file)
+    old_archive(file, {"a" * 64: make(), "b" * 64: make()}, {"a" * 64: "a", "b" * 64: "b"})
     rewrite(file, change)
-    with MemoryStore(tmp_path / "other") as other:
-        with pytest.raises(MemoryFileError, match="refused, nothing of it was imported"):
-            other.import_(file)
-        assert other.list() == []
+    refused_whole(tmp_path, file)
 
 
-def damage_first(contents: dict[str, bytes], _: Any) -> None:
-    """Flip a byte of a file and let the manifest agree with it."""
-    name = next(iter(contents))
-    raw = bytearray(contents[name])
-    raw[-1] ^= 1
-    contents[name] = bytes(raw)
-    edit(sha256=hashlib.sha256(raw).hexdigest())(contents, None)
+def first(change: Callable[[bytes], bytes]) -> Callable[[dict[str, bytes], Any], None]:
+    """Change the bytes of the first file."""
+
+    def changed(contents: dict[str, bytes], _: Any) -> None:
+        name = next(iter(contents))
+        contents[name] = change(contents[name])
+
+    return changed
+
+
+BAD = Memory(torch.full((1, 2), 1.0), 4, 4, "abc")
+NOTES = {"id": "a" * 64, "metadata": "{}", "created": "1.0"}
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (edit(sha256="0" * 64), "differs from the manifest's"),
-        (edit(bytes=10**12), "the manifest says"),
         (edit(label="x" * 2000), "label"),
+        (edit(label=["x"]), "label"),
         (edit(metadata={"x": "y" * 70_000}), "metadata"),
-        (damage_first, "SHA-256 differs"),
+        (edit(metadata=None), "no memory"),
+        (first(lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "SHA-256 differs"),
+        (first(lambda raw: raw[:50]), "not a stored memory"),
+        (first(lambda raw: file_bytes(BAD, "float32", **NOTES | {"id": "../../etc/passwd"})), "no memory"),
+        (first(lambda raw: file_bytes(BAD, "float32", **NOTES | {"id": "０" * 64})), "no memory"),
+        (first(lambda raw: file_bytes(BAD, "float32", **NOTES | {"created": "nan"})), "no memory"),
+        (first(lambda raw: file_bytes(BAD, "float32", id="a" * 64, metadata="{}")), "its header is wrong"),
+        (first(lambda raw: file_bytes(BAD, "float32", **NOTES | {"metadata": "[" * 10**5})), "its header is wrong"),
+        (first(lambda raw: file_bytes(replace(BAD, origin_tokens=2**60), "float32", **NOTES)), "cannot stand for"),
     ],
 )
 def test_one_bad_memory_is_refused_and_the_rest_comes_in(
-    tmp_path: Path, store: MemoryStore, change: Callable[..., None], reason: str
+    tmp_path: Path, change: Callable[..., None], reason: str
 ) -> None:
-    bad, good = store.put("a", make("a")), store.put("b", make("b"))
     file = tmp_path / "x.tar"
-    store.export(None, file)
+    old_archive(file, {"a" * 64: make("a"), "b" * 64: make("b")}, {"a" * 64: "a", "b" * 64: "b"})
     rewrite(file, change)
     with MemoryStore(tmp_path / "other") as other:
         report = other.import_(file)
-        assert (report.added, [d.id for d in report.refused]) == ([good.id], [bad.id])
+        assert (report.added, [d.id for d in report.refused]) == (["b" * 64], ["a" * 64])
         assert reason in report.refused[0].reason
-        assert [e.id for e in other.list()] == [good.id]
-        assert everything_in(other.path / "memories") == [f"{good.id}.safetensors"]
+        assert [e.id for e in other.list()] == ["b" * 64]
 
 
 def test_what_is_too_large_for_the_cap_is_refused(tmp_path: Path, store: MemoryStore) -> None:
     store.put("a", make("a"))
     big = store.put("b" * 900, make("b" * 900))
     store.export(None, tmp_path / "x.tar")
-    with MemoryStore(tmp_path / "other", max_bytes=2_000) as other:
+    with MemoryStore(tmp_path / "other", max_bytes=1_000) as other:
         report = other.import_(tmp_path / "x.tar")
         assert len(report.added) == 1
         assert [d.id for d in report.refused] == [big.id]
@@ -823,20 +925,24 @@ def test_no_truncated_archive_comes_in(tmp_path: Path, store: MemoryStore) -> No
         store.put(f"t{n}", make(f"t{n}"))
     whole, cut = tmp_path / "x.tar", tmp_path / "cut.tar"
     store.export(None, whole)
-    raw = whole.read_bytes().rstrip(b"\0")  # after the manifest a tar ends in zeros
+    with tarfile.open(whole) as tar:
+        end = max(m.offset_data + m.size for m in tar)
+    raw = whole.read_bytes()
     with MemoryStore(tmp_path / "other") as other:
-        for length in range(0, len(raw), 97):
+        for length in {*range(0, end + 1024, 97), *range(0, end + 1024, 512)}:
             cut.write_bytes(raw[:length])
             with pytest.raises(MemoryFileError):
                 other.import_(cut)
         assert other.list() == []
+        cut.write_bytes(raw[: -(-end // 512) * 512 + 1024])
+        assert len(other.import_(cut).added) == 2
 
 
 def test_other_files_are_no_archives(tmp_path: Path, store: MemoryStore) -> None:
-    with pytest.raises(MemoryFileError, match="no such archive"):
+    with pytest.raises(MemoryFileError, match="no archive"):
         store.import_(tmp_path / "none")
     (tmp_path / "x").write_bytes(b"\x1f\x8b" + bytes(1000))
-    with pytest.raises(MemoryFileError, match="is not an archive"):
+    with pytest.raises(MemoryFileError, match="no archive"):
         store.import_(tmp_path / "x")
 
 
@@ -874,7 +980,7 @@ def test_the_commands(model: str, run: Callable[..., Any], tmp_path: Path, capsy
     added = run("store", "add", str(a), str(b), "--merge-size", "3", "--meta", "kind=mill", *of)["memories"]
     assert [m["label"] for m in added] == ["a.txt", "b.txt"]
     assert [m["was_there"] for m in added] == [False, False]
-    assert (Path(os.environ["GMSA_HOME"]) / "store" / "memories").is_dir()
+    assert (Path(os.environ["GMSA_HOME"]) / "store.sqlite").is_file()
     again = run("store", "add", str(a), "--merge-size", "3", "--label", "A", *of)["memories"]
     assert (again[0]["id"], again[0]["was_there"]) == (added[0]["id"], True)
     ids = [m["id"] for m in added]
@@ -899,10 +1005,14 @@ def test_the_commands(model: str, run: Callable[..., Any], tmp_path: Path, capsy
     assert run("store", "import", str(tmp_path / "x.tar"), *there)["added"] == [ids[1]]
     assert run(*asked[:3], ids[1][:10], *there, *of)["merge_size"] == 3
 
-    flip(Path(os.environ["GMSA_HOME"]) / "store" / "memories" / f"{ids[0]}.safetensors", -1)
+    with MemoryStore(Path(os.environ["GMSA_HOME"]) / "store.sqlite") as store:
+        HARMS["flip -1"](store, ids[0])
     assert "damaged memories: 1 of 2" in run("store", "verify", code=1)
-    assert run("store", "verify")["quarantined"][0]["id"] == ids[0]
-    assert run("store", "gc", "--quarantined", "--max-bytes", "1k")["evicted"] == [ids[1]]
+    assert cli.main(["store", "verify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["damaged"][0]["id"] == ids[0]
+    assert run("store", "rm", ids[0][:10]) == {"deleted": [ids[0]]}
+    assert run("store", "verify") == {"checked": 1, "damaged": [], "problems": []}
+    assert run("store", "gc", "--max-bytes", "1")["evicted"] == [ids[1]]
 
     assert cli.main(["store", "add", str(a), *of]) == 0
     assert cli.main(["store", "ls"]) == 0
@@ -911,12 +1021,75 @@ def test_the_commands(model: str, run: Callable[..., Any], tmp_path: Path, capsy
     assert "1 of 1 memories" in error
 
 
+def test_one_bad_item_does_not_fail_the_others(
+    model: str, run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"good": TEXT, "empty": " ", "better": TEXT[::-1]}
+    files = {name: tmp_path / f"{name}.txt" for name in names}
+    for name, text in names.items():
+        files[name].write_text(text)
+    (tmp_path / "raw.txt").write_bytes(b"\xff\xfe\x00")
+    given = [*map(str, files.values()), str(tmp_path / "raw.txt"), str(tmp_path / "none.txt")]
+    of = ["--model", model, "--dtype", "float32", "--store", str(tmp_path / "s")]
+    assert cli.main(["store", "add", *given, *of]) == 1
+    out, error = capsys.readouterr()
+    assert [line.split()[-1] for line in out.splitlines()] == ["good.txt", "better.txt"]
+    for said in ("empty.txt is empty", "raw.txt is not UTF-8", "none.txt: No such file", "3 of 5 texts were not added"):
+        assert said in error
+    assert cli.main(["store", "add", *given, "--json", *of]) == 1
+    out, error = capsys.readouterr()
+    assert [m["label"] for m in json.loads(out)["memories"]] == ["good.txt", "better.txt"]
+    # A label that cannot be kept is wrong of each; a memory that is too large is wrong of one.
+    assert "2 of 2 texts were not added" in run(
+        "store", "add", *given[:1], *given[2:3], "--label", "\udcff", *of, code=1
+    )
+    files["empty"].write_text(TEXT * 20)
+    assert cli.main(["store", "add", *given[:3], "--max-bytes", "20k", *of, "--merge-size", "3"]) == 1
+    out, error = capsys.readouterr()
+    assert [line.split()[-1] for line in out.splitlines()] == ["good.txt", "better.txt"]
+    assert "empty.txt: the memory takes" in error
+
+    there = ["--store", str(tmp_path / "s")]
+    assert run("store", "export", str(tmp_path / "x.tar"), *there)["damaged"] == []
+    (tmp_path / "bad.tar").write_text("no archive")
+    assert cli.main(["store", "import", str(tmp_path / "bad.tar"), str(tmp_path / "x.tar"), *there]) == 1
+    out, error = capsys.readouterr()
+    assert "there before 4" in error
+    assert "1 of 2 files were not imported" in error
+    ids = [m["id"] for m in run("store", "ls", *there)["memories"]]
+    assert cli.main(["store", "rm", "0" * 64, "xyz", ids[0], *there]) == 1
+    assert "2 of 3 were not deleted" in capsys.readouterr().err
+    assert [m["id"] for m in run("store", "ls", *there)["memories"]] == ids[1:]
+
+
+@pytest.mark.parametrize("command", [["ls"], ["show"], ["rm"], ["export", "x.tar"]])
+def test_bytes_that_are_no_text_are_one_clear_error(
+    run: Callable[..., Any], tmp_path: Path, command: list[str]
+) -> None:
+    MemoryStore(tmp_path / "s").close()
+    argument = ["--label", "\udcff"] if command == ["ls"] else ["\udcff"]
+    said = run("store", *command, *argument, "--store", str(tmp_path / "s"), code=1)
+    assert "half a surrogate" in said or "is no id" in said
+
+
+def test_an_old_folder_is_named(run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = Path(os.environ["GMSA_HOME"]) / "store"
+    (old / "memories").mkdir(parents=True)
+    (old / "index.sqlite3").touch()
+    assert "older GMSA" in run("store", "ls", "--store", str(old), code=1)
+    assert cli.main(["store", "ls"]) == 1
+    assert f"{old} is of an older version and is not used" in capsys.readouterr().err
+    MemoryStore(old.parent / "store.sqlite").close()
+    assert run("store", "ls") == {"memories": []}
+    assert capsys.readouterr().err == ""
+
+
 def test_command_line_errors(run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["ls"], ["show", "abcd"], ["rm", "abcd"], ["gc"], ["verify"], ["export", "x.tar"]):
         assert "there is no memory store" in run("store", *command, code=1)
     assert "there is no memory store" in run("ask", "Who?", "--memory", "abcd", code=1)
     assert "no such memory file" in run("ask", "Who?", "--memory", "abc", code=1)
-    assert not (Path(os.environ["GMSA_HOME"]) / "store").exists()
+    assert not (Path(os.environ["GMSA_HOME"]) / "store.sqlite").exists()
     (tmp_path / "empty.txt").write_text("")
     assert "is empty" in run("store", "add", str(tmp_path / "empty.txt"), code=1)
     for bad in (["--max-bytes", "many"], ["--max-bytes", "0"], ["--form", "int4"], ["--meta", "x"], ["--meta", "=x"]):
