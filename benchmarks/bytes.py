@@ -17,8 +17,8 @@ import torch
 from gmsa import GMSA
 from gmsa.decode.batch import Batch
 from gmsa.evaluate.latency import text_of
+from gmsa.io.memory import encode, to_rows
 from gmsa.model.backbone import body_of
-from gmsa.store.forms import encode
 
 FORMS = ("bfloat16", "int8")
 # Layers, key-value heads, width of a head, width of the model.
@@ -40,7 +40,7 @@ def counted(gmsa: GMSA, length: int, sizes: list[int]) -> dict[str, Any]:
     for size in sizes:
         memory = gmsa.compress(text, size)
         for form in FORMS:
-            per_token = len(encode(memory, form, {})) / memory.origin_tokens
+            per_token = len(encode(to_rows(memory.soft_tokens, form), form, {})) / memory.origin_tokens
             row = {"merge_size": size, "form": form, "bytes_per_token": round(per_token, 1)}
             found["memory"].append({**row, "times_smaller": round(kept / per_token, 1)})
     return found

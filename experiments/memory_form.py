@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from gmsa.evaluate.metrics import exact_match, f1
 from gmsa.evaluate.qa import spread
 from gmsa.evaluate.restoration import texts_of_length
 from gmsa.evaluate.statistics import interval
+from gmsa.io.memory import encode, from_rows, to_rows
 from gmsa.io.rows import read_rows
-from gmsa.store.forms import decode, encode
 
 FORMS = ("float32", "bfloat16", "int8")
 CONTEXT = 2048  # tokens of the context whose bytes are counted
@@ -30,7 +31,7 @@ COUNTED = (4, 8, 16, 32)
 
 def as_stored(memory: Memory, form: str) -> Memory:
     """A memory as it reads back from a store."""
-    return decode(encode(memory, form, {}))[0]
+    return replace(memory, soft_tokens=from_rows(to_rows(memory.soft_tokens, form), form))
 
 
 def restoration(gmsa: GMSA, texts: list[str], merge_size: int) -> dict[str, dict[str, Any]]:
@@ -82,7 +83,8 @@ def sizes(gmsa: GMSA, text: str) -> dict[str, Any]:
     rows = []
     for merge_size in COUNTED:
         memory = gmsa.compress(gmsa.tokenizer.decode(ids), merge_size)
-        per_token = {form: len(encode(memory, form, {})) / memory.origin_tokens for form in FORMS}
+        files = {form: encode(to_rows(memory.soft_tokens, form), form, {}) for form in FORMS}
+        per_token = {form: len(file) / memory.origin_tokens for form, file in files.items()}
         rows.append({
             "merge_size": merge_size,
             "soft_tokens": len(memory),

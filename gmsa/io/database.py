@@ -116,11 +116,11 @@ class Database:
         db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             db.text_factory = partial(str, encoding="utf-8", errors="replace")  # damage is for checksums to find
-            if _pages(db) == 0:
+            if _is_empty(db):
                 db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-                db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # makes the first page, seen by others at once
                 db.execute("BEGIN IMMEDIATE")
-                if _pages(db) <= 1:  # still, now that nobody else can fill it; to begin has made the first page
+                if _is_empty(db):  # still, now that nobody else can fill it
                     for statement in SCHEMA:
                         db.execute(statement)
                     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -232,9 +232,10 @@ class Database:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
-def _pages(db: sqlite3.Connection) -> int:
-    """How many there are: of an empty file none, whatever damage says of a full one."""
-    return db.execute("PRAGMA page_count").fetchone()[0]
+def _is_empty(db: sqlite3.Connection) -> bool:
+    """Whether nothing was put into the file yet, whatever damage says of a full one."""
+    count, kind = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "application_id"))
+    return count <= 1 and kind == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone() is None
 
 
 def _use_log(db: sqlite3.Connection) -> None:

@@ -61,7 +61,7 @@ class Memory:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the soft tokens: the same for memories that say the same."""
-        return _sha256(self.soft_tokens.detach().to("cpu").contiguous())
+        return _sha256({"soft_tokens": self.soft_tokens.detach().to("cpu").contiguous()})
 
     @property
     def rate(self) -> float:

@@ -108,7 +108,7 @@ def test_memory_retrieval_benchmark(
                 for n in ("rivers", "bridges", "towers", "lamps")]  # fmt: skip
         places.append(tmp_path / f"{name}.jsonl")
         places[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    benchmark = load("benchmarks", "memory_retrieval")
+    benchmark = load("experiments", "memory_retrieval")
 
     def unavailable(*_: Any) -> None:
         raise benchmark.MethodUnavailable("not here")
@@ -123,7 +123,7 @@ def test_memory_retrieval_benchmark(
 
 
 def test_what_recall_is_made_of(model: Path, load: Callable[..., Any]) -> None:
-    benchmark = load("benchmarks", "memory_retrieval")
+    benchmark = load("experiments", "memory_retrieval")
     states = benchmark.States(torch.tensor([[1.0, 0], [3, 0], [0, 5]]), torch.tensor([2, 1]))
     assert states.mean().tolist() == [[2, 0], [0, 5]]
     questions = benchmark.States(torch.tensor([[0.0, 1], [1, 1]]), torch.tensor([1, 1]))

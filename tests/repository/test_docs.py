@@ -187,7 +187,7 @@ class World:
             self.address = self.stack.enter_context(running(service))
             return "run"
         if any(map(MEMORY_ID.fullmatch, arguments)):  # here the newest is meant
-            with MemoryStore(home() / "store") as store:
+            with MemoryStore(home() / "store.sqlite") as store:
                 newest = store.list()[0].id
             arguments = [newest if MEMORY_ID.fullmatch(word) else word for word in arguments]
         if "--workers" in arguments:  # one works in this process

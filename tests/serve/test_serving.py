@@ -395,7 +395,7 @@ def test_large_merge_sizes_are_not_checked(url: str) -> None:
 
 
 def test_models_whose_restorations_cannot_be_checked(make_gmsa: Callable[..., GMSA], tmp_path: Path) -> None:
-    service = Service(make_gmsa(merging="appended", lsa="mlp"), Settings(store=tmp_path))
+    service = Service(make_gmsa(merging="appended", lsa="mlp"), Settings(store=tmp_path / "store"))
     with running(service) as url:
         route = f"{url}/v1/memories/{remembered(url)['id']}/restore"
         for stream in (False, True):

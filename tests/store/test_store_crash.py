@@ -86,7 +86,7 @@ class Gmsa:  # tells when it compresses; then waits for a file, if one is named
         return make(text)
 
 def killed_at(path, what, line):
-    store = MemoryStore(path, form="float32", max_bytes=12_000)
+    store = MemoryStore(path, form="float32", max_bytes=12_000) if what != "make" else None
     seen = 0
     def trace(frame, event, _):
         nonlocal seen
@@ -100,7 +100,9 @@ def killed_at(path, what, line):
             os.kill(os.getpid(), signal.SIGKILL)
         return trace
     sys.settrace(trace)
-    if what == "put":  # the first memories make way
+    if what == "make":
+        MemoryStore(path).close()
+    elif what == "put":  # the first memories make way
         store.put("new", make("new"))
     elif what == "compress":
         store.get_or_compress(Gmsa(), "new", 1)
@@ -313,6 +315,21 @@ def test_killed_at_every_line(driver: Driver, quick_path: Path, what: str) -> No
     changed = [outcome != BEFORE for outcome in outcomes]
     assert changed == sorted(changed)  # all at once, from one line on
     assert all(outcome in (BEFORE, AFTER[what]) for outcome in outcomes)
+
+
+def test_killed_at_every_line_of_making_a_store(driver: Driver, quick_path: Path) -> None:
+    """Whatever is left is made into a store by the next one."""
+    for line in range(1, 1000):
+        path = quick_path / f"killed-{line}"
+        told = driver.run(["killed_at", str(path), "make", line])
+        assert not [words for words in told if words[0] == "failed"], told
+        with MemoryStore(path, form="float32") as store:
+            entry = store.put("text", make("text"))
+            assert is_of(store.load(entry.id), "text")
+            assert (store.verify().damaged, store.verify().problems) == ([], [])
+        if told[-1] == ["over", "0"]:
+            break
+    assert 30 < line < 999
 
 
 def state(path: Path, ids: dict[str, str]) -> dict[str, str | None]:
@@ -551,7 +568,7 @@ def filled(path: Path) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("small_pages")
 def test_no_flipped_byte_of_the_file_is_served(quick_path: Path) -> None:
-    """Each byte of the header, and every eleventh other. It is found by checksum, or SQLite finds it, or it means nothing."""
+    """Each byte of the header, every eleventh other: found by checksum or by SQLite, or it means nothing."""
     path = quick_path / "s"
     whole = filled(path)
     raw = path.read_bytes()
