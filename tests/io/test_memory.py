@@ -72,7 +72,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gmsa.io.memory.save", full)
+    monkeypatch.setattr("gmsa.io.memory.save_file", full)
     with pytest.raises(MemoryFileError, match="No space left"):
         make().save(path)
     monkeypatch.undo()

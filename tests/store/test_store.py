@@ -1028,7 +1028,7 @@ def test_one_bad_item_does_not_fail_the_others(
     files = {name: tmp_path / f"{name}.txt" for name in names}
     for name, text in names.items():
         files[name].write_text(text)
-    (tmp_path / "raw.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "raw.txt").write_bytes(b"\xff\xff\x00")
     given = [*map(str, files.values()), str(tmp_path / "raw.txt"), str(tmp_path / "none.txt")]
     of = ["--model", model, "--dtype", "float32", "--store", str(tmp_path / "s")]
     assert cli.main(["store", "add", *given, *of]) == 1
@@ -1041,7 +1041,7 @@ def test_one_bad_item_does_not_fail_the_others(
     assert [m["label"] for m in json.loads(out)["memories"]] == ["good.txt", "better.txt"]
     # A label that cannot be kept is wrong of each; a memory that is too large is wrong of one.
     assert "2 of 2 texts were not added" in run(
-        "store", "add", *given[:1], *given[2:3], "--label", "\udcff", *of, code=1
+        "store", "add", *given[:1], *given[2:3], "--label", "x" * 1001, *of, code=1
     )
     files["empty"].write_text(TEXT * 20)
     assert cli.main(["store", "add", *given[:3], "--max-bytes", "20k", *of, "--merge-size", "3"]) == 1
@@ -1062,14 +1062,12 @@ def test_one_bad_item_does_not_fail_the_others(
     assert [m["id"] for m in run("store", "ls", *there)["memories"]] == ids[1:]
 
 
-@pytest.mark.parametrize("command", [["ls"], ["show"], ["rm"], ["export", "x.tar"]])
+@pytest.mark.parametrize("command", [["show"], ["rm"], ["export", "x.tar"]])
 def test_bytes_that_are_no_text_are_one_clear_error(
     run: Callable[..., Any], tmp_path: Path, command: list[str]
 ) -> None:
     MemoryStore(tmp_path / "s").close()
-    argument = ["--label", "\udcff"] if command == ["ls"] else ["\udcff"]
-    said = run("store", *command, *argument, "--store", str(tmp_path / "s"), code=1)
-    assert "half a surrogate" in said or "is no id" in said
+    assert "is no id" in run("store", *command, "\udcff", "--store", str(tmp_path / "s"), code=1)
 
 
 def test_an_old_folder_is_named(run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
