@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor
 
 # What a write that was killed leaves behind begins so. Short: beside a file whose own name is as long as may be.

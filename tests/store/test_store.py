@@ -1039,7 +1039,10 @@ def test_one_bad_item_does_not_fail_the_others(
     assert cli.main(["store", "add", *given, "--json", *of]) == 1
     out, error = capsys.readouterr()
     assert [m["label"] for m in json.loads(out)["memories"]] == ["good.txt", "better.txt"]
-    # A memory that is too large is wrong of one.
+    # A label that cannot be kept is wrong of each; a memory that is too large is wrong of one.
+    assert "2 of 2 texts were not added" in run(
+        "store", "add", *given[:1], *given[2:3], "--label", "x" * 1001, *of, code=1
+    )
     files["empty"].write_text(TEXT * 20)
     assert cli.main(["store", "add", *given[:3], "--max-bytes", "20k", *of, "--merge-size", "3"]) == 1
     out, error = capsys.readouterr()
