@@ -1,4 +1,4 @@
-"""When does the autoencoder leave its plateau, and what does that take? The study of docs/convergence.md.
+"""When does the autoencoder leave its plateau, and what does that take? The study of docs/training-log.md.
 
 Stage 1 on the default backbone with the decoder frozen, the same batches and steps for every arm: {group merging + LSA,
 no LSA, randomly initialised LSA, appended tokens, no throwaway first token} x {rates 4 and 8 throughout, small rates

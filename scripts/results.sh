@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes the numbers of the shipped model in docs/results.md, the README and the model card anew: half a day on two CPU cores.
 # Goes on where it stopped: answers are cached in the output folder.
-#   scripts/results.sh DATA OUT [TEXT_DECODER]      DATA: docs/data-sources.md; TEXT_DECODER: trained by recipes/text-decoder.yaml
+#   scripts/results.sh DATA OUT [TEXT_DECODER]      DATA: docs/data.md; TEXT_DECODER: trained by recipes/text-decoder.yaml
 set -eu
 cd "$(dirname "$0")/.."
 data=$1 out=$2 text_decoder=${3:-runs/text-decoder/model}

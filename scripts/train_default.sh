@@ -1,6 +1,6 @@
 #!/bin/sh
 # Trains the bundled default model from nothing, on CPU or GPU alike, and puts it into the package.
-# It needs the files of docs/data-sources.md in ../shared/data. Killed at any time, it goes on from the newest checkpoint when started again.
+# It needs the files of docs/data.md in ../shared/data. Killed at any time, it goes on from the newest checkpoint when started again.
 #   scripts/train_default.sh [key=value ...]     overrides for all recipes, e.g. tokens_per_batch=16384
 set -eu
 cd "$(dirname "$0")/.."

@@ -28,7 +28,7 @@ from gmsa.model.padding import embed_rows, pad_left
 class GmsaNetwork(PreTrainedModel):
     """Compressor and decoder. See `gmsa.GMSA` for the interface that takes text.
 
-    Built from backbones that are already loaded; `from_pretrained` finds and loads them (checkpoint.py).
+    Built from backbones that are already loaded; `from_pretrained` finds and loads them (io/loading.py).
     """
 
     config_class = GmsaConfig

@@ -19,7 +19,7 @@ from gmsa.train.stages import trained_groups
 DATA_KEYS = ("path", "weight", "as", "tokens_per_batch", "rows_per_batch", "where")
 EVALUATE_KEYS = ("path", "every", "texts", "length", "merge_sizes")
 # Parts that an overlay changes key by key; anything else it replaces whole.
-MERGED_PARTS = ("model", "evaluate", "schedule_options", "distil", "continuation", "lookup")
+MERGED_PARTS = ("model", "evaluate", "schedule_options", "distil", "continuation", "lookup", "mixed")
 
 
 @dataclass
