@@ -26,6 +26,7 @@ from gmsa.errors import (
 from gmsa.io import archive, database
 from gmsa.io.archive import check_notes
 from gmsa.io.database import StoredMemory, entry_of, find_row
+from gmsa.text import check_text
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor
@@ -145,14 +146,9 @@ class MemoryStore:
         Raises:
             InputError: it is no text, or holds half a surrogate pair.
         """
-        if not isinstance(text, str):
-            raise InputError(f"a context must be a text, got {type(text).__name__}")
         digest = hashlib.sha256()
-        for part in (KEY_FORMAT, self.form, fingerprint, str(merge_size), text):
-            try:
-                raw = part.encode()
-            except UnicodeEncodeError as error:
-                raise InputError("the text holds half a surrogate pair: decode it properly first") from error
+        for part in (KEY_FORMAT, self.form, fingerprint, str(merge_size), check_text(text)):
+            raw = part.encode()
             digest.update(len(raw).to_bytes(8, "big"))  # so that no two lists of parts look alike
             digest.update(raw)
         return digest.hexdigest()

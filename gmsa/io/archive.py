@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gmsa.errors import InputError, MemoryFileError
 from gmsa.io.database import ID, StoredMemory
 from gmsa.io.files import atomic_file
+from gmsa.text import check_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,13 +29,8 @@ Notes = dict[str, Any]  # label and metadata
 
 def check_notes(label: str | None, metadata: dict[str, Any] | None) -> None:
     """Raise InputError unless a label and metadata can be kept and come back the same."""
-    if label is not None:
-        if not isinstance(label, str) or len(label) > MAX_LABEL:
-            raise InputError(f"a label is a text of at most {MAX_LABEL:,} characters")
-        try:
-            label.encode()
-        except UnicodeEncodeError as error:
-            raise InputError("the label holds half a surrogate pair: decode it properly first") from error
+    if label is not None and len(check_text(label, "a label")) > MAX_LABEL:
+        raise InputError(f"a label is a text of at most {MAX_LABEL:,} characters")
     if metadata is not None:
         try:
             text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)

@@ -228,7 +228,7 @@ def test_keys_differ_by_everything_that_matters(tmp_path: Path, store: MemorySto
     assert all(len(key) == 64 for key in keys)
     with pytest.raises(InputError, match="surrogate"):
         store.key("\ud800", "f", 4)
-    with pytest.raises(InputError, match="must be a text, got bytes"):
+    with pytest.raises(InputError, match=r"must be a text \(str\), got bytes"):
         store.key(b"text", "f", 4)  # type: ignore[arg-type]
 
 
