@@ -263,7 +263,6 @@ def _length_function(backbone: str | None) -> Callable[[str], int]:
     if backbone is None:
         return lambda text: len(text.split())
     from gmsa.io.backbones import load_tokenizer
-    from gmsa.text import encode
 
     tokenizer = load_tokenizer(backbone)
     return lambda text: len(encode(tokenizer, text))
