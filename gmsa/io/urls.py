@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import lzma
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from gmsa.errors import CorpusError, GmsaError
+from gmsa.io.files import atomic_file
 
 BLOCK = 1 << 20
 # What files that are missing, cut off, damaged or packed in an unknown way raise; pyarrow's errors are of these, too.
@@ -163,12 +163,5 @@ class UrlFolder:
             if not self.local:
                 self.fs.pipe_file(path, bytes(content))
                 return
-            scratch = Path(self.path, f".{name}")  # one that a killed run left is written anew
-            try:
-                with scratch.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                scratch.replace(path)
-            finally:
-                scratch.unlink(missing_ok=True)
+            with atomic_file(path) as scratch:
+                scratch.write_bytes(content)
