@@ -21,7 +21,9 @@ from haystack.dataclasses import ChatMessage, StreamingCallbackT, StreamingChunk
 from haystack.utils import deserialize_callable, serialize_callable
 
 from gmsa.errors import InputError
-from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source, reader_from_dict
+from gmsa.integrations.local import LocalReader
+from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source
+from gmsa.integrations.server import ServerReader
 
 
 @component
@@ -191,3 +193,15 @@ def _options(given: dict[str, Any]) -> Options:
         given.get("top_p", Options.top_p),
         (stop,) if isinstance(stop, str) else tuple(stop),
     )
+
+
+def reader_from_dict(data: dict[str, Any]) -> Reader:
+    """What `Reader.to_dict` was called of.
+
+    Raises:
+        InputError: it describes no reader.
+    """
+    kinds: dict[str, type[Reader]] = {kind.__name__: kind for kind in (LocalReader, ServerReader)}
+    if data.get("type") not in kinds:
+        raise InputError(f"a reader is one of {', '.join(kinds)}, got {data.get('type')!r}")
+    return kinds[data["type"]](**data["init_parameters"])

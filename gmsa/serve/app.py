@@ -104,6 +104,7 @@ def create_app(service: Service, hosts: frozenset[str] = frozenset()) -> FastAPI
     handle_errors(app)
     _add_answer_routes(app, service)
     _add_memory_routes(app, service)
+    _add_restoration(app, service)
     _add_system_routes(app, service)
     app.add_middleware(Guard, settings=service.settings, metrics=service.metrics, hosts=hosts)
     if service.settings.api_key is not None:
@@ -376,6 +377,9 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
 # -- memories ----------------------------------------------------------------------------------------------------------
 
 
+ID_PATH = Path(description="of a stored memory")
+
+
 def _add_memory_routes(app: FastAPI, service: Service) -> None:
     def described(entry: StoredMemory) -> dict[str, Any]:
         fields = {name: getattr(entry, name) for name in MemoryObject.model_fields if hasattr(entry, name)}
@@ -410,15 +414,13 @@ def _add_memory_routes(app: FastAPI, service: Service) -> None:
         found = await service.call_store(lambda store: store.list(label=label, limit=limit + 1, offset=offset))
         return MemoryList(data=[MemoryObject(**described(e)) for e in found[:limit]], has_more=len(found) > limit)
 
-    id_path = Path(description="of a stored memory")
-
     @app.get("/v1/memories/{id}", responses=documented(404, 422, 503), tags=["memories"])
-    async def get_memory(id: MemoryId = id_path) -> MemoryObject:
+    async def get_memory(id: MemoryId = ID_PATH) -> MemoryObject:
         """What is known of a stored memory."""
         return MemoryObject(**described(await service.call_store(lambda store: store.entry(id))))
 
     @app.delete("/v1/memories/{id}", responses=documented(404, 422, 503), tags=["memories"])
-    async def delete_memory(id: MemoryId = id_path) -> DeletedMemory:
+    async def delete_memory(id: MemoryId = ID_PATH) -> DeletedMemory:
         """Forget a memory."""
 
         def delete(store: MemoryStore) -> None:
@@ -428,13 +430,15 @@ def _add_memory_routes(app: FastAPI, service: Service) -> None:
         await service.call_store(delete)
         return DeletedMemory(id=id)
 
+
+def _add_restoration(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/memories/{id}/restore",
         response_model=RestoredMemory,
         responses=documented(400, 404, 422, 429, 503, stream=True),
         tags=["memories"],
     )
-    async def restore_memory(body: RestoreRequest, request: Request, id: MemoryId = id_path) -> Response:
+    async def restore_memory(body: RestoreRequest, request: Request, id: MemoryId = ID_PATH) -> Response:
         """The text of a memory as the model can restate it; a stream has events {"text": ...}.
 
         With `check` an event stands for a soft token, and says whether it is "confirmed".

@@ -15,7 +15,6 @@ from server import running
 from gmsa import GMSA, MemoryStore
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, MemoryNotFoundError, RemoteDecoderError
 from gmsa.integrations import Answer, LocalReader, Message, Options, Reader, ServerReader, Source
-from gmsa.integrations.reader import reader_from_dict
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.serve.service import Service
@@ -306,6 +305,8 @@ def test_marks_are_found_again_and_cannot_be_forged(reader: LocalReader, gmsa: G
 
 def test_a_reader_can_be_written_down(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
     named = LocalReader("default", "memories.sqlite", merge_size=8, form="int8", keep=False)
+    from gmsa.integrations.haystack import reader_from_dict
+
     assert reader_from_dict(named.to_dict()).to_dict() == named.to_dict()
     monkeypatch.setenv("GMSA_API_KEY", "secret")
     remote = ServerReader("http://localhost:1/v1", api_key="secret", merge_size=2)

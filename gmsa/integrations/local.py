@@ -1,0 +1,256 @@
+"""A reader with a model and a store in this process."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gmsa.errors import GmsaError, InputError, MemoryFileError, MemoryNotFoundError
+from gmsa.integrations.reader import GREEDY, Answer, Message, Options, Reader, Remembered, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gmsa.api import GMSA
+    from gmsa.decode.prompt import Frame
+    from gmsa.io.memory import Memory
+    from gmsa.store import MemoryStore
+
+
+@dataclass
+class _Job:
+    """A chat that waits for the model."""
+
+    messages: Sequence[Message]
+    options: Options
+    result: Answer | BaseException | None = None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What the engine takes: memories and token ids between them, with the text before and after."""
+
+    prompt: "Frame"
+    content: "list[Memory | Tensor]"
+    soft_tokens: int
+    origin_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.prompt.before) + sum(map(len, self.content)) + len(self.prompt.after)
+
+
+@dataclass
+class _Waiting:
+    jobs: list[_Job] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, job: _Job) -> None:
+        with self.lock:
+            self.jobs.append(job)
+
+    def take(self, options: Options) -> list[_Job]:
+        """All that can be answered as one batch."""
+        with self.lock:
+            taken = [job for job in self.jobs if job.options == options]
+            self.jobs = [job for job in self.jobs if job.options != options]
+        return taken
+
+
+class LocalReader(Reader):
+    """A model and a store in this process. Chats that arrive while one is answered are answered together.
+
+    Args:
+        gmsa: the model, or what `GMSA.from_pretrained` takes; then it is loaded when first needed.
+        store: where memories are kept, or its file; None: every text is compressed each time.
+        merge_size: of memories that are made or looked up by text.
+        form: of memories that are kept or looked up by text, where the store is given as a file.
+        keep: store what had to be compressed. False: only look memories up.
+        batch_size: chats answered at once, at most.
+    """
+
+    def __init__(
+        self,
+        gmsa: "GMSA | str | Path" = "default",
+        store: "MemoryStore | str | Path | None" = None,
+        *,
+        merge_size: int = 4,
+        form: str = "bfloat16",
+        keep: bool = True,
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__()
+        self._given = gmsa, store
+        self.merge_size = merge_size
+        self.form = form
+        self.keep = keep
+        self.batch_size = batch_size
+        self._lock = threading.Lock()  # one object of GMSA serves one caller at a time
+        self._waiting = _Waiting()
+
+    @cached_property
+    def gmsa(self) -> "GMSA":
+        """The model."""
+        from gmsa.api import GMSA
+
+        given = self._given[0]
+        return GMSA.from_pretrained(given) if isinstance(given, str | Path) else given
+
+    @cached_property
+    def store(self) -> "MemoryStore | None":
+        """Where memories are kept."""
+        from gmsa.store import MemoryStore
+
+        given = self._given[1]
+        return MemoryStore(given, form=self.form) if isinstance(given, str | Path) else given
+
+    def remember(self, texts: Sequence[str]) -> list[Remembered | None]:
+        """See `Reader.remember`; what is missing is compressed in batches."""
+        if self.store is None:
+            return [None for _ in texts]
+        with self._lock:
+            if self.keep:
+                self._by_text(texts)
+            entries = [self.store.find(text, self.gmsa.fingerprint, self.merge_size) for text in texts]
+        return [Remembered(e.id, e.soft_tokens, e.origin_tokens) if e else None for e in entries]
+
+    def answer(self, messages: Sequence[Message], options: Options = GREEDY) -> Answer:
+        """See `Reader.answer`."""
+        job = _Job(messages, options)
+        self._waiting.add(job)
+        with self._lock:
+            if job.result is None:  # else whoever had the model before has answered it
+                self._run(self._waiting.take(options))
+        if isinstance(job.result, BaseException):
+            raise job.result
+        assert job.result is not None
+        return job.result
+
+    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> Iterator[str]:
+        """See `Reader.stream`. A thread writes, so that a slow or abandoned stream does not keep the model."""
+        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        gone = threading.Event()
+
+        def write() -> None:
+            try:
+                with self._lock:
+                    ready = self._ready(messages, {})
+                    for piece in self.gmsa.answer(ready.prompt, ready.content, stream=True, **_arguments(options)):
+                        pieces.put(piece)
+                        if gone.is_set():
+                            break
+                pieces.put(None)
+            except BaseException as error:
+                pieces.put(error)
+
+        threading.Thread(target=write, daemon=True, name="gmsa-stream").start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            gone.set()
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Reader.to_dict`."""
+        gmsa, store = self._given
+        if not isinstance(gmsa, str | Path) or not isinstance(store, str | Path | None):
+            raise InputError("to write this reader down give it the names of model and store, not the objects")
+        settings = {name: getattr(self, name) for name in ("merge_size", "form", "keep", "batch_size")}
+        names = {"gmsa": str(gmsa), "store": None if store is None else str(store)}
+        return {"type": "LocalReader", "init_parameters": {**names, **settings}}
+
+    # -- with the model in hand ------------------------------------------------------------------------------------
+
+    def _run(self, jobs: Sequence[_Job]) -> None:
+        """Give every job its result."""
+        held: dict[Source, Memory] = {}
+        ready: list[tuple[_Job, _Ready]] = []
+        try:
+            for job in jobs:
+                try:
+                    ready.append((job, self._ready(job.messages, held)))
+                except GmsaError as error:
+                    job.result = error
+            try:
+                self._answer_all(ready)
+            except GmsaError:  # of one of them; which?
+                for one in ready:
+                    try:
+                        self._answer_all([one])
+                    except GmsaError as error:
+                        one[0].result = error
+        except BaseException as error:  # whoever waits must hear of it
+            for job in jobs:
+                job.result = job.result or error
+
+    def _answer_all(self, ready: Sequence[tuple[_Job, _Ready]]) -> None:
+        if not ready:
+            return
+        texts = self.gmsa.read(
+            [one.prompt for _, one in ready],
+            [one.content for _, one in ready],
+            batch_size=self.batch_size,
+            **_arguments(ready[0][0].options),
+        )
+        for (job, one), text in zip(ready, texts, strict=True):
+            written = len(self.gmsa.template.encode(text))
+            job.result = Answer(text, len(one), one.soft_tokens, one.origin_tokens, written)
+
+    def _ready(self, messages: Sequence[Message], held: "dict[Source, Memory]") -> _Ready:
+        """A chat through the decoder's template. `held`: memories at hand, which are added to."""
+        from gmsa.decode.prompt import Frame, Turn
+
+        sources = [part for message in messages for part in message.parts if isinstance(part, Source)]
+        self._load([source for source in sources if source not in held], held)
+        turns = [Turn(m.role, [held[p] if isinstance(p, Source) else p for p in m.parts]) for m in messages]
+        if not any(isinstance(part, str) and part.strip() for turn in turns for part in turn.parts):
+            raise InputError("the question is empty")
+        first, *content = self.gmsa.template.chat(turns)
+        last = content.pop() if content else first[:0]
+        memories = [held[source] for source in sources]
+        soft, origin = sum(map(len, memories)), sum(memory.origin_tokens for memory in memories)
+        return _Ready(Frame(first, last), content, soft, origin)
+
+    def _load(self, sources: Sequence[Source], held: "dict[Source, Memory]") -> None:
+        """Memories by id where they are stored, else by text."""
+        missing: list[Source] = []
+        for source in sources:
+            try:
+                if source.id is None or self.store is None:
+                    raise MemoryNotFoundError(f"there is no store to find memory {source.id} in: give the reader one")
+                held[source] = self.store.load(source.id, self.gmsa.fingerprint)
+            except (MemoryNotFoundError, MemoryFileError):
+                if source.text is None:
+                    raise
+                missing.append(source)
+        memories = self._by_text([source.text for source in missing if source.text is not None])
+        held.update(zip(missing, memories, strict=True))
+
+    def _by_text(self, texts: Sequence[str]) -> "list[Memory]":
+        """The memories of texts; those not stored are compressed together."""
+        found: dict[str, Memory] = {}
+        if self.store is not None:
+            for text in dict.fromkeys(texts):
+                with contextlib.suppress(MemoryNotFoundError, MemoryFileError):
+                    found[text] = self.store.load(self.store.key(text, self.gmsa.fingerprint, self.merge_size))
+        new = [text for text in dict.fromkeys(texts) if text not in found]
+        for text, memory in zip(new, self.gmsa.compress(new, self.merge_size) if new else [], strict=True):
+            found[text] = memory
+            if self.store is not None and self.keep:
+                entry = self.store.put(text, memory)
+                with contextlib.suppress(MemoryNotFoundError, MemoryFileError):  # gone already: a small cap
+                    # As it reads back, so that the first answer comes from the same numbers as all later ones.
+                    found[text] = self.store.load(entry.id)
+        return [found[text] for text in texts]
+
+
+def _arguments(options: Options) -> dict[str, Any]:
+    """Of `GMSA.answer` and `GMSA.read`."""
+    sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    common = {"max_new_tokens": options.max_new_tokens, "stop": options.stop}
+    return common | (sampling if options.temperature > 0 else {})
