@@ -3,14 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint typecheck check docs bench wheel smoke vllm-check clean
+.PHONY: demo test quick lint typecheck check docs bench wheel smoke vllm-check clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/gmsa pull
 	@$(BIN)/python examples/demo.py
 
+# A process a core, up to four, with one thread each: two with two threads each would starve each other.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Without the slow ones: processes, crashes, a browser, checked restoration, every command of the documentation.
+quick: $(VENV)/.installed-dev
+	$(PYTEST) -m 'not slow'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

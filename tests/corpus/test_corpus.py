@@ -441,6 +441,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Any:
     return pytest.importorskip("ray", reason="Ray is not installed: pip install 'gmsa[ray]'")
 
 
+@pytest.mark.slow
 def test_ray_makes_the_same_corpus_and_survives_a_kill(
     run: Callable[..., Totals], corpus: Path, tmp_path: Path, ray: Any
 ) -> None:
@@ -460,6 +461,7 @@ def test_ray_makes_the_same_corpus_and_survives_a_kill(
         run(corpus, workers=2, engine="ray", merge_size=2)
 
 
+@pytest.mark.slow
 def test_ray_with_room_for_one_worker_and_what_it_says_of_faults(
     run: Callable[..., Totals], corpus: Path, tmp_path: Path, ray: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

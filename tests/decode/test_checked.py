@@ -21,6 +21,8 @@ from gmsa.evaluate.restoration import evaluate_restoration
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 
+pytestmark = pytest.mark.slow
+
 LOCAL = {"mistral", "gemma2", "gemma3"}
 CHECKABLE = sorted(set(FAMILIES) - LOCAL)
 TEXTS = ["A short one.", "A second text that is a good deal longer than the first, over several windows.", "Third?"]

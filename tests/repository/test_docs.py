@@ -49,6 +49,8 @@ from gmsa.serve.service import Service
 from gmsa.store import MemoryStore
 from gmsa.train.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # before it is imported: tests talk to nobody
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

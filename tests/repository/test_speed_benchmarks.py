@@ -15,6 +15,8 @@ import torch
 from gmsa.cli.main import build_parser
 from gmsa.io.loading import GmsaModel
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 

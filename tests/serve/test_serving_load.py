@@ -15,6 +15,8 @@ from gmsa.io.loading import GmsaModel
 from gmsa.serve.service import Service
 from gmsa.serve.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving_load.py"
 
 

@@ -20,6 +20,8 @@ from gmsa.cli.main import main
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 
+pytestmark = pytest.mark.slow
+
 TEXT = "The secret word is heron. It stood by the river."
 
 

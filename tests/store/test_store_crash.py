@@ -28,6 +28,8 @@ from gmsa.errors import GmsaError, MemoryFileError, MemoryNotFoundError, StoreEr
 from gmsa.io import database
 from gmsa.store import StoredMemory
 
+pytestmark = pytest.mark.slow
+
 FINGERPRINT = "0123456789abcdef"
 
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import train
 
+pytestmark = pytest.mark.slow
+
 FSDP = Path(__file__).parents[1] / "fsdp_on_cpu.py"
 
 

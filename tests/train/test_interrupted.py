@@ -21,6 +21,8 @@ from gmsa.train import checkpoints
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def recipe(tmp_path: Path, save_backbone: Callable[..., Path]) -> Callable[..., Recipe]:
