@@ -48,8 +48,8 @@ LEAST = {
 
 # Not a recipe's to set: why, and what says so instead.
 OURS = {
-    "`output` is the folder of a run": ("output_dir",),
-    "`tokens_per_batch` or `rows_per_batch` makes the batches": (
+    "output is the folder of a run": ("output_dir",),
+    "tokens_per_batch or rows_per_batch makes the batches": (
         "per_device_train_batch_size",
         "auto_find_batch_size",
         "dataloader_drop_last",
@@ -58,8 +58,8 @@ OURS = {
         "length_column_name",
     ),
     "batches are made whole, there are no columns": ("remove_unused_columns", "label_names"),
-    "`trainer.max_steps` says how long a run is": ("num_train_epochs",),
-    "`evaluate` says on what and how often": (
+    "trainer.max_steps says how long a run is": ("num_train_epochs",),
+    "evaluate says on what and how often": (
         "do_eval",
         "eval_strategy",
         "eval_steps",
@@ -76,22 +76,22 @@ OURS = {
         "fp16_full_eval",
     ),
     "a run trains": ("do_train", "do_predict"),
-    "`trainer.save_steps` says how often; a checkpoint holds all that a run is resumed from": (
+    "trainer.save_steps says how often; a checkpoint holds all that a run is resumed from": (
         "save_strategy",
         "save_only_model",
         "save_safetensors",
         "enable_jit_checkpoint",
     ),
-    "`trainer.logging_steps` says how often": ("logging_strategy",),
+    "trainer.logging_steps says how often": ("logging_strategy",),
     "the last model is the run's": ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     "--resume goes on from the newest checkpoint, with the batches that would have come next": (
         "resume_from_checkpoint",
         "overwrite_output_dir",
         "ignore_data_skip",
     ),
-    "trained weights are fp32, and what is computed is bf16 or, with `trainer.bf16: false`, fp32": ("fp16",),
-    "`compile` compiles block by block": ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-    "its name here is `trainer.gradient_checkpointing`": (
+    "trained weights are fp32, and what is computed is bf16 or, with trainer.bf16: false, fp32": ("fp16",),
+    "compile compiles block by block": ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    "its name here is trainer.gradient_checkpointing": (
         "activation_checkpointing",
         "activation_checkpointing_kwargs",
         "gradient_checkpointing_kwargs",
@@ -106,7 +106,7 @@ OURS = {
     ),
     "a loss that is not finite ends the run": ("logging_nan_inf_filter",),
     "the progress bar stands where stderr is a terminal": ("disable_tqdm",),
-    "batches are drawn by `trainer.seed`": ("data_seed",),
+    "batches are drawn by trainer.seed": ("data_seed",),
     "push the model when it is trained: GMSA.from_pretrained(...).push_to_hub(...)": (
         "push_to_hub",
         "hub_token",
@@ -223,7 +223,7 @@ def training_arguments(settings: Mapping[str, Any], output: str, evaluate_every:
         ConfigError: transformers does not know the schedule, what it is told, or what is reported to.
     """
     passed = dict(settings)
-    # Trained weights are saved, rotated and checkpointed by us.
+    # Done by the package itself: the Trainer's own would not know the frozen decoder, nor whole checkpoints.
     for name in ("gradient_checkpointing", "save_total_limit"):
         del passed[name]
     passed["max_steps"] = max(1, settings["max_steps"])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs recipes/default-gpu.yaml on a CPU, small: `make rehearse-gpu`.
 
-    python scripts/gpu/rehearse.py [FOLDER] [key=value ...]
+    python scripts/gpu/rehearse.py [FOLDER] [key=value ...]        FOLDER: runs/rehearse-gpu
 
 All that the recipe says is done (packed batches, the mean of the weights, texts of contexts, workers, compiled
 blocks), with rows made up for each of its files, a random backbone of two blocks in place of the model it goes on from,
@@ -11,7 +11,6 @@ and four steps.
 import dataclasses
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def small(recipe: Recipe, folder: Path) -> Recipe:
 def main(arguments: list[str]) -> int:
     """Rehearse; the exit status of `gmsa train`."""
     folders = [argument for argument in arguments if "=" not in argument]
-    folder = Path(folders[0] if folders else tempfile.mkdtemp(prefix="gmsa-rehearsal-"))
+    folder = Path(folders[0]) if folders else ROOT / "runs/rehearse-gpu"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
     path.write_text(small(Recipe.load(ROOT / "recipes/default-gpu.yaml"), folder).dump())
