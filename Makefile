@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint typecheck check docs bench wheel smoke vllm-check clean
+.PHONY: demo test quick lint typecheck check docs bench rehearse-gpu wheel smoke vllm-check clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/gmsa pull
@@ -41,6 +41,10 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/decoding.py --output docs/results/decoding.json
 	$(BIN)/python benchmarks/bytes.py --output docs/results/bytes.json
 	$(BIN)/python benchmarks/start.py --output docs/results/start.json
+
+# The recipe for a GPU, run small on a CPU: a random backbone, four steps.
+rehearse-gpu: $(VENV)/.installed-dev
+	$(BIN)/python scripts/gpu/rehearse.py
 
 wheel: $(VENV)/.installed-dev
 	rm -rf dist

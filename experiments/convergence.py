@@ -91,9 +91,8 @@ def report(recipe: Recipe, folder: Path, results: Path, plot: Path) -> None:
     for name in arms():
         log = folder / name / "log.jsonl"
         entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        probes = [
-            (e["step"], e["probe"]["token_accuracy"]) for e in entries if "probe" in e and e["step"] <= recipe.steps
-        ]
+        last = recipe.trainer["max_steps"]
+        probes = [(e["step"], e["probe"]["token_accuracy"]) for e in entries if "probe" in e and e["step"] <= last]
         if not probes:
             continue
         curves[name] = {size: [(step, found[size]) for step, found in probes] for size in probes[-1][1]}

@@ -68,7 +68,9 @@ def save_model(
     for name, parameter in stored_parameters(model).items():
         value = whole.get(name, parameter).detach().to("cpu")
         if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"not saved: {name} holds values that are not finite; lower learning_rate or clip")
+            raise CheckpointError(
+                f"not saved: {name} holds values that are not finite; lower learning_rate or max_grad_norm"
+            )
         if form == "exact":
             tensors[name] = value.contiguous()
         elif value.dim() == 2 and name in origins:

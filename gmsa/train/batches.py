@@ -145,7 +145,7 @@ class TrainingBatches(Dataset[NumberedBatch]):
         self.packed = packed
         self.sink_id = sink_id
         weights = [weight for _, weight in sources]
-        chooser = random.Random(f"{recipe.seed}-sources")
+        chooser = random.Random(f"{recipe.trainer['seed']}-sources")
         counts = [0] * len(sources)
         self.places: list[tuple[int, int]] = []  # (source, number of the batch within it)
         for _ in range(len(self)):
@@ -154,7 +154,7 @@ class TrainingBatches(Dataset[NumberedBatch]):
             counts[source] += 1
 
     def __len__(self) -> int:
-        return self.recipe.steps * self.batches_per_step
+        return self.recipe.trainer["max_steps"] * self.batches_per_step
 
     def __getitem__(self, number: int) -> NumberedBatch:
         examples = self.examples(number)
@@ -172,10 +172,10 @@ class TrainingBatches(Dataset[NumberedBatch]):
         """The rows of batch `number`, tokenised."""
         source, place = self.places[number]
         rows = self.sources[source][0].rows
-        rng = random.Random(f"{self.recipe.seed}-{number}")
+        rng = random.Random(f"{self.recipe.trainer['seed']}-{number}")
         step = number // self.batches_per_step
         made = []
-        for row_number, length in self.sources[source][0].batch(place, self.recipe.seed + source):
+        for row_number, length in self.sources[source][0].batch(place, self.recipe.trainer["seed"] + source):
             sizes = self.rates.draw(step, rng, self.recipe.rates_per_sample)
             row = rows[row_number]
             if "text" in row:

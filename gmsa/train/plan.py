@@ -29,7 +29,9 @@ def plan(recipe: Recipe) -> str:
     bad: list[BadLine] = []
     skip = bad.append if recipe.on_error == "skip" else None
     packed = packs_batches(recipe, model, 1)
-    batches = training_batches(recipe, model, encoder, template, recipe.accumulate, skip, packed)
+    batches = training_batches(
+        recipe, model, encoder, template, recipe.trainer["gradient_accumulation_steps"], skip, packed
+    )
     looked_at = [batches.examples(number) for number in range(min(LOOKED_AT, len(batches)))]
     lines = [
         ("stage", _stage(recipe)),
@@ -76,12 +78,12 @@ def _data(recipe: Recipe, batches: TrainingBatches, bad: list[BadLine]) -> str:
 
 
 def _steps(recipe: Recipe, looked_at: list[list[Example]]) -> str:
-    batch = f"{recipe.accumulate} micro-batch(es) per process"
+    batch = f"{recipe.trainer['gradient_accumulation_steps']} micro-batch(es) per process"
     if not looked_at:
         return f"0 of {batch}"
     rows = sum(map(len, looked_at)) / len(looked_at)
     tokens = sum(sum(map(len, e.contexts)) for part in looked_at for e in part) / len(looked_at)
-    return f"{recipe.steps:,} of {batch}, each about {rows:.1f} rows, {tokens:,.0f} context tokens"
+    return f"{recipe.trainer['max_steps']:,} of {batch}, each about {rows:.1f} rows, {tokens:,.0f} context tokens"
 
 
 def _truncation(recipe: Recipe, looked_at: list[list[Example]]) -> str:
@@ -120,7 +122,7 @@ def bytes_for_backward(model: GmsaModel, batch: Batch | PackedBatch, recipe: Rec
     model.train()
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=recipe.bf16),
+        torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=recipe.trainer["bf16"]),
     ):
         out = forward(model, batch, recipe.reads == "text")
     del out

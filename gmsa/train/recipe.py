@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import yaml
 from gmsa.config import SETTINGS, TRAINABLE_GROUPS
 from gmsa.errors import ConfigError
 from gmsa.io.checkpoint import FORMS
+from gmsa.train.arguments import MOVED, SETTABLE, check_keys, number, trainer_settings
 from gmsa.train.schedule import RateSchedule
 from gmsa.train.stages import trained_groups
 
@@ -19,7 +20,7 @@ from gmsa.train.stages import trained_groups
 DATA_KEYS = ("path", "weight", "as", "tokens_per_batch", "rows_per_batch", "where")
 EVALUATE_KEYS = ("path", "every", "texts", "length", "merge_sizes")
 # Parts that an overlay changes key by key; anything else it replaces whole.
-MERGED_PARTS = ("model", "evaluate", "schedule_options", "distil", "continuation", "lookup", "mixed")
+MERGED_PARTS = ("model", "evaluate", "trainer", "distil", "continuation", "lookup", "mixed")
 
 
 @dataclass
@@ -27,7 +28,9 @@ class Recipe:
     """One training run. `gmsa train RECIPE.yaml key=value` overrides any field; dots reach into nested ones."""
 
     output: str  # folder for checkpoints, log and curve; the trained model ends up in output/model
-    data: list[dict[str, Any]]  # {"path", "weight", "tokens_per_batch" or "rows_per_batch", "where": {field: [values]}}
+    data: list[
+        dict[str, Any]
+    ]  # {"path", "weight", "tokens_per_batch" or "rows_per_batch", "where": {field: [values]} or files of it}
     stage: str = "ae"  # ae: restore texts; keft: answer questions; joint: both (stages.py)
     model: dict[str, Any] = field(default_factory=dict)  # GmsaConfig fields; "decoder" and "encoder" are backbone names
     init: str | None = None  # start from this model folder instead of from the untouched backbone
@@ -47,48 +50,30 @@ class Recipe:
     reads: str = "memory"  # text: the decoder reads the context itself; what a fair comparison is trained with
     tokens_per_batch: int = 1024  # context tokens in one micro-batch
     rows_per_batch: int | None = None  # so many rows in one micro-batch instead
-    accumulate: int = 1  # micro-batches per optimiser step and process
-    steps: int = 1000  # optimiser steps; 0 saves the model as it is
-    learning_rate: float = 1e-4
-    schedule: str = "linear"  # transformers' name: linear, cosine, constant_with_warmup, warmup_stable_decay, ...
-    schedule_options: dict[str, Any] = field(default_factory=dict)
-    warmup_steps: float = 0  # below 1: a share of the steps
-    weight_decay: float = 0.0
-    clip: float = 2.0  # largest gradient norm
-    bf16: bool = True  # compute in bf16; trained weights and optimiser stay fp32
+    trainer: dict[str, Any] = field(default_factory=dict)  # settings of transformers' TrainingArguments (arguments.py)
     attn_implementation: str | None = None  # None: the family's default
-    gradient_checkpointing: bool = False  # less memory, a third more compute
     packed: bool = True  # train without padding where the model can be (model/packed.py); one process only
     average: float | None = None  # output/model is a running mean of the weights; so much of it stays at each step
     max_minutes: float | None = None  # end then, loading included; the schedule follows the time, too
     compile: bool = False  # torch.compile on every block: pays after a minute or two, needs a C++ compiler on CPU
     evaluate: dict[str, Any] | None = None  # {"path", "every", "texts", "length", "merge_sizes"}
-    save_every: int = 200
-    keep: int = 2  # checkpoints kept
-    log_every: int = 10
-    seed: int = 0
-    workers: int = 0  # processes that prepare batches
     on_error: str = "fail"  # lines that are not rows: fail, or skip and count them
-    report_to: list[str] = field(default_factory=list)  # transformers' integrations, e.g. tensorboard
     form: str = "exact"  # how output/model is stored: exact or int8
 
     def __post_init__(self) -> None:
-        self._read_numbers()
         self._check_kinds()
+        self.trainer = trainer_settings(self.trainer)
         groups = trained_groups(self.stage, self.trainable)  # checks both, also where `trains` takes their place
         self.trains = self.trains or groups
         if not isinstance(self.trains, list) or not all(group in TRAINABLE_GROUPS for group in self.trains):
             raise ConfigError(f"trains must list some of {', '.join(TRAINABLE_GROUPS)}; got {self.trains}")
         RateSchedule.parse(self.merge_sizes)
-        for name in ("tokens_per_batch", "accumulate", "save_every", "log_every", "keep"):
+        for name in ("tokens_per_batch", "max_context", "questions_per_context"):
             self._whole(name, getattr(self, name), 1)
-        for name in ("max_context", "questions_per_context"):
-            self._whole(name, getattr(self, name), 1)
-        for name in ("steps", "distractors", "workers", "seed"):
-            self._whole(name, getattr(self, name), 0)
-        if self.average is not None and not 0 < _number("average", self.average) < 1:
+        self._whole("distractors", self.distractors, 0)
+        if self.average is not None and not 0 < number("average", self.average) < 1:
             raise ConfigError(f"average must be between 0 and 1, got {self.average!r}")
-        if self.max_minutes is not None and not _number("max_minutes", self.max_minutes) > 0:
+        if self.max_minutes is not None and not number("max_minutes", self.max_minutes) > 0:
             raise ConfigError(f"max_minutes must be above 0, got {self.max_minutes!r}")
         if self.rows_per_batch is not None:
             self._whole("rows_per_batch", self.rows_per_batch, 1)
@@ -97,25 +82,19 @@ class Recipe:
         for name, allowed in (("reads", ("memory", "text")), ("on_error", ("fail", "skip")), ("form", FORMS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        for name in ("weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         if not isinstance(self.data, list) or not self.data:
             raise ConfigError("data must list at least one file: data: [{path: texts.jsonl}]")
         for entry in self.data:
             if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
                 raise ConfigError(f"data: each entry needs a path, got {entry!r}")
-            _check_keys("data", entry, DATA_KEYS)
+            check_keys("data", entry, DATA_KEYS)
             self._check_entry(entry)
         if not sum(float(entry.get("weight", 1)) for entry in self.data) > 0:
             raise ConfigError("data: no entry has a weight above 0")
         _whole_list("lengths", self.lengths)
-        _check_keys("model", self.model, SETTINGS)
+        check_keys("model", self.model, SETTINGS)
         if self.evaluate is not None:
-            _check_keys("evaluate", self.evaluate, EVALUATE_KEYS)
+            check_keys("evaluate", self.evaluate, EVALUATE_KEYS)
             if "path" not in self.evaluate:
                 raise ConfigError("evaluate needs a path")
             for name in ("every", "texts", "length"):
@@ -152,11 +131,6 @@ class Recipe:
         if self.reads == "text" and self.distil:
             raise ConfigError("distil needs reads: memory; with reads: text there is nothing to learn from itself")
 
-    def _read_numbers(self) -> None:
-        for spec in dataclasses.fields(self):
-            if spec.type is float:
-                setattr(self, spec.name, _number(spec.name, getattr(self, spec.name)))
-
     def _check_kinds(self) -> None:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
@@ -164,13 +138,9 @@ class Recipe:
                 optional = spec.type == kind | None
                 if (spec.type is kind or optional) and type(value) is not kind and not (optional and value is None):
                     raise ConfigError(f"{spec.name} must be {words}, got {value!r}")
-        if not isinstance(self.schedule_options, dict):
-            raise ConfigError(f"schedule_options must hold key: value pairs, got {self.schedule_options!r}")
-        if not isinstance(self.report_to, list):
-            raise ConfigError(f"report_to must be a list, got {self.report_to!r}")
 
     def _check_entry(self, entry: dict[str, Any]) -> None:
-        if not 0 <= _number("data: weight", entry.get("weight", 1)) < float("inf"):
+        if not 0 <= number("data: weight", entry.get("weight", 1)) < float("inf"):
             raise ConfigError(f"data: weight must be 0 or more, got {entry['weight']!r}")
         if "tokens_per_batch" in entry:
             self._whole("data: tokens_per_batch", entry["tokens_per_batch"], 1)
@@ -194,11 +164,11 @@ class Recipe:
             return None
         if not isinstance(value, dict):
             raise ConfigError(f"{name} must be a mapping of some of {', '.join(defaults)}; got {value!r}")
-        _check_keys(name, value, list(defaults))
+        check_keys(name, value, list(defaults))
         whole = {**defaults, **value}
         for key, default in defaults.items():
             if type(default) is float:
-                whole[key] = _number(f"{name}: {key}", whole[key])
+                whole[key] = number(f"{name}: {key}", whole[key])
         return whole
 
     @classmethod
@@ -206,19 +176,20 @@ class Recipe:
         """Read a YAML file and apply changes, in order.
 
         Args:
-            path: the recipe. "{overlay}" in its `output` becomes +NAME for each overlay, so that the run has a folder
-                of its own; in its `init`, for each that changes the compressor, as the stage before had those too.
+            path: the recipe. `where` in its `data` may name YAML files beside it. "{overlay}" in its `output` becomes
+                +NAME for each overlay, so that the run has a folder of its own; in its `init`, for each that changes
+                the compressor, as the stage before had those too.
             changes: overlays (paths of YAML files with some of the keys) and `key=value` overrides.
 
         Raises:
             ConfigError: a file cannot be read, or a key is unknown (the nearest known one is named).
         """
-        raw = read_yaml(path)
+        raw = _read_recipe(path)
         names = {"output": "", "init": ""}
         for change in changes:
             if change.endswith((".yaml", ".yml")) and "=" not in change:
-                overlay = read_yaml(change)
-                _check_keys("recipe", overlay, [f.name for f in dataclasses.fields(cls)])
+                overlay = _read_recipe(change)
+                _check_recipe_keys(overlay)
                 for key, value in overlay.items():
                     merged = key in MERGED_PARTS and isinstance(value, dict) and isinstance(raw.get(key), dict)
                     raw[key] = {**raw[key], **value} if merged else value
@@ -228,11 +199,12 @@ class Recipe:
                 names["init"] += f"+{Path(change).stem}" if first_stage_too else ""
             else:
                 _override(raw, change)
+        _read_conditions(raw, Path())  # of overrides
         for key, added in names.items():
             if isinstance(raw.get(key), str):
                 raw[key] = raw[key].replace("{overlay}", added)
         known = {f.name: f for f in dataclasses.fields(cls)}
-        _check_keys("recipe", raw, list(known))
+        _check_recipe_keys(raw)
         required = [f.name for f in known.values() if f.default is f.default_factory is dataclasses.MISSING]
         if missing := [name for name in required if name not in raw]:
             raise ConfigError(f"recipe {path} lacks {', '.join(missing)}")
@@ -246,27 +218,23 @@ class Recipe:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def _number(name: str, value: Any) -> float:
-    """A number as float; YAML takes 5e-4, without a dot, for a text."""
-    try:
-        return float(value if not isinstance(value, bool) else "")
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} must be a number, got {value!r}") from None
-
-
 def _whole_list(name: str, value: Any) -> None:
     if not isinstance(value, list | tuple) or not value or not all(type(n) is int and n >= 1 for n in value):
         raise ConfigError(f"{name} must be a list of whole numbers >= 1, got {value!r}")
 
 
-def _check_keys(where: str, given: Iterable[object], known: Sequence[str]) -> None:
-    if not isinstance(given, dict):
-        raise ConfigError(f"{where} must hold key: value pairs, got {given!r}")
+def _check_recipe_keys(given: dict[str, Any]) -> None:
+    """Refuse top-level keys that are none, saying where a setting of the Trainer's stands or which key is nearest."""
+    known = [spec.name for spec in dataclasses.fields(Recipe)]
+    trainers = {**{name: name for name in SETTABLE}, **MOVED}
     for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            place = "recipe key" if where == "recipe" else f"key in {where}:"
-            raise ConfigError(f"unknown {place} {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if key in known:
+            continue
+        if key in trainers:
+            raise ConfigError(f"{key} is trainer.{trainers[key]} now")
+        near = difflib.get_close_matches(str(key), [*known, *trainers], n=1)
+        meant = f"trainer.{trainers[near[0]]}" if near and near[0] not in known else "".join(near)
+        raise ConfigError(f"unknown recipe key {key!r}" + (f"; did you mean {meant!r}?" if meant else ""))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -284,6 +252,35 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path} must hold key: value pairs")
     return raw
+
+
+def _read_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe or overlay, with what it names beside it read, too."""
+    raw = read_yaml(path)
+    _read_conditions(raw, Path(path).parent)
+    return raw
+
+
+def _read_conditions(raw: dict[str, Any], folder: Path) -> None:
+    """Put what YAML files hold in place of their names where a data entry's `where` is such a name, or a list of them.
+
+    What several files say of one field is joined.
+    """
+    entries = raw.get("data")
+    for entry in entries if isinstance(entries, list) else ():
+        where = entry.get("where") if isinstance(entry, dict) else None
+        names = [where] if isinstance(where, str) else where
+        if not isinstance(names, list) or not names:
+            continue
+        if not all(isinstance(name, str) and name.endswith((".yaml", ".yml")) for name in names):
+            continue  # `_check_entry` says what it must be
+        found: dict[str, Any] = {}
+        for name in names:
+            for key, values in read_yaml(folder / name).items():
+                if not isinstance(values, list):
+                    raise ConfigError(f"{folder / name}: {key} must list values, got {values!r}")
+                found[key] = [*found.get(key, []), *values]
+        entry["where"] = found
 
 
 def _override(raw: dict[str, Any], item: str) -> None:

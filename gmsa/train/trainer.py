@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from gmsa.config import GmsaConfig
 from gmsa.decode.malloc import keep_freed_memory, return_freed_memory
@@ -33,6 +32,7 @@ from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.losses import distilled
 from gmsa.model.packed import PackedBatch, compile_blocks, packed_attention, packed_forward, uncompiled, why_not
 from gmsa.train import checkpoints
+from gmsa.train.arguments import training_arguments
 from gmsa.train.average import Averaging, WeightAverage
 from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.train.evaluation import RestorationProbe
@@ -126,7 +126,7 @@ class GmsaTrainer(Trainer):
             raise GmsaError(
                 f"the loss of {'a batch' if number is None else f'batch {number}'} (step {self.state.global_step}) is "
                 "not finite: "
-                f"lower learning_rate or clip; {kept}"
+                f"lower learning_rate or max_grad_norm; {kept}"
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -193,7 +193,7 @@ class GmsaTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # every process has written its part
             if main:
                 checkpoints.complete(self._run_dir / name, output / name)
-                checkpoints.rotate(output, self.recipe.keep)
+                checkpoints.rotate(output, self.recipe.trainer["save_total_limit"])
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -283,7 +283,7 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
     decoder_name, encoder_name = fields.pop("decoder", None), fields.pop("encoder", None)
     if "decoder-lora" in recipe.trains:
         fields.setdefault("decoder_lora", DEFAULT_LORA)
-    torch.manual_seed(recipe.seed)  # new weights (LoRA, random alignment) are drawn
+    torch.manual_seed(recipe.trainer["seed"])  # new weights (LoRA, random alignment) are drawn
     if recipe.init:
         folder = checkpoint.find_folder(recipe.init, None, None, False)
         config = checkpoint.read_config(folder)
@@ -362,11 +362,11 @@ def prepare(recipe: Recipe) -> tuple[GmsaModel, Backbone, PromptTemplate]:
     """
     model, decoder, encoder = build_model(recipe)
     template = PromptTemplate(decoder.tokenizer, model.config)
-    if not recipe.bf16:
+    if not recipe.trainer["bf16"]:
         model.float()
     for parameter in model.set_trainable(recipe.trains):
         parameter.data = parameter.data.float()  # the master weights
-    if recipe.gradient_checkpointing:
+    if recipe.trainer["gradient_checkpointing"]:
         checkpoint_activations(model)
     compilers = ("g++", "c++", "clang++", os.environ.get("CXX", ""))
     if recipe.compile and model.device.type == "cpu" and not any(map(shutil.which, compilers)):
@@ -406,10 +406,11 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
     model, encoder, template = prepare(recipe)
     if last is not None:
         checkpoint.load_weights(model, last)
-    arguments = _arguments(recipe)
+    every = recipe.evaluate.get("every", recipe.trainer["save_steps"]) if recipe.evaluate else None
+    arguments = training_arguments(recipe.trainer, recipe.output, every)
     bad: list[BadLine] = []
     skip = bad.append if recipe.on_error == "skip" else None
-    per_step = recipe.accumulate * arguments.world_size
+    per_step = recipe.trainer["gradient_accumulation_steps"] * arguments.world_size
     packs = packs_batches(recipe, model, arguments.world_size)
     batches = training_batches(recipe, model, encoder, template, per_step, skip, packs)
     if recipe.compile:
@@ -439,7 +440,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
         trainer.add_callback(Deadline(began, 60 * recipe.max_minutes))
     if average and last:
         average.load(last)
-    if recipe.steps:
+    if recipe.trainer["max_steps"]:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     final = output / "model"
     trainer.form = recipe.form
@@ -488,60 +489,16 @@ def _tell_changes(path: Path, recipe: Recipe) -> None:
     except ConfigError:
         tell(f"note: {path} cannot be read, so nobody knows what changed since the run began")
         return
-    now = yaml.safe_load(recipe.dump())
+    before, now = _dotted(before), _dotted(yaml.safe_load(recipe.dump()))
     changed = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in now.items() if before.get(key) != value]
     if changed:
         tell(f"changed since the run began: {'; '.join(changed)}")
 
 
-def _arguments(recipe: Recipe) -> TrainingArguments:
-    evaluation: dict[str, Any] = {}
-    if recipe.evaluate:
-        every = recipe.evaluate.get("every", recipe.save_every)
-        evaluation = {"eval_strategy": "steps", "eval_steps": every}
-    try:
-        arguments = TrainingArguments(
-            output_dir=recipe.output,
-            max_steps=max(1, recipe.steps),
-            per_device_train_batch_size=1,  # one item of the dataset is one whole batch
-            gradient_accumulation_steps=recipe.accumulate,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type=recipe.schedule,
-            lr_scheduler_kwargs=recipe.schedule_options,
-            warmup_steps=recipe.warmup_steps if recipe.warmup_steps < 1 else int(recipe.warmup_steps),
-            weight_decay=recipe.weight_decay,
-            max_grad_norm=recipe.clip,
-            bf16=recipe.bf16,
-            optim="adamw_torch_fused",
-            save_steps=recipe.save_every,
-            logging_steps=recipe.log_every,
-            logging_nan_inf_filter=False,
-            report_to=recipe.report_to or "none",
-            seed=recipe.seed,
-            remove_unused_columns=False,
-            dataloader_num_workers=recipe.workers,
-            ddp_find_unused_parameters=False,
-            use_cpu=not torch.cuda.is_available(),
-            **evaluation,
-        )
-    except ValueError as error:
-        line = str(error).splitlines()[0]
-        raise ConfigError(f"schedule: {line}" if "scheduler" in line.lower() else line) from error
-    try:
-        get_reporting_integration_callbacks(arguments.report_to)
-    except ValueError as error:
-        raise ConfigError(f"report_to: {str(error).splitlines()[0]}") from error
-    try:  # the Trainer makes its own, after everything else is loaded
-        get_scheduler(
-            recipe.schedule,
-            torch.optim.SGD([torch.zeros(1)], lr=1.0),
-            num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
-            num_training_steps=arguments.max_steps,
-            scheduler_specific_kwargs=dict(recipe.schedule_options),
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule_options: {str(error).splitlines()[0]}") from error
-    if arguments.n_gpu > 1:  # DataParallel would take batches apart that belong together
-        arguments._n_gpu = 1
-        tell(f"training on one of {torch.cuda.device_count()} GPUs: for all of them start it with torchrun (docs)")
-    return arguments
+def _dotted(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's fields with the settings of its Trainer beside them, as `trainer.NAME`."""
+    settings = recipe.get("trainer")
+    if not isinstance(settings, dict):
+        return recipe
+    others = {key: value for key, value in recipe.items() if key != "trainer"}
+    return {**others, **{f"trainer.{name}": value for name, value in settings.items()}}

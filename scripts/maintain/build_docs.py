@@ -190,11 +190,30 @@ def recipe_fields() -> str:
         rows.append(
             [f"`{ast.unparse(node.target)}`", f"`{ast.unparse(node.annotation)}`", f"`{default}`", plain(comment)]
         )
+    rows += trainer_settings()
     nested = {"data": recipe.DATA_KEYS, "evaluate": recipe.EVALUATE_KEYS}
     keys = "\n".join(
         f"- an entry of `{name}`: {', '.join(f'`{key}`' for key in found)}" for name, found in nested.items()
     )
     return f"{table(['field', 'kind', 'default', ''], rows)}\nKeys of the nested parts:\n\n{keys}\n"
+
+
+def trainer_settings() -> list[list[str]]:
+    """A row for each setting of the Trainer that has a default in recipes: name, kind, default, comment."""
+    from gmsa.train import arguments
+
+    source = inspect.getsource(arguments)
+    lines = source.splitlines()
+    nodes = (node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign))
+    defaults = next(node.value for node in nodes if ast.unparse(node.target) == "DEFAULTS")
+    assert isinstance(defaults, ast.Dict)
+    rows = []
+    for key, value in zip(defaults.keys, defaults.values, strict=True):
+        name = ast.literal_eval(key)  # type: ignore[arg-type]
+        kind = type(arguments.DEFAULTS[name]).__name__
+        comment = lines[value.end_lineno - 1].partition("#")[2].strip()  # type: ignore[operator]
+        rows.append([f"`trainer.{name}`", f"`{kind}`", f"`{ast.unparse(value)}`", plain(comment)])
+    return rows
 
 
 def server_routes() -> str:

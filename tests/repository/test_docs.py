@@ -332,7 +332,7 @@ def test_pages_are_staged_with_what_they_link_to(builder: dict[str, Any], tmp_pa
     assert all(f"## gmsa {name}\n" in commands for name in ("compress", "store add", "eval qa", "data check"))
     assert "`--merge-size N`" in commands
     recipe = (tmp_path / "reference/recipe.md").read_text()
-    assert "| `steps` | `int` | `1000` | optimiser steps; 0 saves the model as it is |" in recipe
+    assert "| `trainer.max_steps` | `int` | `1000` | optimiser steps; 0 saves the model as it is |" in recipe
     assert "## POST /v1/chat/completions" in (tmp_path / "reference/server.md").read_text()
     assert not [page for page in tmp_path.rglob("*.md") if "<!-- generated" in page.read_text()]
 

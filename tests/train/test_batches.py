@@ -29,6 +29,7 @@ from gmsa.train.objectives import quotes
 from gmsa.train.recipe import Recipe
 from gmsa.train.rows import Conversations, RowIndex, index_rows
 from gmsa.train.schedule import RateSchedule
+from recipes import recipe_of
 
 TEXTS = [{"text": f"{i:03d}" + "".join(chr(97 + (i * k) % 26) for k in range(10 + 7 * i))} for i in range(20)]
 QUESTIONS = [
@@ -74,10 +75,8 @@ def batches_of(
     encoder_tokenizer: PreTrainedTokenizerFast | None = None,
     **fields: Any,
 ) -> TrainingBatches:
-    recipe = Recipe(
-        **{"output": "none", "data": [{"path": "none"}], "merge_sizes": [1, 2, 4, 8], "steps": 30, "max_context": 100}
-        | fields
-    )
+    values = {"output": "none", "data": [{"path": "none"}], "merge_sizes": [1, 2, 4, 8], "max_steps": 30}
+    recipe = recipe_of(**{**values, "max_context": 100, **fields})
     weighted = [source if isinstance(source, tuple) else (source, 1.0) for source in sources or (texts(), questions())]
     return TrainingBatches(weighted, recipe, batches_per_step, encoder_tokenizer or TOKENIZER, TEMPLATE, 16)
 
@@ -138,7 +137,7 @@ def test_a_batch_depends_on_recipe_and_number_alone(fields: dict[str, Any]) -> N
 
 
 def test_a_longer_run_begins_with_the_same_batches() -> None:
-    short, long = batches_of(steps=5, **EVERYTHING), batches_of(steps=50, **EVERYTHING)
+    short, long = batches_of(max_steps=5, **EVERYTHING), batches_of(max_steps=50, **EVERYTHING)
     assert [as_lists(short[i]) for i in range(5)] == [as_lists(long[i]) for i in range(5)]
 
 
@@ -151,13 +150,13 @@ def test_seeds_and_numbers_differ() -> None:
 
 def test_a_run_resumed_in_a_later_epoch_sees_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches_module, "CHUNK", 7)  # of 20 texts and 30 questions: several chunks per epoch
-    expected = [as_lists(batch) for batch in all_of(batches_of(steps=150, **EVERYTHING))]
+    expected = [as_lists(batch) for batch in all_of(batches_of(max_steps=150, **EVERYTHING))]
     for number in (149, 71, 8, 40):
-        assert as_lists(batches_of(steps=150, **EVERYTHING)[number]) == expected[number]
+        assert as_lists(batches_of(max_steps=150, **EVERYTHING)[number]) == expected[number]
 
 
 def test_a_text_is_cropped_anew_in_each_epoch() -> None:
-    batches = batches_of(texts([7], rows=[{"text": ALPHABET}]), steps=40)
+    batches = batches_of(texts([7], rows=[{"text": ALPHABET}]), max_steps=40)
     assert len({str(contexts(batch.batch)) for batch in all_of(batches)}) > 10
 
 
@@ -282,7 +281,7 @@ def test_so_many_rows_in_a_batch_whatever_their_length(count: int) -> None:
 
 
 def test_rows_per_batch_up_to_the_tensors() -> None:
-    for numbered in all_of(batches_of(texts(rows=TEXTS, count=5), questions(count=3), steps=20)):
+    for numbered in all_of(batches_of(texts(rows=TEXTS, count=5), questions(count=3), max_steps=20)):
         assert len(numbered.batch.targets) in (5, 3)  # 20 and 30 rows: no remainders
 
 
@@ -303,7 +302,7 @@ def test_windows_are_padded_to_few_shapes() -> None:
 
 
 def test_crops_are_pieces_of_their_texts_and_reach_both_ends() -> None:
-    batches = batches_of(texts([7], rows=[{"text": "abcdefghi"}]), steps=60)
+    batches = batches_of(texts([7], rows=[{"text": "abcdefghi"}]), max_steps=60)
     seen = Counter(TOKENIZER.decode(context) for numbered in all_of(batches) for context in contexts(numbered.batch))
     assert set(seen) == {"abcdefg", "bcdefgh", "cdefghi"}
     assert 30 < seen["abcdefg"] < 52  # half the crops start where the text does, and a third of the others
@@ -327,7 +326,7 @@ def test_texts_without_a_length_are_whole() -> None:
 
 def test_the_decoder_restores_in_its_own_tokens() -> None:
     other = make_tokenizer(reverse=True)
-    for numbered in all_of(batches_of(texts([8, 16]), encoder_tokenizer=other, steps=5)):
+    for numbered in all_of(batches_of(texts([8, 16]), encoder_tokenizer=other, max_steps=5)):
         for seen, target in zip(contexts(numbered.batch), numbered.batch.targets, strict=True):
             assert TOKENIZER.decode(target[:-1]) == other.decode(seen)
             assert target[-1] == TURN_END
@@ -351,7 +350,7 @@ ON = {"share": 1.0, "instruction": "Go on."}
 def test_a_continuation_follows_its_context_in_the_text(characters: int, length: int, seed: int) -> None:
     text = ALPHABET[:characters]
     source = texts([length], rows=[{"text": text}])
-    (example,) = batches_of(source, steps=1, seed=seed, continuation=ON).examples(0)
+    (example,) = batches_of(source, max_steps=1, seed=seed, continuation=ON).examples(0)
     context, target = TOKENIZER.decode(example.contexts[0]), TOKENIZER.decode(example.target)
     assert context + target in text
     assert len(target) == len(context) == min(length, characters // 2)
@@ -360,7 +359,7 @@ def test_a_continuation_follows_its_context_in_the_text(characters: int, length:
 
 
 def test_continuations_reach_both_ends_of_the_text() -> None:
-    batches = batches_of(texts([8], rows=[{"text": ALPHABET[:18]}]), steps=100, continuation=ON)
+    batches = batches_of(texts([8], rows=[{"text": ALPHABET[:18]}]), max_steps=100, continuation=ON)
     starts = Counter(ALPHABET.index(TOKENIZER.decode(e.contexts[0])) for e in examples_of(batches))
     assert set(starts) == {0, 1, 2}
     assert starts[0] > 50
@@ -368,7 +367,7 @@ def test_continuations_reach_both_ends_of_the_text() -> None:
 
 @pytest.mark.parametrize("share", [0.2, 0.75])
 def test_a_share_of_the_texts_is_continued(share: float) -> None:
-    batches = batches_of(texts([16], rows=[{"text": ALPHABET}] * 20), steps=200, continuation={"share": share})
+    batches = batches_of(texts([16], rows=[{"text": ALPHABET}] * 20), max_steps=200, continuation={"share": share})
     found = [TURN_END not in e.target for e in examples_of(batches)]
     assert len(found) > 900
     assert abs(sum(found) / len(found) - share) < 0.06
@@ -406,7 +405,7 @@ LOOKUP = {"share": 1.0, "instruction": "After {words}?", "turns": 6}
 def test_a_lookup_asks_what_follows_words_of_the_text() -> None:
     source = texts([60, 100], rows=[{"text": " ".join(WORDS)}] * 20)
     followed = 0
-    for example in examples_of(batches_of(source, steps=30, lookup=LOOKUP)):
+    for example in examples_of(batches_of(source, max_steps=30, lookup=LOOKUP)):
         (context,) = example.contexts
         crop = TOKENIZER.decode(context)
         said = TOKENIZER.decode([*example.prompt[-1], *example.target])
@@ -441,7 +440,7 @@ def test_texts_are_looked_up_in_continued_or_restored_by_their_shares() -> None:
     source = texts([100], rows=[{"text": " ".join(WORDS)}] * 20)
     made = examples_of(
         batches_of(
-            source, steps=300, lookup={**LOOKUP, "share": 0.3}, continuation={"share": 0.5, "instruction": "On."}
+            source, max_steps=300, lookup={**LOOKUP, "share": 0.3}, continuation={"share": 0.5, "instruction": "On."}
         )
     )
     kinds = Counter(next(k for k in ("After", "On.", "Restate") if k in TOKENIZER.decode(e.prompt[-1])) for e in made)
@@ -571,7 +570,7 @@ def letters_of(example: Example) -> list[str]:
 
 def test_distractors_stand_among_a_questions_own_documents() -> None:
     known = {row["input"][0]: row["input"] for row in LETTERS}
-    examples = examples_of(batches_of(questions(LETTERS), steps=120, distractors=3, max_context=1000))
+    examples = examples_of(batches_of(questions(LETTERS), max_steps=120, distractors=3, max_context=1000))
     counts, places = Counter(), Counter()
     for example in examples:
         asked = TOKENIZER.decode(example.prompt[-1])[1]  # after a line break
@@ -592,7 +591,7 @@ def test_distractors_stand_among_a_questions_own_documents() -> None:
 def test_distractors_take_only_the_room_that_is_left(room: int) -> None:
     known = {row["input"][0]: row["input"] for row in LETTERS}
     filled = 0
-    for example in examples_of(batches_of(questions(LETTERS), steps=60, distractors=5, max_context=room)):
+    for example in examples_of(batches_of(questions(LETTERS), max_steps=60, distractors=5, max_context=room)):
         found = letters_of(example)
         asked = TOKENIZER.decode(example.prompt[-1])[1]
         assert sum(map(len, found)) <= room
@@ -606,7 +605,7 @@ def test_distractors_take_only_the_room_that_is_left(room: int) -> None:
 def test_own_documents_keep_their_order_among_distractors() -> None:
     own = {"input": ["1" * 9, "2" * 8, "3" * 7], "prompt": "?", "answer": "yes"}
     apart = 0
-    for example in examples_of(batches_of(questions([own, *LETTERS]), steps=60, distractors=4, max_context=1000)):
+    for example in examples_of(batches_of(questions([own, *LETTERS]), max_steps=60, distractors=4, max_context=1000)):
         found = letters_of(example)
         if TOKENIZER.decode(example.prompt[-1]).startswith("\n?"):
             assert [document for document in found if document[0] in "123"] == own["input"]
@@ -627,7 +626,7 @@ def test_a_cut_context_is_cut_as_without_distractors() -> None:
 @pytest.mark.parametrize("rows", [LETTERS[:1], LETTERS[:2]])
 def test_a_row_is_not_its_own_distractor(rows: list[dict[str, Any]]) -> None:
     most = Counter()
-    for example in examples_of(batches_of(questions(rows), steps=20, distractors=3, max_context=1000)):
+    for example in examples_of(batches_of(questions(rows), max_steps=20, distractors=3, max_context=1000)):
         asked = TOKENIZER.decode(example.prompt[-1])[1]
         assert Counter(document[0] for document in letters_of(example))[asked] == 1
         most[len(example.contexts)] += 1
@@ -647,7 +646,7 @@ def test_the_decoder_can_read_what_the_encoder_read(fields: dict[str, Any], reve
     tokenizer = make_tokenizer(reverse=reverse)
     several = {"input": ["first", "second"], "prompt": "?", "answer": "yes"}
     sources = texts(), questions([several, *LETTERS])
-    options = {"distractors": 2, "continuation": {"share": 0.5}, "steps": 40, **fields}
+    options = {"distractors": 2, "continuation": {"share": 0.5}, "max_steps": 40, **fields}
     batches = batches_of(*sources, encoder_tokenizer=tokenizer, **options)
     joined = 0
     for number in range(len(batches)):
@@ -667,7 +666,7 @@ def test_the_decoder_can_read_what_the_encoder_read(fields: dict[str, Any], reve
 
 def test_sources_are_drawn_by_weight() -> None:
     def share(weights: Sequence[float]) -> float:
-        batches = batches_of((texts(), weights[0]), (questions(), weights[1]), steps=200)
+        batches = batches_of((texts(), weights[0]), (questions(), weights[1]), max_steps=200)
         prompts = [TOKENIZER.decode(batches.examples(number)[0].prompt[-1]) for number in range(200)]
         return sum("Restate" in prompt for prompt in prompts) / 200
 
@@ -678,7 +677,7 @@ def test_sources_are_drawn_by_weight() -> None:
 
 def test_each_source_goes_through_its_rows_whatever_the_others_do() -> None:
     letters = questions(LETTERS)
-    batches = batches_of((texts(), 2.0), (letters, 1.0), steps=100)
+    batches = batches_of((texts(), 2.0), (letters, 1.0), max_steps=100)
     asked = [
         TOKENIZER.decode(e.prompt[-1])[1]
         for number, (source, _) in enumerate(batches.places)
@@ -706,7 +705,7 @@ def test_no_source() -> None:
 
 
 def test_a_run_of_no_steps_has_no_batches() -> None:
-    assert len(batches_of(steps=0)) == 0
+    assert len(batches_of(max_steps=0)) == 0
 
 
 def test_rates_are_drawn_for_each_row() -> None:
@@ -741,7 +740,7 @@ def test_one_rate_is_a_number(count: int | str) -> None:
 @pytest.mark.parametrize("count", [1, "all"])
 def test_the_curriculum_counts_optimiser_steps(count: int | str) -> None:
     rates = {0: [1], 3: [2, 4], 5: [8]}
-    batches = batches_of(texts(count=10), merge_sizes=rates, rates_per_sample=count, steps=7, batches_per_step=2)
+    batches = batches_of(texts(count=10), merge_sizes=rates, rates_per_sample=count, max_steps=7, batches_per_step=2)
     assert len(batches) == 14
     found = [set(numbered.batch.merge_size.flatten().tolist()) for numbered in all_of(batches)]
     assert found == [{1}] * 6 + [{2, 4}] * 4 + [{8}] * 4

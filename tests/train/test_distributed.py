@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import train
+from recipes import recipe_of
 
 pytestmark = pytest.mark.slow
 
@@ -40,16 +41,16 @@ def recipe(tmp_path: Path, save_backbone: Callable[..., Path]) -> Callable[..., 
             "merge_sizes": [1, 2, 4],
             "lengths": [16, 24],
             "tokens_per_batch": 64,
-            "steps": 6,
-            "save_every": 3,
-            "log_every": 1,
+            "max_steps": 6,
+            "save_steps": 3,
+            "logging_steps": 1,
             "learning_rate": 1e-3,
-            "schedule": "constant",
+            "lr_scheduler_type": "constant",
             "packed": False,  # one process would do without padding, two cannot
             "bf16": False,
             "evaluate": {"path": str(texts), "texts": 2, "length": 16, "merge_sizes": [2], "every": 3},
         }
-        return Recipe(**{**values, **fields})
+        return recipe_of(**{**values, **fields})
 
     return make
 
@@ -77,8 +78,8 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 def test_two_processes_follow_the_curve_of_one(
     recipe: Callable[..., Recipe], tmp_path: Path, program: tuple[str, ...]
 ) -> None:
-    alone = train(recipe("alone", accumulate=2))
-    launch(recipe("together", steps=3), tmp_path / "recipe.yaml", *program)
+    alone = train(recipe("alone", gradient_accumulation_steps=2))
+    launch(recipe("together", max_steps=3), tmp_path / "recipe.yaml", *program)
     launch(recipe("together"), tmp_path / "recipe.yaml", *program)  # resumed by two processes too
     one, two = log_of(tmp_path / "alone"), log_of(tmp_path / "together")
     assert [entry["step"] for entry in one] == [entry["step"] for entry in two]

@@ -20,6 +20,7 @@ from gmsa.errors import CheckpointError, ConfigError
 from gmsa.train import checkpoints
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import train
+from recipes import recipe_of
 
 pytestmark = pytest.mark.slow
 
@@ -40,13 +41,13 @@ def recipe(tmp_path: Path, save_backbone: Callable[..., Path]) -> Callable[..., 
             "merge_sizes": [1, 2],
             "lengths": [8, 16],
             "tokens_per_batch": 32,
-            "steps": 8,
-            "save_every": 2,
-            "log_every": 1,
-            "schedule": "constant",
+            "max_steps": 8,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "lr_scheduler_type": "constant",
             "bf16": False,
         }
-        return Recipe(**{**values, **fields})
+        return recipe_of(**{**values, **fields})
 
     return make
 
@@ -90,9 +91,9 @@ for line in sys.stdin:
 
 def test_killed_at_any_moment_it_goes_on_from_the_last_save(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """20 SIGKILLs at random moments, half of them while a checkpoint is being written."""
-    whole = train(recipe("whole", steps=60))
+    whole = train(recipe("whole", max_steps=60))
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe("killed", steps=60).dump())
+    path.write_text(recipe("killed", max_steps=60).dump())
     output = tmp_path / "killed"
     rng = random.Random(1)
     killed_while_saving = announced = 0  # the newest save that was reported to be complete
@@ -136,7 +137,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_save(recipe: Callable[...
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     whole = train(recipe("whole"))
-    train(recipe(steps=2))
+    train(recipe(max_steps=2))
     kept = tmp_path / "run/checkpoint-2"
     size = max(path.stat().st_size for path in kept.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -186,7 +187,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 def test_with_no_whole_checkpoint_nothing_is_thrown_away(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    train(recipe(steps=2))
+    train(recipe(max_steps=2))
     (tmp_path / "run/checkpoint-2" / checkpoints.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint can be resumed from: .*checkpoint-2.* never finished"):
         train(recipe(), resume=True)
@@ -199,13 +200,13 @@ def test_a_new_run_does_not_touch_an_old_one(recipe: Callable[..., Recipe], tmp_
     with pytest.raises(ConfigError, match="--resume to go on, --overwrite to start anew"):
         train(recipe())
     assert (tmp_path / "run/log.jsonl").read_text() == before
-    train(recipe(steps=2), overwrite=True)
+    train(recipe(max_steps=2), overwrite=True)
     assert [path.name for path in checkpoints.all_in(tmp_path / "run")] == ["checkpoint-2"]
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 2
 
 
 def test_old_checkpoints_make_way(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    train(recipe(keep=3))
+    train(recipe(save_total_limit=3))
     assert [path.name for path in checkpoints.all_in(tmp_path / "run")] == [
         "checkpoint-4",
         "checkpoint-6",
@@ -214,7 +215,7 @@ def test_old_checkpoints_make_way(recipe: Callable[..., Recipe], tmp_path: Path)
 
 
 def test_a_checkpoint_holds_what_is_trained_and_no_more(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    folder = train(recipe(trains=["lsa"], steps=2))
+    folder = train(recipe(trains=["lsa"], max_steps=2))
     names = set(load_file(tmp_path / "run/checkpoint-2/model.safetensors"))
     assert names == set(load_file(folder / "model.safetensors"))
     assert all(name.startswith("compressor.lsa.") for name in names)
@@ -226,20 +227,20 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(recipe: Callable[..., Re
 def test_what_changed_since_the_run_began_is_said(
     recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(recipe(steps=2))
-    train(recipe(steps=4), resume=True)
-    assert "changed since the run began: steps 2 -> 4" in capsys.readouterr().err
+    train(recipe(max_steps=2))
+    train(recipe(max_steps=4), resume=True)
+    assert "changed since the run began: trainer.max_steps 2 -> 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("left", ["", "steps: [2", "- 2"])
+@pytest.mark.parametrize("left", ["", "output: [2", "- 2"])
 def test_a_broken_copy_of_the_recipe_stops_nothing(
     recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], left: str
 ) -> None:
-    train(recipe(steps=2))
+    train(recipe(max_steps=2))
     (tmp_path / "run/recipe.yaml").write_text(left)
-    train(recipe(steps=4), resume=True)
+    train(recipe(max_steps=4), resume=True)
     assert "recipe.yaml cannot be read" in capsys.readouterr().err
-    assert Recipe.load(tmp_path / "run/recipe.yaml").steps == 4
+    assert Recipe.load(tmp_path / "run/recipe.yaml").trainer["max_steps"] == 4
 
 
 def test_weights_that_are_not_finite_are_not_saved(

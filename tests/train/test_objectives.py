@@ -19,6 +19,7 @@ from gmsa.model.backbone import body_of
 from gmsa.model.losses import CHUNK, cross_entropy_in_chunks, distilled
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import DEFAULT_LORA, checkpoint_activations, train
+from recipes import recipe_of
 
 QUESTIONS = [
     {
@@ -43,12 +44,12 @@ def recipe(tmp_path: Path, save_backbone: Callable[..., Path]) -> Callable[..., 
             "data": [{"path": str(data)}],
             "merge_sizes": [1, 2, 4],
             "tokens_per_batch": 128,
-            "steps": 2,
-            "log_every": 1,
+            "max_steps": 2,
+            "logging_steps": 1,
             "learning_rate": 1e-3,
             "bf16": False,
         }
-        return Recipe(**{**values, **fields})
+        return recipe_of(**{**values, **fields})
 
     return make
 
@@ -132,7 +133,7 @@ def test_training_on_text_leaves_the_compressor_alone(recipe: Callable[..., Reci
     folder = train(recipe(stage="keft", reads="text"))
     gmsa = GMSA.from_pretrained(folder, dtype="float32")
     assert gmsa.config.trained == ["decoder-qkv"]
-    fresh = GMSA.from_pretrained(train(recipe("fresh", stage="keft", steps=0)), dtype="float32")
+    fresh = GMSA.from_pretrained(train(recipe("fresh", stage="keft", max_steps=0)), dtype="float32")
     assert gmsa.fingerprint == fresh.fingerprint
     one, other = (
         load_file(f) for f in (folder / "model.safetensors", Path(recipe("fresh").output) / "model/model.safetensors")
@@ -228,7 +229,7 @@ def test_no_gradient_reaches_the_teacher(recipe: Callable[..., Recipe], monkeypa
         return out
 
     monkeypatch.setattr(GmsaModel, "forward", forward)
-    train(recipe(distil={"weight": 0.5}, steps=1))
+    train(recipe(distil={"weight": 0.5}, max_steps=1))
     assert seen == [(True, False), (False, True)]
 
 

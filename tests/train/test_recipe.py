@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmsa.errors import ConfigError
+from gmsa.train.arguments import DEFAULTS, MOVED, REFUSED, SETTABLE, training_arguments
 from gmsa.train.recipe import Recipe
 from gmsa.train.stages import DECODER_PARTS, STAGES, trained_groups
 
@@ -39,14 +40,13 @@ FULL: dict[str, Any] = {
     "questions_per_context": 3,
     "learn_questions": True,
     "distractors": 3,
-    "schedule": "cosine",
-    "schedule_options": {"num_cycles": 0.5},
-    "warmup_steps": 0.05,
+    "trainer": {
+        **{"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.5}, "warmup_steps": 0.05},
+        **{"report_to": ["tensorboard"], "bf16": False, "adam_beta2": 0.98},
+    },
     "evaluate": {"path": "dev.jsonl", "every": 5, "texts": 2, "length": 8, "merge_sizes": [2, 4]},
     "on_error": "skip",
-    "report_to": ["tensorboard"],
     "form": "int8",
-    "bf16": False,
 }
 
 
@@ -73,7 +73,7 @@ BASE: dict[str, Any] = {
     "model": {"decoder": "tiny", "window_size": 64, "encoder_lora": {"r": 4, "alpha": 8}},
     "merge_sizes": {0: [1], 50: [4, 8]},
     "evaluate": {"path": "dev.jsonl", "every": 5},
-    "schedule_options": {"num_cycles": 0.5},
+    "trainer": {"max_steps": 9, "weight_decay": 0.5},
     "lengths": [16, 32],
 }
 
@@ -82,19 +82,19 @@ def test_an_overlay_changes_nested_parts_key_by_key(load: Callable[..., Recipe])
     overlay = {
         "model": {"window_size": 32, "lsa": "mlp"},
         "evaluate": {"texts": 3},
-        "schedule_options": {"min_lr": 0.1},
+        "trainer": {"weight_decay": 0.1, "seed": 3},
     }
     recipe = load(BASE, ("small.yaml", overlay))
     assert recipe.model == {"decoder": "tiny", "window_size": 32, "encoder_lora": {"r": 4, "alpha": 8}, "lsa": "mlp"}
     assert recipe.evaluate == {"path": "dev.jsonl", "every": 5, "texts": 3}
-    assert recipe.schedule_options == {"num_cycles": 0.5, "min_lr": 0.1}
+    assert recipe.trainer == {**DEFAULTS, "max_steps": 9, "weight_decay": 0.1, "seed": 3}
     assert recipe.lengths == [16, 32]
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("merge_sizes", {0: [2]}), ("merge_sizes", [4]), ("lengths", [8]), ("data", [{"path": "other.jsonl"}]),
-     ("evaluate", None), ("steps", 3)],
+     ("evaluate", None), ("distractors", 3)],
 )  # fmt: skip
 def test_an_overlay_replaces_anything_else_whole(load: Callable[..., Recipe], name: str, value: Any) -> None:
     assert getattr(load(BASE, ("o.yml", {name: value})), name) == value
@@ -118,32 +118,38 @@ def test_options_merge_before_their_defaults_are_filled_in(load: Callable[..., R
 
 
 def test_changes_apply_in_order(load: Callable[..., Recipe]) -> None:
-    one, two = ("one.yaml", {"steps": 1, "seed": 1, "lengths": [1]}), ("two.yaml", {"steps": 2, "lengths": [2]})
-    recipe = load(BASE, one, "seed=7", two, "lengths=[3]")
-    assert (recipe.steps, recipe.seed, recipe.lengths) == (2, 7, [3])
-    recipe = load(BASE, "lengths=[3]", two, "seed=7", one)
-    assert (recipe.steps, recipe.seed, recipe.lengths) == (1, 1, [1])
+    one, two = (
+        ("one.yaml", {"max_context": 1, "distractors": 1, "lengths": [1]}),
+        ("two.yaml", {"max_context": 2, "lengths": [2]}),
+    )
+    recipe = load(BASE, one, "distractors=7", two, "lengths=[3]")
+    assert (recipe.max_context, recipe.distractors, recipe.lengths) == (2, 7, [3])
+    recipe = load(BASE, "lengths=[3]", two, "distractors=7", one)
+    assert (recipe.max_context, recipe.distractors, recipe.lengths) == (1, 1, [1])
 
 
 def test_overlays_name_the_folders(load: Callable[..., Recipe]) -> None:
     named = {**BASE, "output": "runs/x{overlay}", "init": "runs/{overlay}/y{overlay}/model"}
     plain = load(named)
     assert (plain.output, plain.init) == ("runs/x", "runs//y/model")
-    two, one = ("two.b.yaml", {"model": {"lsa": "mlp"}}), ("one.yml", {"model": {"lsa_layers": 2}, "steps": 1})
-    both = load(named, two, "seed=7", one)
+    two, one = ("two.b.yaml", {"model": {"lsa": "mlp"}}), ("one.yml", {"model": {"lsa_layers": 2}, "max_context": 1})
+    both = load(named, two, "trainer.seed=7", one)
     assert (both.output, both.init) == ("runs/x+two.b+one", "runs/+two.b+one/y+two.b+one/model")
-    both = load(named, two, ("one.yml", {"steps": 1}))  # which leaves the model of the stage before alone
+    both = load(
+        named, two, ("one.yml", {"trainer": {"max_steps": 1}})
+    )  # which leaves the model of the stage before alone
     assert (both.output, both.init) == ("runs/x+two.b+one", "runs/+two.b/y+two.b/model")
     assert load(named, ("one.yaml", {"output": "mine{overlay}", "init": None})).output == "mine+one"
-    assert load(named, ("one.yaml", {"seed": 1}), "output=mine{overlay}", "init=null").output == "mine+one"
-    assert load(BASE, ("one.yaml", {"seed": 1})).output == "runs/x"
+    assert load(named, ("one.yaml", {"trainer": {"seed": 1}}), "output=mine{overlay}", "init=null").output == "mine+one"
+    assert load(BASE, ("one.yaml", {"trainer": {"seed": 1}})).output == "runs/x"
     kept = {**named, "continuation": {"instruction": "{overlay}"}}
     assert load(kept, ("one.yaml", {})).continuation == {"share": 0.5, "instruction": "{overlay}"}
 
 
 def test_overrides_reach_into_nested_parts(load: Callable[..., Recipe]) -> None:
     recipe = load(
-        BASE, "model.window_size=16", "model.encoder_lora.r=9", "evaluate.every=2", "distil.weight=0.25", "steps=4",
+        BASE, "model.window_size=16", "model.encoder_lora.r=9", "evaluate.every=2", "distil.weight=0.25",
+        "trainer.max_steps=4", "trainer.learning_rate=1e-4", "trainer.lr_scheduler_kwargs.num_cycles=2",
         "data=[{path: a=b.yaml}]", "merge_sizes={0: [1], 3: [2]}", "attn_implementation=eager", "init=folder.yaml",
         "continuation={instruction: 'x=y'}",
     )  # fmt: skip
@@ -153,8 +159,32 @@ def test_overrides_reach_into_nested_parts(load: Callable[..., Recipe]) -> None:
     assert recipe.data == [{"path": "a=b.yaml"}]
     assert recipe.init == "folder.yaml"
     assert recipe.merge_sizes == {0: [1], 3: [2]}
-    assert (recipe.steps, recipe.attn_implementation) == (4, "eager")
+    assert recipe.attn_implementation == "eager"
+    changed = {"max_steps": 4, "weight_decay": 0.5, "learning_rate": 1e-4, "lr_scheduler_kwargs": {"num_cycles": 2}}
+    assert recipe.trainer == {**DEFAULTS, **changed}
     assert recipe.continuation == {"share": 0.5, "instruction": "x=y"}
+
+
+def test_conditions_on_rows_may_stand_in_files_beside_a_recipe(load: Callable[..., Recipe], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("source: [x, 1]\nkind: [k]")
+    (tmp_path / "b.yml").write_text("source: [y]")
+
+    def where(value: Any, *changes: Any) -> Any:
+        return load({**LEAST, "data": [{"path": "rows.jsonl", "where": value}]}, *changes).data[0]["where"]
+
+    assert where("a.yaml") == {"source": ["x", 1], "kind": ["k"]}
+    assert where(["b.yml", "a.yaml"]) == {"source": ["y", "x", 1], "kind": ["k"]}
+    assert where(None, ("o.yaml", {"data": [{"path": "r", "where": "b.yml"}]})) == {"source": ["y"]}
+    assert where(None, f"data=[{{path: r, where: {tmp_path / 'b.yml'}}}]") == {"source": ["y"]}
+    dumped = load({**LEAST, "data": [{"path": "r", "where": "b.yml"}]}).dump()
+    (tmp_path / "b.yml").write_text("source: y")
+    assert load(dumped).data[0]["where"] == {"source": ["y"]}  # what a run was is all in its own file
+    with pytest.raises(ConfigError, match=r"b\.yml: source must list values, got 'y'"):
+        where("b.yml")
+    with pytest.raises(ConfigError, match=r"cannot read recipe .*none\.yaml"):
+        where("none.yaml")
+    with pytest.raises(ConfigError, match="where must be"):
+        where("b.txt")
 
 
 def test_overrides_switch_on_what_a_dumped_recipe_has_off(load: Callable[..., Recipe]) -> None:
@@ -177,7 +207,11 @@ def test_overrides_switch_on_what_a_dumped_recipe_has_off(load: Callable[..., Re
         (("o.yaml", "- steps"), "o.yaml must hold key: value pairs"),
         (("o.yaml", ""), "o.yaml must hold key: value pairs"),
         (("o.yaml", "steps: [1"), "o.yaml is not valid YAML: while parsing"),
-        (("o.yaml", {"step": 1}), "unknown recipe key 'step'; did you mean 'steps'?"),
+        (("o.yaml", {"step": 1}), "unknown recipe key 'step'; did you mean 'trainer.max_steps'?"),
+        (("o.yaml", {"steps": 1}), "steps is trainer.max_steps now"),
+        ("clip=1", "clip is trainer.max_grad_norm now"),
+        ("learning_rate=1e-4", "learning_rate is trainer.learning_rate now"),
+        ("trainer.clip=1", "unknown key in trainer: 'clip'; did you mean 'max_grad_norm'?"),
         (("o.yaml", {"model": {"windw_size": 1}}), "unknown key in model: 'windw_size'; did you mean 'window_size'?"),
         (("o.yaml", {"model": None}), "model must hold key: value pairs, got None"),
     ],
@@ -192,7 +226,7 @@ def test_changes_that_cannot_be_applied(load: Callable[..., Recipe], change: Any
     [
         ("text", "must hold key: value pairs"),
         ("a: [", "is not valid YAML"),
-        ({"steps": 3}, "lacks output, data"),
+        ({"trainer": {"max_steps": 3}}, "lacks output, data"),
         ({"output": "x"}, "lacks data"),
     ],
 )
@@ -213,7 +247,11 @@ def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"learning_rat": 1}, "unknown recipe key 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"learning_rat": 1}, "unknown recipe key 'learning_rat'; did you mean 'trainer.learning_rate'?"),
+        (
+            {"trainer": {"learning_rat": 1}},
+            "unknown key in trainer: 'learning_rat'; did you mean 'learning_rate'?",
+        ),
         ({"zzzzz": 1}, "unknown recipe key 'zzzzz'$"),
         ({1: 1}, "unknown recipe key 1"),
         ({"model": {"enkoder_layers": 8}}, "unknown key in model: 'enkoder_layers'; did you mean 'encoder_layers'?"),
@@ -236,12 +274,13 @@ def test_unknown_keys_are_named_with_the_nearest(load: Callable[..., Recipe], fi
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Recipe) if f.type is float])
+@pytest.mark.parametrize("name", [name for name, value in DEFAULTS.items() if type(value) is float])
 @pytest.mark.parametrize(("value", "number"), [("5e-4", 5e-4), ("1e3", 1000.0), (3, 3.0), (0.25, 0.25)])
 def test_numbers_written_without_a_dot(load: Callable[..., Recipe], name: str, value: Any, number: float) -> None:
-    for recipe in (load({**LEAST, name: value}), load(LEAST, f"{name}={value}"), Recipe(**{**LEAST, name: value})):
-        assert getattr(recipe, name) == number
-        assert type(getattr(recipe, name)) is float
+    fields = {**LEAST, "trainer": {name: value}}
+    for recipe in (load(fields), load(LEAST, f"trainer.{name}={value}"), Recipe(**fields)):
+        assert recipe.trainer[name] == number
+        assert type(recipe.trainer[name]) is float
 
 
 def test_nested_numbers_written_without_a_dot(load: Callable[..., Recipe]) -> None:
@@ -253,16 +292,8 @@ def test_nested_numbers_written_without_a_dot(load: Callable[..., Recipe]) -> No
 
 
 WHOLE = {
-    **dict.fromkeys(["tokens_per_batch", "rows_per_batch", "accumulate", "save_every", "log_every", "keep"], 1),
-    **{
-        "max_context": 1,
-        "rates_per_sample": 1,
-        "questions_per_context": 1,
-        "steps": 0,
-        "distractors": 0,
-        "workers": 0,
-        "seed": 0,
-    },
+    **dict.fromkeys(["tokens_per_batch", "rows_per_batch", "max_context", "questions_per_context"], 1),
+    **{"rates_per_sample": 1, "distractors": 0},
 }
 
 
@@ -275,9 +306,26 @@ def test_whole_numbers(name: str, least: int) -> None:
             Recipe(**{**LEAST, name: bad})
 
 
+WHOLE_SETTINGS = {
+    **dict.fromkeys(["gradient_accumulation_steps", "save_steps", "logging_steps", "save_total_limit"], 1),
+    **{"max_steps": 0, "dataloader_num_workers": 0, "seed": 0},
+}
+
+
+@pytest.mark.parametrize(("name", "least"), WHOLE_SETTINGS.items())
+def test_whole_settings_of_the_trainer(name: str, least: int) -> None:
+    assert Recipe(**LEAST, trainer={name: least}).trainer[name] == least
+    assert Recipe(**LEAST, trainer={name: 10**6}).trainer[name] == 10**6
+    for bad in (least - 1, -5, 1.5, 2.0, "3", True, [1]):
+        named = f"^trainer: {name} must be a whole number >= {least}, got {re.escape(repr(bad))}"
+        with pytest.raises(ConfigError, match=named):
+            Recipe(**LEAST, trainer={name: bad})
+
+
 def test_every_whole_number_is_checked() -> None:
     named = {f.name for f in dataclasses.fields(Recipe) if f.type in (int, int | None, int | str)}
     assert named == set(WHOLE)
+    assert {name for name, value in DEFAULTS.items() if type(value) is int} == set(WHOLE_SETTINGS)
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Recipe) if f.type is bool])
@@ -287,18 +335,68 @@ def test_switches(name: str) -> None:
             Recipe(**{**LEAST, name: bad})
 
 
+@pytest.mark.parametrize("name", ["bf16", "gradient_checkpointing", "logging_first_step", "full_determinism"])
+def test_switches_of_the_trainer(name: str) -> None:
+    for bad in ("no", 0, 1, None):
+        with pytest.raises(ConfigError, match=f"^trainer: {name} must be true or false, got {bad!r}"):
+            Recipe(**LEAST, trainer={name: bad})
+
+
+# -- settings of the Trainer -------------------------------------------------------------------------------------------
+
+
+def test_settings_go_through_by_their_own_names(tmp_path: Path) -> None:
+    given = {
+        **{"max_steps": 7, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 3, "seed": 9},
+        **{"max_grad_norm": 0.5, "weight_decay": 0.1, "gradient_accumulation_steps": 4, "bf16": False, "save_steps": 5},
+        **{"logging_steps": 2, "dataloader_num_workers": 1, "adam_beta2": "9.5e-1", "run_name": "mine", "tf32": None},
+    }
+    settings = Recipe(output=str(tmp_path), data=LEAST["data"], trainer=given).trainer
+    arguments = training_arguments(settings, str(tmp_path), None)
+    expected = {**given, "adam_beta2": 0.95}
+    assert {name: getattr(arguments, name) for name in expected} == expected
+    assert arguments.output_dir == str(tmp_path)
+    assert arguments.eval_strategy == "no"
+    assert training_arguments(settings, str(tmp_path), 5).eval_steps == 5
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_settings_that_are_not_a_recipes_to_make(load: Callable[..., Recipe], name: str) -> None:
+    message = f"^trainer: {name} is not set by a recipe: {re.escape(REFUSED[name])}$"
+    with pytest.raises(ConfigError, match=message):
+        load(LEAST, f"trainer.{name}=1")
+    assert len(REFUSED[name]) > 10
+
+
+def test_no_setting_is_both_a_recipes_and_ours() -> None:
+    assert not set(SETTABLE) & set(REFUSED)
+    assert set(MOVED.values()) <= set(DEFAULTS)
+    assert {f.name for f in dataclasses.fields(Recipe)}.isdisjoint({*MOVED, *SETTABLE})
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_fields_that_moved_are_refused_with_their_new_place(load: Callable[..., Recipe], old: str, new: str) -> None:
+    for make in (
+        lambda: load({**LEAST, old: 1}),
+        lambda: load(LEAST, f"{old}=1"),
+        lambda: load(LEAST, ("o.yaml", {old: 1})),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{old} is trainer\.{new} now$"):
+            make()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"learning_rate": 0}, "learning_rate must be above 0, got 0.0"),
-        ({"learning_rate": -1e-4}, "learning_rate must be above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
-        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
-        ({"learning_rate": True}, "learning_rate must be a number, got True"),
-        ({"learning_rate": None}, "learning_rate must be a number, got None"),
-        ({"clip": 0}, "clip must be above 0"),
-        ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
-        ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
+        ({"trainer": {"learning_rate": 0}}, "trainer: learning_rate must be above 0, got 0.0"),
+        ({"trainer": {"learning_rate": -1e-4}}, "trainer: learning_rate must be above 0"),
+        ({"trainer": {"learning_rate": float("nan")}}, "trainer: learning_rate must be above 0, got nan"),
+        ({"trainer": {"learning_rate": "fast"}}, "trainer: learning_rate must be a number, got 'fast'"),
+        ({"trainer": {"learning_rate": True}}, "trainer: learning_rate must be a number, got True"),
+        ({"trainer": {"learning_rate": None}}, "trainer: learning_rate must be a number, got None"),
+        ({"trainer": {"max_grad_norm": 0}}, "trainer: max_grad_norm must be above 0"),
+        ({"trainer": {"weight_decay": -0.1}}, "trainer: weight_decay must be 0 or more, got -0.1"),
+        ({"trainer": {"warmup_steps": -1}}, "trainer: warmup_steps must be 0 or more"),
         ({"stage": "kept"}, "stage must be one of ae, keft, joint; got 'kept'"),
         ({"stage": ["ae"]}, "stage must be a text, got ['ae']"),
         ({"trainable": "most", "trains": ["lsa"]}, "trainable must be one of qkv, all, lora; got 'most'"),
@@ -318,9 +416,11 @@ def test_switches(name: str) -> None:
         ({"lengths": [True]}, "lengths must be"),
         ({"output": 3}, "output must be a text, got 3"),
         ({"init": 3}, "init must be a text, got 3"),
-        ({"schedule": None}, "schedule must be a text, got None"),
-        ({"schedule_options": 3}, "schedule_options must hold key: value pairs, got 3"),
-        ({"report_to": "tensorboard"}, "report_to must be a list, got 'tensorboard'"),
+        ({"trainer": {"lr_scheduler_type": None}}, "trainer: lr_scheduler_type must be a text, got None"),
+        ({"trainer": {"lr_scheduler_kwargs": 3}}, "trainer: lr_scheduler_kwargs must be key: value pairs, got 3"),
+        ({"trainer": [1]}, "trainer must hold key: value pairs, got [1]"),
+        ({"trainer": {"adam_beta1": "much"}}, "trainer: adam_beta1 must be a number, got 'much'"),
+        ({"trainer": {"ddp_timeout": 1.5}}, "trainer: ddp_timeout must be a whole number, got 1.5"),
         ({"model": [1]}, "model must hold key: value pairs, got [1]"),
         ({"data": []}, "data must list at least one file"),
         ({"data": "rows.jsonl"}, "data must list at least one file"),
@@ -374,8 +474,9 @@ def test_values_that_cannot_work(load: Callable[..., Recipe], fields: dict[str, 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"distil": {"weight": 1}}, {"continuation": {"share": 1}}, {"clip": 1e-9}, {"weight_decay": 0}, {"steps": 0},
-        {"warmup_steps": 0}, {"rates_per_sample": "all"}, {"merge_sizes": {0: [1], 9: [2]}}, {"lengths": [1]},
+        {"distil": {"weight": 1}}, {"continuation": {"share": 1}}, {"trainer": {"max_grad_norm": 1e-9}},
+        {"trainer": {"weight_decay": 0}}, {"trainer": {"max_steps": 0}}, {"trainer": {"warmup_steps": 0}},
+        {"rates_per_sample": "all"}, {"merge_sizes": {0: [1], 9: [2]}}, {"lengths": [1]},
         {"data": [{"path": "x", "weight": 0}, {"path": "y"}]}, {"data": [{"path": "x", "rows_per_batch": None}]},
         {"reads": "text"}, {"distil": False}, {"evaluate": {"path": "x"}}, {"data": [{"path": "x", "where": None}]},
     ],
@@ -426,7 +527,9 @@ def test_the_stages() -> None:
 # -- dump and load -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [LEAST, FULL, {**LEAST, "distil": {}, "continuation": {}}, {**BASE, "steps": 0}])
+@pytest.mark.parametrize(
+    "fields", [LEAST, FULL, {**LEAST, "distil": {}, "continuation": {}}, {**BASE, "trainer": {"max_steps": 0}}]
+)
 def test_a_dumped_recipe_loads_as_an_equal_one(load: Callable[..., Recipe], fields: dict[str, Any]) -> None:
     recipe = Recipe(**fields)
     dumped = recipe.dump()
@@ -434,7 +537,9 @@ def test_a_dumped_recipe_loads_as_an_equal_one(load: Callable[..., Recipe], fiel
     assert again == recipe
     assert again.dump() == dumped
     assert list(yaml.safe_load(dumped)) == [f.name for f in dataclasses.fields(Recipe)]  # in the order of the source
-    assert all(getattr(again, name) == value for name, value in fields.items() if name in FULL and value)
+    assert again.trainer == {**DEFAULTS, **fields.get("trainer", {})}
+    own = {name: value for name, value in fields.items() if name in FULL and name != "trainer" and value}
+    assert all(getattr(again, name) == value for name, value in own.items())
 
 
 @settings(deadline=None)
@@ -442,9 +547,14 @@ def test_a_dumped_recipe_loads_as_an_equal_one(load: Callable[..., Recipe], fiel
     st.fixed_dictionaries(
         {},
         optional={
-            "learning_rate": st.floats(1e-12, 1e3),
-            "warmup_steps": st.floats(0, 1e6),
-            "seed": st.integers(0, 2**40),
+            "trainer": st.fixed_dictionaries(
+                {},
+                optional={
+                    "learning_rate": st.floats(1e-12, 1e3),
+                    "warmup_steps": st.floats(0, 1e6),
+                    "seed": st.integers(0, 2**40),
+                },
+            ),
             "merge_sizes": st.lists(st.integers(1, 64), min_size=1)
             | st.dictionaries(st.integers(1, 999), st.lists(st.integers(1, 9), min_size=1)).map(lambda d: {0: [1]} | d),
             "init": st.none() | st.text(min_size=1),
@@ -460,6 +570,6 @@ def test_any_dumped_recipe_reads_as_an_equal_one(fields: dict[str, Any]) -> None
 
 def test_full_covers_what_it_can() -> None:
     """FULL, above, differs from the defaults in all that is not a plain number or exclusive to another value."""
-    plain = {"reads", "trains", "attn_implementation", "rows_per_batch", "gradient_checkpointing", "compile"}
+    plain = {"reads", "trains", "attn_implementation", "rows_per_batch", "compile"}
     spared = {f.name for f in dataclasses.fields(Recipe) if f.type in (int, float)} | plain
     assert {f.name for f in dataclasses.fields(Recipe)} - spared <= set(FULL)

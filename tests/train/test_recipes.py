@@ -21,8 +21,23 @@ from gmsa.train.trainer import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-PAIRS = [name.removesuffix("-1-ae") for name in ALL if name.startswith("paper-") and name.endswith("-1-ae")]
-PAPER = [f"{pair}-{stage}" for pair in PAIRS for stage in ("1-ae", "2-keft")]
+STAGES = ("1-ae", "2-keft")
+# The paper's backbones: version of the recipes, overlay over them.
+PAIRS: dict[str, tuple[str, str | None]] = {
+    "v1-llama2-7b": ("v1", None),
+    "v1-qwen2.5-7b": ("v1", "qwen2.5-7b"),
+    "v1-mixed": ("v1", "mixed"),
+    "v2-llama3.2-3b": ("v2", None),
+    "v2-qwen3-4b": ("v2", "qwen3-4b"),
+}
+BACKBONES = {
+    "v1-llama2-7b": "meta-llama/Llama-2-7b-chat-hf",
+    "v1-qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "v1-mixed": "Qwen/Qwen2.5-7B-Instruct",
+    "v2-llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "v2-qwen3-4b": "Qwen/Qwen3-4B-Instruct-2507",
+}
+PAPER = [(pair, stage) for pair in PAIRS for stage in STAGES]
 OVERLAYS = [
     f"{kind}/{path.stem}" for kind in ("ablations", "options") for path in sorted(RECIPES.glob(f"{kind}/*.yaml"))
 ]
@@ -31,7 +46,7 @@ STAGE_2 = {"no-ae", "no-keft", "distil", "unfrozen", "trainable-all", "trainable
 # What the ablations and options make of the model or the recipe.
 CHANGES: dict[str, dict[str, Any]] = {
     "no-ae": {"init": None},
-    "no-keft": {"steps": 0},
+    "no-keft": {"max_steps": 0},
     "appended": {"merging": "appended", "lsa": "mlp"},
     "no-lsa": {"lsa": "none"},
     "random-lsa": {"lsa": "random"},
@@ -59,11 +74,18 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "v2-llama3.2-3b": ("llama", {"num_hidden_layers": 8, "tie_word_embeddings": True}),
     "v2-qwen3-4b": ("qwen3", {"num_hidden_layers": 8, "tie_word_embeddings": True}),
 }
-LLAMA = "paper-v1-llama2-7b"
+LLAMA = "v1-llama2-7b"
 
 
 def fields_of(name: str, *changes: str) -> Recipe:
     return Recipe.load(RECIPES / f"{name}.yaml", changes)
+
+
+def paper(pair: str, stage: str, *changes: str) -> Recipe:
+    """A stage on one of the paper's pairs of backbones."""
+    version, backbone = PAIRS[pair]
+    overlays = [overlay_path(f"backbones/{backbone}")] if backbone else []
+    return fields_of(f"paper-{version}-{stage}", *overlays, *changes)
 
 
 def overlay_path(overlay: str) -> str:
@@ -81,13 +103,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, save_backbone: Callable[..., 
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
 
     def changes(pair: str, stage: int, output: Path) -> list[str]:
-        family, wider = TINY[pair.removeprefix("paper-")]
+        family, wider = TINY[pair]
         data = folder / ("texts.jsonl" if stage == 1 else "questions.jsonl")
         made = [
             f"output={output}",
             f"data=[{{path: {data}}}]",
             f"model.decoder={save_backbone(family, **wider)}",
-            *("steps=1", "log_every=1", "bf16=false", "lengths=[32]", "max_context=100"),
+            *(
+                "trainer.max_steps=1",
+                "trainer.logging_steps=1",
+                "trainer.bf16=false",
+                "lengths=[32]",
+                "max_context=100",
+            ),
         ]
         return [*made, f"model.encoder={save_backbone('llama', num_hidden_layers=8)}"] if "mixed" in pair else made
 
@@ -97,7 +125,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, save_backbone: Callable[..., 
 @pytest.fixture(scope="module")
 def first_stage(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]) -> Path:
     """The model a second stage of the LLaMA-2 recipe starts from."""
-    return train(fields_of(f"{LLAMA}-1-ae", *tiny(LLAMA, 1, tmp_path_factory.mktemp("first"))))
+    return train(paper(LLAMA, "1-ae", *tiny(LLAMA, 1, tmp_path_factory.mktemp("first"))))
 
 
 def loss_of(folder: Path) -> float:
@@ -111,7 +139,17 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def test_there_is_a_recipe_for_every_pair_of_backbones() -> None:
-    assert {pair.removeprefix("paper-") for pair in PAIRS} == set(TINY)
+    assert set(PAIRS) == set(TINY) == set(BACKBONES)
+    assert {path.stem for path in RECIPES.glob("backbones/*.yaml")} == {overlay for _, overlay in PAIRS.values()} - {
+        None
+    }
+    assert {name for name in ALL if name.startswith("paper-")} == {
+        f"paper-{version}-{stage}" for version, _ in PAIRS.values() for stage in STAGES
+    }
+    for pair, stage in PAPER:
+        model = paper(pair, stage).model
+        assert model["decoder"] == BACKBONES[pair]
+        assert model.get("encoder") == (BACKBONES["v1-llama2-7b"] if pair == "v1-mixed" else None)
     assert {name.split("/")[1] for name in OVERLAYS} == set(CHANGES)
 
 
@@ -122,6 +160,17 @@ def test_a_recipe_loads(name: str) -> None:
     GmsaConfig(**{key: value for key, value in recipe.model.items() if key not in ("decoder", "encoder")})
 
 
+def test_licensed_sources_stand_once() -> None:
+    files = {path.stem: yaml.safe_load(path.read_text())["source"] for path in RECIPES.glob("sources/*.yaml")}
+    listed = [source for sources in files.values() for source in sources]
+    assert len(listed) == len(set(listed))
+    named = [path for path in RECIPES.rglob("*.yaml") if path.parent.name != "sources"]
+    assert not [path for path in named if any(source in path.read_text() for source in listed)]
+    questions = fields_of("default-2-answer").data[1]
+    assert questions["where"] == {"source": [*files["passages"], *files["stories"]]}
+    assert fields_of("text-decoder").data[0]["where"] == questions["where"]
+
+
 def test_existing_recipes_train_what_they_did() -> None:
     groups = ["encoder", "lsa", "decoder-qkv"]
     for path in RECIPES.glob("default-*.yaml"):
@@ -130,27 +179,32 @@ def test_existing_recipes_train_what_they_did() -> None:
     assert fields_of("convergence").trains == ["encoder", "lsa"]
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_paper_recipes_hold_the_papers_hyper_parameters(name: str) -> None:
-    recipe, first, ae = fields_of(name), "-v1-" in name, name.endswith("-ae")
-    assert recipe.learning_rate == (1e-4 if ae else 1e-5)
+@pytest.mark.parametrize(("pair", "stage"), PAPER)
+def test_paper_recipes_hold_the_papers_hyper_parameters(pair: str, stage: str) -> None:
+    version, overlay = PAIRS[pair]
+    recipe, first, ae = paper(pair, stage), version == "v1", stage == "1-ae"
+    settings = recipe.trainer
+    assert settings["learning_rate"] == (1e-4 if ae else 1e-5)
     assert recipe.merge_sizes == [4, 8]
-    found = (recipe.schedule, recipe.warmup_steps, recipe.weight_decay, recipe.clip)
+    found = tuple(settings[n] for n in ("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"))
     assert found == (("linear", 0, 0, 2.0) if first else ("cosine", 0.1, 0.01, 1.0))
-    batch = (recipe.rows_per_batch, recipe.accumulate)
+    batch = (recipe.rows_per_batch, settings["gradient_accumulation_steps"])
     assert batch == (((4, 1) if ae else (16, 1)) if first else (1, 2))
-    assert recipe.steps == {(True, True): 20_000, (True, False): 1000, (False, True): 5000}.get((first, ae), 10_000)
+    assert settings["max_steps"] == {(True, True): 20_000, (True, False): 1000, (False, True): 5000}.get(
+        (first, ae), 10_000
+    )
     assert (recipe.lengths if ae else [recipe.max_context]) == [3072]
     assert recipe.trains == (["encoder", "lsa"] if ae else ["decoder-qkv" if first else "decoder"])
-    assert recipe.output == f"runs/{name}"
-    assert recipe.init == (None if ae else f"runs/{name.replace('-2-keft', '-1-ae')}/model")
+    added = f"+{overlay}" if overlay else ""
+    assert recipe.output == f"runs/paper-{version}-{stage}{added}"
+    assert recipe.init == (None if ae else f"{paper(pair, '1-ae').output}/model")
     if not ae:  # stage 2 names the model again, so that it can start from nothing
-        assert recipe.model == fields_of(name.replace("-2-keft", "-1-ae")).model
+        assert recipe.model == paper(pair, "1-ae").model
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_paper_recipes_have_everything_later_off(name: str) -> None:
-    recipe = fields_of(name)
+@pytest.mark.parametrize(("pair", "stage"), PAPER)
+def test_paper_recipes_have_everything_later_off(pair: str, stage: str) -> None:
+    recipe = paper(pair, stage)
     assert recipe.stage in ("ae", "keft")
     assert recipe.rates_per_sample == 1
     assert recipe.distractors == 0
@@ -171,18 +225,18 @@ def test_a_paper_recipe_takes_a_step_in_both_stages(
     if pair == LLAMA:  # has been trained already
         first = request.getfixturevalue("first_stage")
     else:
-        first = train(fields_of(f"{pair}-1-ae", *tiny(pair, 1, tmp_path / "1")))
-    second = train(fields_of(f"{pair}-2-keft", *tiny(pair, 2, tmp_path / "2"), f"init={first}"))
+        first = train(paper(pair, "1-ae", *tiny(pair, 1, tmp_path / "1")))
+    second = train(paper(pair, "2-keft", *tiny(pair, 2, tmp_path / "2"), f"init={first}"))
     assert 0 < loss_of(first) < 50
     assert 0 < loss_of(second) < 50
-    decoder = "decoder-qkv" if "-v1-" in pair else "decoder"
+    decoder = "decoder-qkv" if pair.startswith("v1") else "decoder"
     assert read_config(first).trained == ["encoder", "lsa"]
     assert read_config(second).trained == [decoder, "encoder", "lsa"]
     before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert all(name.startswith("compressor.") for name in before)
     assert all("lora_" in name for name in before if name.startswith("compressor.encoder."))
     assert all(same(before[name], after[name]) for name in before)  # the compressor is frozen in stage 2
-    if "-v1-" in pair:  # the second version warms up: its first step changes nothing
+    if pair.startswith("v1"):  # the second version warms up: its first step changes nothing
         assert all(before[name].any() for name in before if "lora_B" in name)  # zero until they learn
     projections = {name.split(".")[-2] for name in after if name not in before}
     assert {"q_proj", "k_proj", "v_proj"} <= projections
@@ -195,17 +249,17 @@ def test_an_overlay_takes_a_step(
 ) -> None:
     name = overlay.split("/")[1]
     stage = 2 if name in STAGE_2 else 1
-    recipe_name = f"{LLAMA}-{'2-keft' if stage == 2 else '1-ae'}"
+    recipe_name = f"paper-v1-{'2-keft' if stage == 2 else '1-ae'}"
     whole = fields_of(recipe_name, overlay_path(overlay))
     assert whole.output == f"runs/{recipe_name}+{name}"
     # None of these changes the model, so the first stage is the plain one.
-    assert whole.init == (f"runs/{LLAMA}-1-ae/model" if stage == 2 and name != "no-ae" else None)
+    assert whole.init == ("runs/paper-v1-1-ae/model" if stage == 2 and name != "no-ae" else None)
     for key, value in CHANGES[name].items():
-        assert (whole.model if key in whole.model else vars(whole))[key] == value
+        assert next(part for part in (whole.model, whole.trainer, vars(whole)) if key in part)[key] == value
 
     changes = tiny(LLAMA, stage, tmp_path / "run")
     if name == "no-keft":
-        changes.remove("steps=1")
+        changes.remove("trainer.max_steps=1")
     if stage == 2 and name != "no-ae":
         changes.append(f"init={request.getfixturevalue('first_stage')}")
     folder = train(fields_of(recipe_name, overlay_path(overlay), *changes))
@@ -225,7 +279,7 @@ def test_overlays_combine(tiny: Callable[..., list[str]], tmp_path: Path, first_
     names = ("unfrozen", "trainable-lora", "distil", "documents", "summed-rates")
     overlays = [overlay_path(f"options/{name}") for name in names]
     changes = [*tiny(LLAMA, 2, tmp_path / "run"), f"init={first_stage}"]
-    recipe = fields_of(f"{LLAMA}-2-keft", *overlays, *changes)
+    recipe = paper(LLAMA, "2-keft", *overlays, *changes)
     assert recipe.trains == ["encoder", "lsa", "decoder-lora"]
     assert 0 < loss_of(train(recipe)) < 50
 
@@ -247,7 +301,7 @@ def test_the_stages_of_the_default_model_follow_one_another() -> None:
     averaged = re.findall(r"(runs/\S+)/model=", script)
     assert averaged
     assert set(averaged) <= {recipe.output for recipe in recipes}
-    written = {path.stem for path in RECIPES.glob("default-*.yaml")}
+    written = {path.stem for path in RECIPES.glob("default-[1-9]*.yaml")}
     assert written == {f"default-{stage}" for stage in stages}
 
 

@@ -19,6 +19,7 @@ from gmsa.train.average import WeightAverage
 from gmsa.train.evaluation import RestorationProbe
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import prepare, train, training_batches
+from recipes import recipe_of
 
 TEXTS = [f"Line {i}: the {w} went over the hill and came back {i * 7} times." for i, w in enumerate("abcdefghijklmnop")]
 QUESTIONS = [{"input": t, "prompt": "Who went?", "answer": [t.split()[3]]} for t in TEXTS]
@@ -38,13 +39,13 @@ def recipe(tmp_path: Path, save_backbone: Callable[..., Path]) -> Callable[..., 
             "merge_sizes": {0: [1, 2], 3: [1, 2, 4]},
             "lengths": [16, 24],
             "tokens_per_batch": 64,
-            "steps": 6,
-            "save_every": 3,
-            "log_every": 1,
+            "max_steps": 6,
+            "save_steps": 3,
+            "logging_steps": 1,
             "learning_rate": 1e-3,
             "bf16": False,
         }
-        return Recipe(**{**values, **fields})
+        return recipe_of(**{**values, **fields})
 
     return make
 
@@ -61,7 +62,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_training_learns_and_leaves_log_curve_and_model(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     probe = {"path": str(tmp_path / "texts.jsonl"), "texts": 2, "length": 16, "merge_sizes": [2], "every": 20}
-    made = recipe(steps=45, save_every=45, learning_rate=3e-3, evaluate=probe)
+    made = recipe(max_steps=45, save_steps=45, learning_rate=3e-3, evaluate=probe)
     folder = train(made)
     found = losses(tmp_path / "run")
     assert len(found) == 45
@@ -93,9 +94,9 @@ def test_the_probe_with_two_tokenizers(
 
 
 def test_stopping_and_resuming_changes_nothing(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    whole = train(recipe("whole", schedule="constant"))
-    train(recipe("parts", schedule="constant", steps=3))
-    parts = train(recipe("parts", schedule="constant"), resume=True)
+    whole = train(recipe("whole", lr_scheduler_type="constant"))
+    train(recipe("parts", lr_scheduler_type="constant", max_steps=3))
+    parts = train(recipe("parts", lr_scheduler_type="constant"), resume=True)
     expected, found = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -130,9 +131,9 @@ def test_rows_can_be_chosen_by_field(recipe: Callable[..., Recipe], tmp_path: Pa
     data = tmp_path / "marked.jsonl"
     rows = [{"text": t, "source": "good" if i % 2 else "bad"} for i, t in enumerate(TEXTS)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train(recipe(data=[{"path": str(data), "where": {"source": ["good"]}}], steps=1))
+    train(recipe(data=[{"path": str(data), "where": {"source": ["good"]}}], max_steps=1))
     with pytest.raises(InputError, match=r"holds no texts where {'source': \['none'\]}"):
-        train(recipe("other", data=[{"path": str(data), "where": {"source": ["none"]}}], steps=1))
+        train(recipe("other", data=[{"path": str(data), "where": {"source": ["none"]}}], max_steps=1))
 
 
 def test_the_command_line_trains(
@@ -140,7 +141,7 @@ def test_the_command_line_trains(
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe().dump())
-    assert main(["train", str(path), "steps=2", f"output={tmp_path / 'cli'}"]) == 0
+    assert main(["train", str(path), "trainer.max_steps=2", f"output={tmp_path / 'cli'}"]) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(tmp_path / "cli/model")
     assert len(losses(tmp_path / "cli")) == 2
 
@@ -148,17 +149,20 @@ def test_the_command_line_trains(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("learning_rat=1", "unknown recipe key 'learning_rat'; did you mean 'learning_rate'?"),
-        ("steps=-1", "steps must be a whole number >= 0"),
+        ("learning_rat=1", "unknown recipe key 'learning_rat'; did you mean 'trainer.learning_rate'?"),
+        ("trainer.learning_rat=1", "unknown key in trainer: 'learning_rat'; did you mean 'learning_rate'?"),
+        ("learning_rate=1e-4", "learning_rate is trainer.learning_rate now"),
+        ("steps=3", "steps is trainer.max_steps now"),
+        ("trainer.max_steps=-1", "trainer: max_steps must be a whole number >= 0"),
         ("trains=[everything]", "trains must list some of"),
         ("merge_sizes=[0]", "merge_sizes must be a list"),
         ("model.encoder_layers=0", "encoder_layers must be a whole number >= 1"),
         ("model.lsa=deep", "lsa must be one of"),
         ("nonsense", "is an overlay.yaml or looks like key=value"),
-        ("schedule=sideways", "schedule: sideways is not a valid"),
-        ("schedule_options={cycles: 2}", "schedule_options: "),
-        ("schedule=warmup_stable_decay", "schedule_options: "),
-        ("report_to=[paper]", "report_to: paper is not supported"),
+        ("trainer.lr_scheduler_type=sideways", "trainer: lr_scheduler_type: sideways is not a valid"),
+        ("trainer.lr_scheduler_kwargs={cycles: 2}", "trainer: lr_scheduler_kwargs: "),
+        ("trainer.lr_scheduler_type=warmup_stable_decay", "trainer: lr_scheduler_kwargs: "),
+        ("trainer.report_to=[paper]", "trainer: report_to: paper is not supported"),
     ],
 )
 def test_a_bad_recipe_names_the_field(recipe: Callable[..., Recipe], tmp_path: Path, change: str, message: str) -> None:
@@ -170,25 +174,25 @@ def test_a_bad_recipe_names_the_field(recipe: Callable[..., Recipe], tmp_path: P
 
 def test_a_stage_says_what_rows_it_needs(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no questions; stage keft needs them"):
-        train(recipe(stage="keft", trains=[], steps=1))
+        train(recipe(stage="keft", trains=[], max_steps=1))
     # Stage 1 restores the contexts of questions; they need no answers for that.
     rows = [{"input": t} for t in TEXTS]
-    train(recipe("inputs", data=[{"path": write_rows(tmp_path / "inputs.jsonl", rows)}], steps=1))
+    train(recipe("inputs", data=[{"path": write_rows(tmp_path / "inputs.jsonl", rows)}], max_steps=1))
 
 
 def test_stage_two_from_nothing_is_noted(
     recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = [{"path": write_rows(tmp_path / "questions.jsonl", QUESTIONS)}]
-    train(recipe(stage="keft", trains=[], data=data, steps=1))
+    train(recipe(stage="keft", trains=[], data=data, max_steps=1))
     assert "'no AE' ablation" in capsys.readouterr().err
-    train(recipe("whole", stage="keft", trains=[], data=data, steps=1, reads="text"))
+    train(recipe("whole", stage="keft", trains=[], data=data, max_steps=1, reads="text"))
     assert "no AE" not in capsys.readouterr().err
 
 
 def test_no_steps_save_the_model_as_it_is(recipe: Callable[..., Recipe]) -> None:
-    first = train(recipe("first", steps=2))
-    second = train(recipe("second", init=str(first), model={}, steps=0))
+    first = train(recipe("first", max_steps=2))
+    second = train(recipe("second", init=str(first), model={}, max_steps=0))
     one, other = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name].bfloat16(), other[name].bfloat16()) for name in one)
@@ -200,8 +204,8 @@ def test_bad_lines_are_skipped_only_if_asked_for(
     data = tmp_path / "bad.jsonl"
     data.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:3]) + "{broken\n" + '{"text": ""}\n')
     with pytest.raises(InputError, match=r"bad.jsonl, line 4"):
-        train(recipe(data=[{"path": str(data)}], steps=1))
-    train(recipe("skipping", data=[{"path": str(data)}], steps=1, on_error="skip"))
+        train(recipe(data=[{"path": str(data)}], max_steps=1))
+    train(recipe("skipping", data=[{"path": str(data)}], max_steps=1, on_error="skip"))
     told = capsys.readouterr().err
     assert "2 bad line(s) skipped" in told
     assert f"{data}, line 4" in told
@@ -210,13 +214,13 @@ def test_bad_lines_are_skipped_only_if_asked_for(
 
 def test_processes_that_prepare_batches_change_nothing(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     train(recipe("alone"))
-    train(recipe("helped", workers=2))
+    train(recipe("helped", dataloader_num_workers=2))
     assert losses(tmp_path / "alone") == losses(tmp_path / "helped")
 
 
 def test_reports_go_where_the_recipe_says(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     probe = {"path": str(tmp_path / "texts.jsonl"), "texts": 2, "length": 16, "merge_sizes": [2], "every": 2}
-    train(recipe(steps=2, report_to=["tensorboard"], evaluate=probe))
+    train(recipe(max_steps=2, report_to=["tensorboard"], evaluate=probe))
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     assert b"train/token_accuracy" in events.read_bytes()
     assert b"eval/token_accuracy_2x" in events.read_bytes()
@@ -224,7 +228,7 @@ def test_reports_go_where_the_recipe_says(recipe: Callable[..., Recipe], tmp_pat
 
 def test_truncation_is_logged(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     data = [{"path": write_rows(tmp_path / "questions.jsonl", QUESTIONS)}]
-    train(recipe(stage="joint", trains=[], data=data, max_context=20, rows_per_batch=4, steps=2))
+    train(recipe(stage="joint", trains=[], data=data, max_context=20, rows_per_batch=4, max_steps=2))
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [entry["truncated"] for entry in lines if "loss" in entry] == [4, 4]
 
@@ -237,7 +241,7 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert main(["train", str(path), "--dry-run", "merge_sizes=[4]", "lengths=[16]"]) == 0
     told = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    model = GMSA.from_pretrained(train(recipe(steps=0)), dtype="float32").model
+    model = GMSA.from_pretrained(train(recipe(max_steps=0)), dtype="float32").model
     trained = sum(p.numel() for g in model.config.trained for p in model.group_parameters(g).values())
     total = sum(p.numel() for p in model.parameters())
     assert f"{trained / 1e6:,.1f}M of {total / 1e6:,.1f}M" in told
@@ -272,7 +276,7 @@ def test_packed_batches_train_as_padded_ones_do(recipe: Callable[..., Recipe], t
     data = [{"path": str(tmp_path / "texts.jsonl")}, {"path": str(tmp_path / "questions.jsonl"), "as": "rows"}]
     models = []
     for packed in (False, True):
-        made = recipe(f"packed-{packed}", packed=packed, stage="joint", data=data, steps=4)
+        made = recipe(f"packed-{packed}", packed=packed, stage="joint", data=data, max_steps=4)
         models.append(load_file(train(made) / "model.safetensors"))
         log = (tmp_path / f"packed-{packed}/log.jsonl").read_text().splitlines()
         models[-1]["tokens"] = torch.tensor([json.loads(line)["context_tokens"] for line in log])
@@ -304,10 +308,10 @@ def test_the_model_is_the_mean_of_the_weights_and_a_resumed_run_goes_on_with_it(
     mean = load_file(whole / "model.safetensors")
     assert any(not torch.equal(mean[name], last[name]) for name in last)
 
-    train(recipe("halves", average=0.6, steps=3))
+    train(recipe("halves", average=0.6, max_steps=3))
     resumed = train(recipe("halves", average=0.6), resume=True)
     # The learning rate's way down depends on the number of steps, so the first three are compared by a third run.
-    for name, tensor in load_file(train(recipe("again", average=0.6, steps=3)) / "model.safetensors").items():
+    for name, tensor in load_file(train(recipe("again", average=0.6, max_steps=3)) / "model.safetensors").items():
         assert not torch.equal(tensor, load_file(resumed / "model.safetensors")[name])
     weights = {name: torch.nn.Parameter(tensor.float()) for name, tensor in last.items()}
     kept = WeightAverage(weights, 0.6)
@@ -320,9 +324,9 @@ def test_the_model_is_the_mean_of_the_weights_and_a_resumed_run_goes_on_with_it(
 
 def test_a_run_ends_at_its_time_and_can_be_resumed(recipe: Callable[..., Recipe], tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    folder = train(recipe(steps=5000, max_minutes=1e-4))
+    folder = train(recipe(max_steps=5000, max_minutes=1e-4))
     assert (folder / "model.safetensors").exists()
     assert "max_minutes are over: ended at step 1 of 5000" in capsys.readouterr().err
     assert (tmp_path / "run/checkpoint-1").exists()
-    train(recipe(steps=2), resume=True)
+    train(recipe(max_steps=2), resume=True)
     assert len(losses(tmp_path / "run")) == 2
