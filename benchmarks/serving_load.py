@@ -6,6 +6,11 @@
 Each user, without pause: compresses a text nobody has sent before (1 request of 8), asks about a stored memory (4, half
 of them streamed) or sends a long text with a question as any OpenAI client would (3). Only 429 may refuse; any other
 error makes the exit code 1.
+
+    python benchmarks/serving_load.py http://127.0.0.1:8000 --beside-api --output docs/results/serving-beside-api.json
+
+asks the idle server and, by turns, `GMSA.answer` in this process the same questions about the same memories, one at a
+time and several at once: how much of the engine's speed is left behind HTTP.
 """
 
 import argparse
@@ -25,6 +30,7 @@ import httpx
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ["How long did the work take?", "How many bricks were used?", "Who was the chief engineer?", "Why?"]
+RETELL = "Restate the aforementioned Text."
 KINDS = ["compress", "ask", "ask", "stream", "stream", "long text", "long text", "long text"]
 PERCENTILES = (50, 90, 99)
 
@@ -141,10 +147,76 @@ async def measure(url: str, key: str | None, users: int, seconds: float, new: in
     }
 
 
+async def ask_server(http: httpx.AsyncClient, memories: list[str], new: int) -> tuple[list[str], float]:
+    """Answers about stored memories, asked for all at once, and the seconds they took."""
+
+    async def one(memory: str) -> str:
+        content = [{"type": "memory", "memory_id": memory}, {"type": "text", "text": RETELL}]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": new, "temperature": 0}
+        answer = (await http.post("/v1/chat/completions", json=body)).raise_for_status()
+        return answer.json()["choices"][0]["message"]["content"]
+
+    started = time.perf_counter()
+    return await asyncio.gather(*map(one, memories)), time.perf_counter() - started
+
+
+async def measure_beside_api(options: argparse.Namespace) -> dict[str, object]:
+    """Tokens per second of the server and of the API, by turns; medians over rounds."""
+    from gmsa import GMSA
+
+    gmsa = GMSA.from_pretrained(options.model, dtype=options.dtype)
+    text = options.text.read_text()
+    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    found: list[dict[str, float]] = []
+    async with httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600) as http:
+        for rows in options.rows:
+            rates: dict[str, list[float]] = {"api": [], "server": []}
+            agreed = 0
+            for turn in range(options.rounds + 1):  # the first one warms up
+                # New texts each time: the server would find what it has read before.
+                texts = [f"{turn} {row} {text[40 * row : 40 * row + 1200]}" for row in range(rows)]
+                made = [await http.post("/v1/memories", json={"text": t, "merge_size": 4}) for t in texts]
+                ids = [answer.raise_for_status().json()["id"] for answer in made]
+                memories = gmsa.compress(texts, 4)
+                said, spent = await ask_server(http, ids, options.new_tokens)
+                started = time.perf_counter()
+                answers = gmsa.answer(
+                    [RETELL] * rows, [[m] for m in memories], max_new_tokens=options.new_tokens, batch_size=rows
+                )
+                alone = time.perf_counter() - started
+                if turn:
+                    rates["server"].append(sum(len(gmsa.template.encode(t)) for t in said) / spent)
+                    rates["api"].append(sum(len(gmsa.template.encode(t)) for t in answers) / alone)
+                    agreed += sum(a == b for a, b in zip(said, answers, strict=True))
+            row = {name: round(statistics.median(values), 2) for name, values in rates.items()}
+            ratios = [a / b for a, b in zip(rates["server"], rates["api"], strict=True)]
+            found.append(
+                {
+                    "rows": rows,
+                    **row,
+                    "server_over_api": round(statistics.median(ratios), 3),
+                    "same_answers": agreed / (rows * options.rounds),
+                }
+            )
+    return {
+        "new_tokens": options.new_tokens,
+        "rounds": options.rounds,
+        "tokens_per_second": found,
+        "meta": {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
+    }
+
+
 def summary(values: list[float]) -> dict[str, float]:
     """How many, and percentiles."""
     cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
     return {"n": len(values), **{f"p{p}": round(cuts[p - 1], 3) for p in PERCENTILES}, "max": round(max(values), 3)}
+
+
+def write(path: Path | None, found: dict[str, object]) -> None:
+    """Results with the command that makes them."""
+    found["meta"] = {**found["meta"], "command": " ".join(["python", "benchmarks/serving_load.py", *sys.argv[1:]])}  # type: ignore[dict-item]
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> int:
@@ -154,18 +226,29 @@ def main() -> int:
     parser.add_argument("--api-key")
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--new-tokens", type=int, default=16, help="longest answer")
+    parser.add_argument("--new-tokens", type=int, help="longest answer (16; 64 with --beside-api)")
     parser.add_argument("--text", type=Path, default=ROOT / "examples" / "thames.txt")
     parser.add_argument("--output", type=Path, help="JSON of what is printed")
+    beside = parser.add_argument_group("with --beside-api")
+    beside.add_argument("--beside-api", action="store_true", help="compare with GMSA.answer in this process")
+    beside.add_argument("--model", default="default", help="which the server runs, too")
+    beside.add_argument("--dtype", help="which the server runs with")
+    beside.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8], help="asked at once")
+    beside.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    options.new_tokens = options.new_tokens or (64 if options.beside_api else 16)
+    if options.beside_api:
+        found = asyncio.run(measure_beside_api(options))
+        write(options.output, found)
+        for row in found["tokens_per_second"]:  # type: ignore[attr-defined]
+            print("  ".join(f"{name} {value}" for name, value in row.items()))
+        return 0
     found = asyncio.run(
         measure(
             options.url, options.api_key, options.users, options.seconds, options.new_tokens, options.text.read_text()
         )
     )
-    found["meta"] = {**found["meta"], "command": " ".join(["python", "benchmarks/serving_load.py", *sys.argv[1:]])}  # type: ignore[dict-item]
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+    write(options.output, found)
     print(f"{'':20}{'n':>6}" + "".join(f"{f'p{p}':>9}" for p in PERCENTILES) + f"{'max':>9}")
     for kind, row in found["latency_seconds"].items():  # type: ignore[attr-defined]
         print(

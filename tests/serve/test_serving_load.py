@@ -45,3 +45,22 @@ def test_users_at_once(
     assert found["tokens_per_second"] > 0
     for row in found["latency_seconds"].values():
         assert 0 < row["p50"] <= row["p90"] <= row["p99"] <= row["max"]
+
+
+def test_the_server_beside_the_api(
+    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel], tmp_path: Path
+) -> None:
+    folder, text, output = tmp_path / "model", tmp_path / "text.txt", tmp_path / "found.json"
+    GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama")).save_pretrained(folder)
+    text.write_text("The mill stood by the river. " * 60)
+    service = Service(GMSA.from_pretrained(folder, dtype="float32"), Settings(store=tmp_path / "store"))
+    with running(service) as url:
+        options = ["--beside-api", "--model", str(folder), "--dtype", "float32", "--rows", "1", "2", "--rounds", "1"]
+        command = [sys.executable, str(SCRIPT), url, *options, "--new-tokens", "4", "--text", str(text)]
+        done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())["tokens_per_second"]
+    assert [row["rows"] for row in found] == [1, 2]
+    for row in found:
+        assert row["same_answers"] == 1
+        assert min(row["server"], row["api"], row["server_over_api"]) > 0
