@@ -15,6 +15,7 @@ import torch
 from tiny import make_model, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from gmsa import GMSA
 from gmsa.config import GmsaConfig
 from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.loading import GmsaModel
@@ -74,6 +75,18 @@ def tiny_model(tiny_backbone: Callable[..., Backbone]) -> Callable[..., GmsaMode
         return GmsaModel(config, decoder.model, encoder.model if encoder else None).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def model(
+    tiny_backbone: Callable[..., Backbone],
+    tiny_model: Callable[..., GmsaModel],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """The folder of an untrained model, for commands."""
+    folder = tmp_path_factory.mktemp("command") / "model"
+    GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama")).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -16,17 +16,6 @@ from gmsa.io.loading import GmsaModel
 TEXT = "The mill was built in 1731 by two brothers. It stands by the river still."
 
 
-@pytest.fixture(scope="module")
-def model(
-    tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> str:
-    folder = tmp_path_factory.mktemp("cli") / "model"
-    GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama")).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def text_file(tmp_path: Path) -> str:
     path = tmp_path / "doc.txt"

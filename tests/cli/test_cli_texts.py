@@ -4,32 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gmsa import GMSA
 from gmsa.cli import main as cli
 from gmsa.cli.common import check_output, decode, emit, plain
 from gmsa.errors import InputError
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 from gmsa.io.memory import Memory
 
 TEXT = "Die Mühle wurde 1731 gebaut. It stands by the river still."
 TOKENS = len(TEXT.encode())  # the tiny tokenizer takes bytes
-
-
-@pytest.fixture(scope="module")
-def model(
-    tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> str:
-    folder = tmp_path_factory.mktemp("cli") / "model"
-    GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama")).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -949,17 +949,6 @@ def test_other_files_are_no_archives(tmp_path: Path, store: MemoryStore) -> None
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(
-    tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> str:
-    folder = tmp_path_factory.mktemp("cli") / "model"
-    GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama")).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """run(*arguments, code=0) -> stdout as JSON, or for a failure the last line of stderr."""
