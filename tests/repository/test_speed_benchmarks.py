@@ -151,3 +151,27 @@ def test_processor_time_is_taken_on_one_thread(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert measuring.now(torch.device("cpu")) == 2.0
     sys.modules.pop("measuring", None)
+
+
+def test_gpu_on_tiny_shapes(
+    save_backbone: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "cuda_tests", lambda: "none here")
+    output = tmp_path / "gpu.json"
+    module.main(["--quick", "--tokenizer", str(save_backbone("llama")), "--output", str(output)])
+    for name in ("gpu", "measuring"):
+        sys.modules.pop(name, None)
+    found = json.loads(output.read_text())
+    ways = ["original-prompt", *["gmsa", "gmsa-stored"] * 3]
+    assert [(row["shape"], row["length"], row["method"]) for row in found["latency"]] == [
+        (shape, length, way) for shape in ("llama-2-7b", "qwen3-4b") for length in (96, 160) for way in ways
+    ]
+    assert all(row["new_tokens"] == 4 and row["seconds"]["total"] > 0 for row in found["latency"])
+    assert found["training"]["step_context_tokens"] == 6 * 32
+    assert found["training"]["products_per_second"] > 0
+    assert "context tokens a second" in capsys.readouterr().out
