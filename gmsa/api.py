@@ -37,6 +37,7 @@ from gmsa.io.compressor import drop_decoder
 from gmsa.io.loading import load_model
 from gmsa.io.memory import Memory
 from gmsa.model.backbone import body_of, layers_of
+from gmsa.model.entry import check_enters_at_input
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.merging import check_merge_size
 from gmsa.model.windows import Window, batch_windows, cut_windows, make_windows, split_windows
@@ -449,7 +450,9 @@ class GMSA:
         Raises:
             InputError: an empty question, or nothing to answer from.
             MemoryMismatchError: a memory of another model.
+            ConfigError: soft tokens enter above the input.
         """
+        check_enters_at_input(self.config)
         (contents,) = self._contents_of(memory, 1, framed=isinstance(question, Frame))
         if isinstance(contents, PrefixCache):
             raise InputError("what a decoder elsewhere is to read cannot be read here before: give the memories")

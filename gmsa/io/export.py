@@ -18,6 +18,7 @@ from gmsa.io import checkpoint
 from gmsa.io.backbones import quiet_transformers
 from gmsa.io.compressor import KIND, CompressorModel, tensors_of
 from gmsa.io.files import atomic_folder, reason_of, sha256_of, write_json
+from gmsa.model.entry import check_enters_at_input
 from gmsa.model.gmsa import GmsaNetwork
 
 Part = tuple[PreTrainedConfig, PreTrainedTokenizerBase]  # of a backbone
@@ -40,8 +41,10 @@ def export_decoder(
 
     Raises:
         CheckpointError: the model has no decoder, or the folder exists or cannot be written.
+        ConfigError: its soft tokens enter above the input.
     """
     _check_whole(model)
+    check_enters_at_input(model.config)
     decoder = model.decoder
     if model.config.decoder_lora is not None:
         decoder = merge_lora(copy.deepcopy(decoder))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmsa.config import GmsaConfig
 from gmsa.errors import ConfigError
 from gmsa.model.backbone import layers_of
 from gmsa.model.padding import pad_left, pad_right
@@ -94,3 +95,16 @@ class EntryLayers:
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
+
+
+def check_enters_at_input(config: GmsaConfig) -> None:
+    """For decoders of other engines, which know nothing of entry layers.
+
+    Raises:
+        ConfigError: soft tokens enter further up, so that such a decoder would read them wrongly.
+    """
+    if config.entry_layer:
+        raise ConfigError(
+            f"this model's soft tokens enter the decoder at layer {config.entry_layer}; other engines can only be given "
+            "embeddings at its input and would answer wrongly: use GMSA.answer, or gmsa serve without --decoder"
+        )

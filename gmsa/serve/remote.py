@@ -27,6 +27,7 @@ from torch import Tensor
 from gmsa.api import GMSA, Content
 from gmsa.errors import ContextTooLongError, GmsaError, MemoryMismatchError, RemoteDecoderError
 from gmsa.io.export import decoder_fingerprint
+from gmsa.model.entry import check_enters_at_input
 
 try:
     import httpx
@@ -90,6 +91,7 @@ class RemoteDecoder:
     def __init__(
         self, gmsa: GMSA, url: str, model: str | None = None, api_key: str | None = None, *, timeout: float = 600.0
     ) -> None:
+        check_enters_at_input(gmsa.config)
         self.gmsa = gmsa
         self.url = base_url(url)
         self._wanted = model
@@ -380,6 +382,7 @@ class LocalDecoder:
     """
 
     def __init__(self, gmsa: GMSA, folder: str | Path, **options: Any) -> None:
+        check_enters_at_input(gmsa.config)
         belongs = decoder_fingerprint(Path(folder))
         if belongs is not None and belongs != gmsa.fingerprint:
             whose = f"{folder} holds the decoder of compressor {belongs}, this model's is {gmsa.fingerprint}"

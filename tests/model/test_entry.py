@@ -14,6 +14,7 @@ from gmsa.errors import ConfigError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of
+from gmsa.serve.remote import RemoteDecoder
 from gmsa.train.trainer import checkpoint_activations
 
 Build = Callable[..., GmsaModel]
@@ -170,3 +171,17 @@ def test_entries_that_cannot_be(fields: dict[str, Any], message: str) -> None:
 def test_a_layer_must_be_left_to_read(tiny_model: Build) -> None:
     with pytest.raises(ConfigError, match=f"entry_layer is {LAYERS}"):
         tiny_model(lsa="none", encoder_layers=LAYERS, entry_layer=LAYERS)
+
+
+def test_other_engines_are_refused_since_they_would_read_them_wrongly(
+    tiny_model: Build, tiny_backbone: Callable[..., Backbone], tmp_path: Any
+) -> None:
+    gmsa = GMSA(tiny_model(**ALIGNED), tiny_backbone("llama"))
+    memory = gmsa.compress("The mill was built in 1731 by two brothers.", 2)
+    with pytest.raises(ConfigError, match=r"enter the decoder at layer 3.*use GMSA.answer, or gmsa serve without"):
+        gmsa.export_decoder(tmp_path / "decoder")
+    with pytest.raises(ConfigError, match="enter the decoder at layer 3"):
+        gmsa.prompt_embeddings("Who?", memory)
+    with pytest.raises(ConfigError, match="enter the decoder at layer 3"):
+        RemoteDecoder(gmsa, "http://127.0.0.1:9")
+    assert not (tmp_path / "decoder").exists()
