@@ -105,6 +105,6 @@ def check_enters_at_input(config: GmsaConfig) -> None:
     """
     if config.entry_layer:
         raise ConfigError(
-            f"this model's soft tokens enter the decoder at layer {config.entry_layer}; other engines can only be given "
-            "embeddings at its input and would answer wrongly: use GMSA.answer, or gmsa serve without --decoder"
+            f"this model's soft tokens enter the decoder at layer {config.entry_layer}; other engines can only be "
+            "given embeddings at its input and would answer wrongly: use GMSA.answer, or gmsa serve without --decoder"
         )
