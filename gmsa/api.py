@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import IOBase
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -48,11 +49,19 @@ MERGE_SIZE = 4
 BUNDLED = Path(__file__).parent / "models" / DEFAULT_MODEL
 PREFILL_TOKENS = 4096  # of prompts, read together
 KEPT_PREFIXES = 1 << 30  # bytes of what questions have in common
-# Options of transformers' `generate` that would change what comes back, or take objects of its own.
-NOT_HERE = {
-    *("num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
-    *("output_hidden_states", "max_length", "min_length", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache"),
-}
+# What errors say is taken.
+QUESTIONS = "a question must be a text, or several a list of texts"
+MEMORIES = "a memory must be a Memory or the path of a memory file, or several a list of them"
+CONTENTS = "what to answer from must be a memory, the path of a memory file, or a list of memories, paths and texts"
+# What transformers' own `generate` does for `answer`: drawing by other rules, beams, and changed logits.
+DRAWING_ELSEWHERE = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+BEAMS_ALONE = ("length_penalty", "early_stopping")
+SEARCHING = (
+    *("num_beams", *BEAMS_ALONE, *DRAWING_ELSEWHERE, "max_time", "watermarking_config", "renormalize_logits"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "remove_invalid_values"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+)
+OBJECTS = ("logits_processor", "stopping_criteria", "streamer", "generation_config", "assistant_model")  # of `generate`
 
 
 @dataclass
@@ -89,6 +98,10 @@ class Answer(str):
         made = super().__new__(cls, text)
         made.finish_reason, made.tokens = finish_reason, tokens
         return made
+
+    def __getnewargs__(self) -> tuple[str, Finish, int]:  # type: ignore[override]  # a str has one
+        """What copies and pickles are made of."""
+        return str(self), self.finish_reason, self.tokens
 
 
 class AnswerStream(Iterator[str]):
@@ -259,7 +272,7 @@ class GMSA:
         started = time.perf_counter()
         merge_size = check_merge_size(merge_size)
         batch_size = check_whole("batch_size", batch_size, error=InputError)
-        texts = [text] if isinstance(text, str) else _listed("context", text)
+        texts = [text] if isinstance(text, str) else _listed("the context must be a text or a list of texts", text)
         for number, one in enumerate(texts):
             self._check_context(one, number)
         parts: list[list[Tensor]] = [[] for _ in texts]
@@ -299,8 +312,9 @@ class GMSA:
         return [token for piece in token_pieces(self.encoder_tokenizer, text) for token in piece]
 
     def _check_context(self, text: str, number: int) -> None:
-        if not check_text(text, "the context").strip():
-            raise InputError("the context is empty" if number == 0 else f"the context at place {number} is empty")
+        name = f"the context at place {number}" if number else "the context"
+        if not check_text(text, name).strip():
+            raise InputError(f"{name} is empty")
 
     def share_weights(self) -> "GMSA":
         """Another object over the same weights, for another thread: one object serves one caller at a time.
@@ -397,7 +411,7 @@ class GMSA:
             InputError: an empty question, lists that do not match, an unknown option (the nearest is named).
             MemoryMismatchError: a memory of another model. ContextTooLongError: too much for the decoder.
         """
-        questions = [question] if isinstance(question, str | Frame) else _listed("question", question)
+        questions = [question] if isinstance(question, str | Frame) else _listed(QUESTIONS, question)
         contents = self._contents_of(memory, len(questions), framed=all(isinstance(q, Frame) for q in questions))
         if stream:
             if len(questions) != 1:
@@ -433,6 +447,13 @@ class GMSA:
         check_whole("batch_size", batch_size, error=InputError)
         sampling, searching = _chosen(options)
         stops = _stops(stop)
+        questions = _listed("questions must be a list of texts", questions)
+        contents = [
+            one if isinstance(one, PrefixCache) else _listed("what a question is about must be a list", one)
+            for one in _listed("contents must be a list with a list for each question", contents)
+        ]
+        if len(questions) != len(contents):
+            raise InputError(f"questions ({len(questions)}) and contents ({len(contents)}) must be as many")
         rows = self._rows(questions, contents, max_new_tokens)
         if searching:
             return self._search(rows, batch_size, stops, searching)
@@ -523,13 +544,18 @@ class GMSA:
         return origin_tokens if self.shares_tokenizer else origin_tokens * 3 // 2 + 16
 
     @overload
-    def restore_checked(
-        self, memory: Memory, *, candidates: Sequence[int] = ..., batch_size: int = ..., show_progress_bar: bool = ...
+    def restore_checked(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
+        self,
+        memory: Memory | str | os.PathLike[str],
+        *,
+        candidates: Sequence[int] = ...,
+        batch_size: int = ...,
+        show_progress_bar: bool = ...,
     ) -> CheckedText: ...
     @overload
     def restore_checked(
         self,
-        memory: Sequence[Memory],
+        memory: Sequence[Memory | str | os.PathLike[str]],
         *,
         candidates: Sequence[int] = ...,
         batch_size: int = ...,
@@ -538,7 +564,7 @@ class GMSA:
 
     def restore_checked(
         self,
-        memory: Memory | Sequence[Memory],
+        memory: Any,
         *,
         candidates: Sequence[int] = CANDIDATES,
         batch_size: int = 8,
@@ -550,7 +576,7 @@ class GMSA:
         of them the memory was made of (gmsa/decode/checked.py).
 
         Args:
-            memory: one or several.
+            memory: one or several, or memory files by their paths.
             candidates: continuations weighed for a group; where none fits, the next number of them, and so on.
             batch_size: windows restored at once.
             show_progress_bar: over windows, on stderr.
@@ -559,7 +585,7 @@ class GMSA:
             InputError: this model's restorations cannot be checked; the message says why.
             MemoryMismatchError: made by another model. ContextTooLongError: a window too long for the decoder.
         """
-        self._check_candidates(candidates)
+        candidates = self._checked_candidates(candidates)
         check_whole("batch_size", batch_size, error=InputError)
         memories, one = self._memories_of(memory)
         windows = [(number, window) for number, whole in enumerate(memories) for window in self.windows(whole)]
@@ -585,7 +611,7 @@ class GMSA:
 
     def stream_checked(
         self,
-        memory: Memory,
+        memory: Memory | str | os.PathLike[str],
         *,
         candidates: Sequence[int] = CANDIDATES,
         on_step: Callable[[], None] = lambda: None,
@@ -593,7 +619,7 @@ class GMSA:
         """`restore_checked` of one memory, soft token by soft token as they are restored.
 
         Args:
-            memory: one.
+            memory: one, or a memory file by its path.
             candidates: as in `restore_checked`.
             on_step: called many times for a soft token; what it raises ends the restoration.
 
@@ -603,8 +629,8 @@ class GMSA:
         Raises:
             InputError, MemoryMismatchError, ContextTooLongError: as `restore_checked`, at once.
         """
-        self._check_candidates(candidates)
-        windows = self.windows(memory)
+        candidates = self._checked_candidates(candidates)
+        windows = self.windows(self._memory_of(memory))
         for window in windows:
             self._restoring(window)  # what cannot be read is said now
         return self._checked_pieces(windows, candidates, on_step)
@@ -629,10 +655,17 @@ class GMSA:
         if why := why_not(self.model, self.shares_tokenizer):
             raise InputError(f"this model's restorations cannot be checked: {why}")
 
-    def _check_candidates(self, candidates: Sequence[int]) -> None:
+    def _checked_candidates(self, candidates: Sequence[int]) -> list[int]:
         self.require_checkable()
-        if not candidates or not all(type(n) is int and n >= 1 for n in candidates):
-            raise InputError(f"candidates must be whole numbers >= 1, got {candidates!r}")
+        wanted = "candidates must be whole numbers >= 1"
+        listed = _listed(wanted, candidates)
+        try:
+            numbers = [check_whole("candidates", n, error=InputError) for n in listed]
+        except InputError:
+            numbers = []
+        if not numbers:
+            raise InputError(f"{wanted}, got {candidates!r}")
+        return numbers
 
     def _restored_groups(
         self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None] = lambda: None
@@ -657,7 +690,7 @@ class GMSA:
         return prompt
 
     @torch.no_grad()
-    def score(self, memory: Memory, text: str) -> "Score":
+    def score(self, memory: Memory | str | os.PathLike[str], text: str) -> "Score":
         """How well the decoder predicts a memory's own text, token by token, given the true tokens before each.
 
         Windows are scored one by one, as they are restored.
@@ -670,6 +703,7 @@ class GMSA:
             raise InputError(
                 "scoring needs one tokenizer for encoder and decoder: windows cut a text between its tokens"
             )
+        memory = self._memory_of(memory)
         tokens = self._context_tokens(text)
         if len(tokens) != memory.origin_tokens:
             raise InputError(f"the memory is of a text of {memory.origin_tokens} tokens, this one has {len(tokens)}")
@@ -705,12 +739,19 @@ class GMSA:
             InputError: something else, named.
         """
         one = isinstance(given, Memory | str | os.PathLike)
-        listed = [given] if one else _listed("memory", given)
-        memories = [Memory.load(m) if isinstance(m, str | os.PathLike) else m for m in listed]
-        for memory in memories:
-            if not isinstance(memory, Memory):
-                raise InputError(f"a memory must be a Memory or the path of a memory file, got {_named(memory)}")
-        return memories, one
+        listed = [given] if one else _listed(MEMORIES, given)
+        return [self._memory_of(memory) for memory in listed], one
+
+    def _memory_of(self, given: Any) -> Memory:
+        """A memory, or that of a file by its path.
+
+        Raises:
+            InputError: something else, named.
+        """
+        memory = Memory.load(given) if isinstance(given, str | os.PathLike) else given
+        if not isinstance(memory, Memory):
+            raise InputError(f"a memory must be a Memory or the path of a memory file, got {_named(memory)}")
+        return memory
 
     def _contents_of(self, given: Any, questions: int, framed: bool = False) -> list[Contents]:
         """What each question is about, from what `answer` takes. A prompt of one's own may be about nothing."""
@@ -720,7 +761,7 @@ class GMSA:
             return [given] * questions
         if isinstance(given, Memory | Tensor | os.PathLike):
             return [[given]] * questions
-        listed = _listed("memory", given)
+        listed = _listed(CONTENTS, given)
         if not listed and not framed:
             raise InputError("there is no memory to answer from")
         if all(isinstance(part, Memory | str | Tensor | os.PathLike) for part in listed):
@@ -728,7 +769,7 @@ class GMSA:
         contents: list[Contents] = []
         for one in listed:
             single = isinstance(one, Memory | Tensor | os.PathLike)
-            contents.append([one] if single else one if isinstance(one, PrefixCache) else _listed("memory", one))
+            contents.append([one] if single else one if isinstance(one, PrefixCache) else _listed(CONTENTS, one))
         if len(contents) != questions:
             raise InputError(f"{questions} questions but {len(contents)} lists of memories: give one per question")
         if not all(map(len, contents)):
@@ -744,10 +785,21 @@ class GMSA:
                 self.check(part)
             elif isinstance(part, str):
                 check_text(part, "a text to answer from")
-            elif not isinstance(part, Tensor):
+            elif isinstance(part, Tensor):
+                self._check_ids(part)
+            else:
                 raise InputError(f"one answers from memories and texts, got {_named(part)}")
             parts.append(part)
         return [p.soft_tokens if isinstance(p, Memory) else p for p in self.template.contents(parts)]
+
+    def _check_ids(self, ids: Tensor) -> None:
+        size = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,index]
+        whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if ids.dim() != 1 or not whole or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < size):
+            raise InputError(
+                f"a tensor to answer from must hold token ids from 0 to {size - 1} in one dimension, "
+                f"got {ids.dtype} of shape {tuple(ids.shape)}"
+            )
 
     def _frame(self, question: str | Frame) -> Frame:
         if isinstance(question, Frame):
@@ -843,7 +895,7 @@ class GMSA:
                 with self.packed.applied():
                     prompts = [self._on_device(row.prompt) for row in part]
                     written = self.model.generate(prompts, generation_config=configuration).tolist()
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, LookupError, ArithmeticError) as error:
                 raise InputError(f"generation options: {' '.join(str(error).split())}") from error
             for tokens in written:
                 end = next((n for n, token in enumerate(tokens) if token in self.ends), None)
@@ -864,8 +916,9 @@ class GMSA:
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def check(self, memory: Memory) -> None:
+    def check(self, memory: Memory | str | os.PathLike[str]) -> None:
         """Raise MemoryMismatchError unless this model's compressor made the memory."""
+        memory = self._memory_of(memory)
         if memory.fingerprint != self.fingerprint:
             raise MemoryMismatchError(
                 f"the memory was made by another compressor ({memory.fingerprint}) than this model's "
@@ -894,19 +947,49 @@ def _answer(row: Row) -> Answer:
 
 
 def _named(value: object) -> str:
-    return f"a {type(value).__name__}"
+    """What is said of a value of the wrong type."""
+    if isinstance(value, Mapping):
+        return f"a mapping ({type(value).__name__}): give its values as a list"
+    if isinstance(value, set | frozenset):
+        return f"a {type(value).__name__}, which has no order: give a list"
+    if isinstance(value, os.PathLike):
+        return f"a path ({os.fspath(value)}): read its text first (Path.read_text)"
+    return "None" if value is None else type(value).__name__
 
 
-def _listed(what: str, given: Any) -> list[Any]:
-    """A list, tuple or other run of several as a list; what only looks like one is refused by name."""
-    if isinstance(given, str | bytes | Mapping | Tensor | Memory) or not isinstance(given, Iterable):
-        raise InputError(f"{what} must be one or a list of them, got {_named(given)}")
+def _listed(wanted: str, given: Any) -> list[Any]:
+    """A list, tuple or other run of several as a list; what only looks like one is refused by name.
+
+    Args:
+        wanted: what the error says; may be the one or the list.
+        given: by a user.
+
+    Raises:
+        InputError: it is no run of several.
+    """
+    alone = (
+        str,
+        bytes,
+        bytearray,
+        memoryview,
+        Mapping,
+        set,
+        frozenset,
+        Tensor,
+        Memory,
+        PrefixCache,
+        os.PathLike,
+        IOBase,
+    )
+    if isinstance(given, alone) or not isinstance(given, Iterable):
+        raise InputError(f"{wanted}, got {_named(given)}")
     return list(given)
 
 
 def _stops(stop: str | Sequence[str] | None) -> list[str]:
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else _listed("stop", stop)
-    if not all(isinstance(text, str) and text for text in stops):
+    wanted = "stop must be a text or a list of texts"
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else _listed(wanted, stop)
+    if not all(check_text(text, "stop") for text in stops):
         raise InputError("stop must be one or more texts, none of them empty")
     return stops
 
@@ -918,17 +1001,24 @@ def _chosen(options: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
         InputError: an option that is unknown, not to be had here, or of no effect.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    known = [*Sampling.names(), *(name for name in GenerationConfig().to_dict() if name not in NOT_HERE)]
+    known = [*Sampling.names(), *SEARCHING]
     for name in given:
-        if name in NOT_HERE:
+        if name not in known and (name in OBJECTS or name in GenerationConfig().to_dict()):
             raise InputError(f"{name} is not to be had here: call GMSA.model.generate for it")
     check_options(given, known)
     sampling = Sampling.of({name: value for name, value in given.items() if name in Sampling.names()})
-    if all(name in Sampling.names() for name in given):
+    searching = [name for name in given if name in SEARCHING]
+    if not searching:
         return sampling, {}
+    beams = check_whole("num_beams", given.get("num_beams", 1), error=InputError)
+    for name in searching:
+        if name in DRAWING_ELSEWHERE and not sampling.do_sample:
+            raise InputError(f"{name} says how tokens are drawn: give do_sample=True with it")
+        if name in BEAMS_ALONE and beams == 1:
+            raise InputError(f"{name} is about beams: give num_beams with it, 2 or more")
     for name in ("seed", "presence_penalty", "frequency_penalty"):
         if name in given:
-            raise InputError(f"{name} does not go with {', '.join(n for n in given if n not in Sampling.names())}")
+            raise InputError(f"{name} does not go with {', '.join(searching)}")
     return sampling, given
 
 

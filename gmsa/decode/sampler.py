@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from gmsa.errors import InputError, check_whole
 
 COLDEST = 1e-4  # a temperature below it is 0: dividing by it would overflow
 DEFAULT_TOP_K = 50  # transformers' own, where it samples
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")  # of no effect where the likeliest token is taken
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,22 @@ class Sampling:
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
             raise InputError(f"do_sample must be true or false, got {self.do_sample!r}")
-        _check("temperature", self.temperature, 0.0, math.inf)
-        _check("top_p", self.top_p, 0.0, 1.0)
-        _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), -math.inf, math.inf)
+        bounds = {"temperature": (0.0, math.inf), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
+        bounds |= {"repetition_penalty": (0.0, math.inf)}
+        bounds |= dict.fromkeys(("presence_penalty", "frequency_penalty"), (-math.inf, math.inf))
+        for name, (least, most) in bounds.items():
+            self._set(name, _number(name, getattr(self, name), least, most))
         if self.repetition_penalty == 0:
             raise InputError("repetition_penalty must be above 0")
         for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
-            check_whole(name, getattr(self, name), 0, InputError)
+            self._set(name, check_whole(name, getattr(self, name), 0, InputError))
         if self.seed is not None:
-            check_whole("seed", self.seed, -(2**63), InputError)
+            self._set("seed", check_whole("seed", self.seed, -(2**63), InputError))
+            if self.seed >= 2**64:
+                raise InputError(f"seed must be below 2**64, got {self.seed}")
+
+    def _set(self, name: str, number: float) -> None:
+        object.__setattr__(self, name, number)  # one of NumPy's is Python's from here on
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Sampling":
@@ -75,7 +81,7 @@ class Sampling:
         check_options(given, cls.names())
         sampling = cls(**given)
         if not sampling.do_sample:
-            for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            for name in DRAWING:
                 if name in given and not (name == "temperature" and given[name] == 0):
                     raise InputError(f"{name} says how tokens are drawn: give do_sample=True with it")
         return sampling
@@ -102,10 +108,11 @@ def check_options(given: Mapping[str, Any], known: Sequence[str]) -> None:
             raise InputError(f"unknown option {name!r}{hint}")
 
 
-def _check(name: str, value: object, least: float, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most or math.isnan(value):
+def _number(name: str, value: object, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) <= most:
         bounds = f" from {least:g} to {most:g}" if math.isfinite(most) else " >= 0" if least == 0 else ""
         raise InputError(f"{name} must be a number{bounds}, got {value!r}")
+    return float(value)
 
 
 class Sampler:

@@ -218,7 +218,7 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
     if isinstance(name, torch.dtype):
         return name
     short = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}.get(name, name)
-    found = getattr(torch, short, None)
+    found = getattr(torch, short, None) if isinstance(short, str) else None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CheckpointError(f"dtype must be one of bfloat16, float16, float32, got {name!r}")
     return found

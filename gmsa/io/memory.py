@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from gmsa.errors import MemoryFileError
+from gmsa.errors import InputError, MemoryFileError
 from gmsa.io.files import atomic_file, int8_rows, reason_of
 
 FORMAT = "gmsa-memory-1"
@@ -94,10 +94,13 @@ class Memory:
 
         Raises:
             MemoryFileError: there is no such file, or it is damaged or something else.
+            InputError: that is no path.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(f"a memory file is named by its path, got {type(path).__name__}")
         path = Path(path)
         if not path.is_file():
-            raise MemoryFileError(f"no such memory file: {path}")
+            raise MemoryFileError(f"{path} is a folder" if path.is_dir() else f"no such memory file: {path}")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}

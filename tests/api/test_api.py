@@ -1,11 +1,13 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gmsa import GMSA, Memory
-from gmsa.errors import ConfigError, ContextTooLongError, InputError, MemoryMismatchError
+from gmsa.errors import ConfigError, ContextTooLongError, InputError, MemoryFileError, MemoryMismatchError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 
@@ -161,6 +163,95 @@ def test_bad_batch_sizes(gmsa: GMSA, size: Any) -> None:
     ):
         with pytest.raises(InputError, match="batch_size must be a whole number >= 1, got"):
             act()
+
+
+# A value where several, or one of another kind, are wanted; what is said of it.
+NO_SEQUENCES = [
+    ({"a": "b"}, "a mapping \\(dict\\): give its values"),
+    (None, "got None"),
+    (5, "got int"),
+    (b"text", "got bytes"),
+    ({"text"}, "a set, which has no order"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), NO_SEQUENCES, ids=[str(value) for value, _ in NO_SEQUENCES])
+def test_what_only_looks_like_a_list_is_named(gmsa: GMSA, value: Any, message: str) -> None:
+    memory = gmsa.compress(TEXTS[0])
+    calls: list[Callable[[], object]] = [
+        lambda: gmsa.compress(value),
+        lambda: gmsa.answer(value, memory),
+        lambda: gmsa.answer("Who?", value),
+        lambda: gmsa.restore(value),
+        lambda: gmsa.restore_checked(value),
+        lambda: gmsa.prefill(value),
+        lambda: gmsa.prompt_embeddings("Who?", value),
+        lambda: gmsa.read(value, [[memory]]),
+        lambda: gmsa.read(["Who?"], value),
+        lambda: gmsa.read(["Who?"], [value]),
+        lambda: gmsa.score(value, TEXTS[0]),
+        lambda: gmsa.stream_checked(value),
+        lambda: gmsa.check(value),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=message):
+            call()
+    if value is not None:
+        with pytest.raises(InputError, match=message):
+            gmsa.answer("Who?", memory, stop=value)
+
+
+def test_a_string_or_path_is_not_taken_for_a_list(gmsa: GMSA, tmp_path: Path) -> None:
+    memory = gmsa.compress(TEXTS[0])
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(InputError, match=r"a path .*x.safetensors.: read its text first"):
+        gmsa.compress(path)  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="a memory file as a Path"):
+        gmsa.answer("Who?", str(path))
+    with pytest.raises(InputError, match="questions must be a list of texts, got str"):
+        gmsa.read("Who?", [[memory]])
+    with pytest.raises(InputError, match="must be a list, got str"):
+        gmsa.read(["Who?"], ["text"])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="must be as many"):
+        gmsa.read(["Who?", "When?"], [[memory]])
+    with pytest.raises(InputError, match="1 questions but 2 lists"):
+        gmsa.answer("Who?", [[memory], [memory]])
+    with pytest.raises(InputError, match=r"the context at place 1 must be a text .*None"):
+        gmsa.compress(["text", None])  # type: ignore[list-item]
+    with (tmp_path / "lines.txt").open("w+") as file, pytest.raises(InputError, match="got TextIOWrapper"):
+        gmsa.compress(file)  # type: ignore[call-overload]
+    for candidates in (4, "4", [], [0], [True], None):
+        with pytest.raises(InputError, match="candidates must be"):
+            gmsa.restore_checked(memory, candidates=candidates)  # type: ignore[arg-type]
+
+
+def test_a_path_is_taken_where_a_memory_is(gmsa: GMSA, tmp_path: Path) -> None:
+    memory, path = gmsa.compress(TEXTS[0]), tmp_path / "x.safetensors"
+    memory.save(path)
+    answer = gmsa.answer("Who?", memory, max_new_tokens=5)
+    assert gmsa.answer("Who?", path, max_new_tokens=5) == answer
+    assert gmsa.answer("Who?", [path], max_new_tokens=5) == answer
+    assert gmsa.answer(["Who?"], [[path]], max_new_tokens=5) == [answer]
+    assert gmsa.read(["Who?"], [[path]], max_new_tokens=5) == [answer]
+    assert gmsa.answer("Who?", gmsa.prefill(path), max_new_tokens=5) == answer
+    assert gmsa.restore(str(path)) == gmsa.restore(path) == gmsa.restore(memory)
+    assert gmsa.restore([path, memory]) == [gmsa.restore(memory)] * 2
+    assert gmsa.restore_checked(path) == gmsa.restore_checked(memory)
+    assert [*gmsa.stream_checked(path)] == [*gmsa.stream_checked(memory)]
+    assert gmsa.score(path, TEXTS[0]) == gmsa.score(memory, TEXTS[0])
+    gmsa.check(path)
+    assert gmsa.restore_checked(path, candidates=[np.int64(4)]) == gmsa.restore_checked(memory, candidates=[4])
+    for missing in (tmp_path, tmp_path / "none"):
+        with pytest.raises(MemoryFileError, match=r"folder|no such memory file"):
+            gmsa.answer("Who?", missing)
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([[1, 2]]), torch.tensor(1), torch.tensor([10**6]), torch.tensor([-1]), torch.ones(2, 48)]
+)
+def test_tensors_that_are_no_token_ids(gmsa: GMSA, ids: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="token ids from 0 to 260 in one dimension"):
+        gmsa.answer("Who?", [ids])
 
 
 def test_memories_of_other_models_are_refused(gmsa: GMSA) -> None:

@@ -1,8 +1,11 @@
 """Writing tokens: the same as transformers' `generate`, and the same when what was read once serves many questions."""
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, random_ids
@@ -10,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from gmsa import GMSA, Memory
-from gmsa.api import PrefixCache
+from gmsa.api import DRAWING_ELSEWHERE, SEARCHING, PrefixCache
 from gmsa.decode.cpu import PackedLinears
 from gmsa.decode.loop import Row
 from gmsa.decode.sampler import Sampling
@@ -137,9 +140,21 @@ BAD = [
     ({"seed": 1}, "seed says how tokens are drawn"),
     ({"num_return_sequences": 3}, "num_return_sequences is not to be had here"),
     ({"return_dict_in_generate": True}, "return_dict_in_generate is not to be had here"),
-    ({"logits_processor": []}, "unknown option 'logits_processor'"),
-    ({"streamer": 1}, "unknown option 'streamer'"),
-    ({"stopping_criteria": []}, "unknown option 'stopping_criteria'"),
+    ({"logits_processor": []}, "logits_processor is not to be had here"),
+    ({"streamer": 1}, "streamer is not to be had here"),
+    ({"stopping_criteria": []}, "stopping_criteria is not to be had here"),
+    ({"guidance_scale": 2.0}, "guidance_scale is not to be had here"),
+    ({"penalty_alpha": 0.6}, "penalty_alpha is not to be had here"),
+    ({"do_sample": True, "seed": 2**70}, "seed must be below"),
+    ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number >= 0"),
+    ({"typical_p": 0.5}, "typical_p says how tokens are drawn: give do_sample=True"),
+    ({"length_penalty": 2.0}, "length_penalty is about beams: give num_beams"),
+    ({"num_beams": 0}, "num_beams must be a whole number >= 1"),
+    ({"num_beams": 2.5}, "num_beams must be a whole number >= 1"),
+    ({"stop": ""}, "none of them empty"),
+    ({"stop": ["a", 1]}, "stop must be a text"),
+    ({"stop": {"a": 1}}, "stop must be a text or a list of texts, got a mapping"),
+    ({"stop": b"a"}, "stop must be a text or a list of texts, got bytes"),
     ({"num_beams": 2, "presence_penalty": 1.0}, "presence_penalty does not go with num_beams"),
 ]
 
@@ -150,6 +165,53 @@ def test_options_that_cannot_work(gmsa: GMSA, options: dict[str, Any], message: 
     for stream in (False, True):
         with pytest.raises(InputError, match=message):
             gmsa.answer("Who?", memory, stream=stream, **options)
+
+
+# What transformers' `generate` does for `answer`, each with what it needs beside it.
+SEARCHES: list[dict[str, Any]] = [
+    {"num_beams": 2, "length_penalty": 0.5, "early_stopping": True},
+    *({"do_sample": True, name: 0.5} for name in DRAWING_ELSEWHERE),
+    {"max_time": 100.0},
+    {"watermarking_config": {"greenlist_ratio": 0.5}},
+    {"renormalize_logits": True, "remove_invalid_values": True},
+    {"bad_words_ids": [[3]]},
+    {"suppress_tokens": [3], "begin_suppress_tokens": [4]},
+    {"sequence_bias": [[[3], 1.0]]},
+    {"forced_bos_token_id": 3, "forced_eos_token_id": 4},
+    {"exponential_decay_length_penalty": (2, 1.1)},
+]
+
+
+def test_all_that_transformers_searches_by_works(gmsa: GMSA) -> None:
+    assert {name for options in SEARCHES for name in options} - {"do_sample"} == set(SEARCHING)
+    memory = gmsa.compress(TEXT, 2)
+    for options in SEARCHES:
+        torch.manual_seed(0)
+        answer = gmsa.answer("Who?", memory, max_new_tokens=4, **options)
+        if not options.get("do_sample"):
+            assert answer == text_of(gmsa, generated(gmsa, memory, "Who?", **{"max_new_tokens": 4, **options}))
+
+
+def test_numbers_of_numpy_are_numbers(gmsa: GMSA) -> None:
+    memory = gmsa.compress(TEXT, np.int64(2))
+    theirs = {"temperature": np.float32(0.5), "top_k": np.int64(4), "seed": np.int32(3)}
+    ours = {"temperature": 0.5, "top_k": 4, "seed": 3}
+    answers = [gmsa.answer("Who?", memory, max_new_tokens=np.int64(6), do_sample=True, **o) for o in (theirs, ours)]
+    assert answers[0] == answers[1]
+
+
+def test_one_string_is_one_stop(gmsa: GMSA) -> None:
+    memory = gmsa.compress(TEXT, 2)
+    whole = gmsa.answer("Who?", memory, max_new_tokens=9, min_new_tokens=9)
+    apart = f"{whole[4]}{whole[1]}"
+    assert apart not in whole
+    assert gmsa.answer("Who?", memory, max_new_tokens=9, min_new_tokens=9, stop=apart) == whole
+
+
+def test_an_answer_is_copied_and_pickled_whole(gmsa: GMSA) -> None:
+    answer = gmsa.answer("Who?", gmsa.compress(TEXT, 2), max_new_tokens=3)
+    for other in (copy.copy(answer), copy.deepcopy(answer), pickle.loads(pickle.dumps(answer))):
+        assert (other, other.finish_reason, other.tokens) == (answer, answer.finish_reason, answer.tokens)
 
 
 def test_none_is_not_given(gmsa: GMSA) -> None:
