@@ -29,9 +29,9 @@ from gmsa.decode.checked import (
 from gmsa.decode.cpu import PackedLinears
 from gmsa.decode.loop import Finish, Loop, PrefixStore, Row
 from gmsa.decode.prompt import Frame, Piece, PromptTemplate
-from gmsa.decode.sampler import Sampling, check_options
+from gmsa.decode.sampler import Sampling
 from gmsa.decode.stream import TextPieces
-from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, check_whole
+from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, check_options, check_whole
 from gmsa.io import checkpoint, export
 from gmsa.io.backbones import Backbone
 from gmsa.io.compressor import drop_decoder

@@ -1,6 +1,11 @@
 """Every error a user can cause. Each carries one line that says what is wrong and what to do."""
 
+import difflib
+import math
 import operator
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 
 class GmsaError(Exception):
@@ -61,3 +66,20 @@ def check_whole(name: str, value: object, least: int = 1, error: type[GmsaError]
     if whole is None or whole < least:
         raise error(f"{name} must be a whole number >= {least}, got {value!r}")
     return whole
+
+
+def check_number(name: str, value: object, least: float, most: float, error: type[GmsaError] = ConfigError) -> float:
+    """The value as a float; an error that names the field unless it is a number, no truth value, within the bounds."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) <= most:
+        bounds = f" from {least:g} to {most:g}" if math.isfinite(most) else " >= 0" if least == 0 else ""
+        raise error(f"{name} must be a number{bounds}, got {value!r}")
+    return float(value)
+
+
+def check_options(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise InputError for an option that is not known, naming the nearest."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            raise InputError(f"unknown option {name!r}{hint}")

@@ -1,16 +1,14 @@
 """Choosing the next token of a row: greedily, or drawn, with transformers' options and OpenAI's penalties."""
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmsa.errors import InputError, check_whole
+from gmsa.errors import InputError, check_number, check_options, check_whole
 
 COLDEST = 1e-4  # a temperature below it is 0: dividing by it would overflow
 DEFAULT_TOP_K = 50  # transformers' own, where it samples
@@ -56,7 +54,7 @@ class Sampling:
         bounds |= {"repetition_penalty": (0.0, math.inf)}
         bounds |= dict.fromkeys(("presence_penalty", "frequency_penalty"), (-math.inf, math.inf))
         for name, (least, most) in bounds.items():
-            self._set(name, _number(name, getattr(self, name), least, most))
+            self._set(name, check_number(name, getattr(self, name), least, most, InputError))
         if self.repetition_penalty == 0:
             raise InputError("repetition_penalty must be above 0")
         for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
@@ -97,22 +95,6 @@ class Sampling:
         drawn = self.do_sample and self.temperature >= COLDEST
         changed = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         return not (drawn or changed or self.no_repeat_ngram_size or self.min_new_tokens)
-
-
-def check_options(given: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise InputError for an option that is not known, naming the nearest."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-            raise InputError(f"unknown option {name!r}{hint}")
-
-
-def _number(name: str, value: object, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= float(value) <= most:
-        bounds = f" from {least:g} to {most:g}" if math.isfinite(most) else " >= 0" if least == 0 else ""
-        raise InputError(f"{name} must be a number{bounds}, got {value!r}")
-    return float(value)
 
 
 class Sampler:

@@ -5,7 +5,17 @@ llamaindex.py and haystack.py one framework each, which alone they import.
 """
 
 from gmsa.integrations.local import LocalReader
-from gmsa.integrations.reader import Answer, Message, Options, Reader, Remembered, Source
+from gmsa.integrations.reader import Answer, AnswerPieces, Message, Options, Reader, Remembered, Source
 from gmsa.integrations.server import ServerReader
 
-__all__ = ["Answer", "LocalReader", "Message", "Options", "Reader", "Remembered", "ServerReader", "Source"]
+__all__ = [
+    "Answer",
+    "AnswerPieces",
+    "LocalReader",
+    "Message",
+    "Options",
+    "Reader",
+    "Remembered",
+    "ServerReader",
+    "Source",
+]

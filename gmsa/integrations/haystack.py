@@ -22,7 +22,7 @@ from haystack.utils import deserialize_callable, serialize_callable
 
 from gmsa.errors import InputError
 from gmsa.integrations.local import LocalReader
-from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source
+from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source, is_blank
 from gmsa.integrations.server import ServerReader
 
 
@@ -34,6 +34,9 @@ class GmsaChatGenerator:
         reader: who answers.
         generation_kwargs: max_tokens, temperature, top_p, stop.
         streaming_callback: given the answer piece by piece; then there is no usage in the reply's meta.
+
+    Raises:
+        InputError: an unknown option (the nearest is named), or a value that cannot work.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class GmsaChatGenerator:
     ) -> None:
         self.reader = reader
         self.generation_kwargs = generation_kwargs or {}
+        Options.of(self.generation_kwargs)
         self.streaming_callback = streaming_callback
 
     @component.output_types(replies=list[ChatMessage])
@@ -73,15 +77,19 @@ class GmsaChatGenerator:
         callback: Callable[[StreamingChunk], None] | None,
     ) -> dict[str, list[ChatMessage]]:
         chat = _chat(messages, documents or [])
-        options = _options({**self.generation_kwargs, **(generation_kwargs or {})})
+        options = Options.of(self.generation_kwargs, generation_kwargs or {})
         if callback is None:
             answer = self.reader.answer(chat, options)
-            return {"replies": [ChatMessage.from_assistant(answer.text, meta={"model": "gmsa", "usage": answer.usage})]}
-        pieces = []
-        for piece in self.reader.stream(chat, options):
+            meta: dict[str, Any] = {"model": "gmsa", "usage": answer.usage, "finish_reason": answer.finish_reason}
+            return {"replies": [ChatMessage.from_assistant(answer.text, meta=meta)]}
+        text = ""
+        pieces = self.reader.stream(chat, options)
+        for piece in pieces:
             callback(StreamingChunk(content=piece, meta={"model": "gmsa"}))
-            pieces.append(piece)
-        return {"replies": [ChatMessage.from_assistant("".join(pieces), meta={"model": "gmsa"})]}
+            text += piece
+        meta = {"model": "gmsa", "finish_reason": pieces.finish_reason}
+        callback(StreamingChunk(content="", meta=meta, finish_reason=pieces.finish_reason))  # type: ignore[arg-type]
+        return {"replies": [ChatMessage.from_assistant(text, meta=meta)]}
 
     @component.output_types(replies=list[ChatMessage])
     async def run_async(
@@ -142,8 +150,8 @@ class MemoryAttacher:
 
     @component.output_types(documents=list[Document])
     def run(self, documents: list[Document]) -> dict[str, list[Document]]:
-        """Documents with text, in order; those without are passed on as they are."""
-        texts = [document for document in documents if document.content]
+        """Documents with text, in order; those without, and blank ones, are passed on as they are."""
+        texts = [document for document in documents if not is_blank(document.content)]
         memories = self.reader.remember([document.content or "" for document in texts])
         found = {id(document): memory for document, memory in zip(texts, memories, strict=True) if memory}
         return {
@@ -180,19 +188,11 @@ def _chat(messages: Sequence[ChatMessage] | str, documents: Sequence[Document]) 
         if message.text is None or message.tool_calls or message.tool_call_results:
             raise InputError(f"a message of the {message.role.value} is not text: there are no tools here")
         made.append(Message(message.role.value, [message.text]))
-    sources = [Source(d.content, d.meta.get(MEMORY_ID)) for d in documents if d.content or d.meta.get(MEMORY_ID)]
+    sources = [
+        Source(d.content, d.meta.get(MEMORY_ID)) for d in documents if d.meta.get(MEMORY_ID) or not is_blank(d.content)
+    ]
     made[-1] = Message(made[-1].role, [*sources, *made[-1].parts])
     return made
-
-
-def _options(given: dict[str, Any]) -> Options:
-    stop = given.get("stop") or ()
-    return Options(
-        given.get("max_tokens", Options.max_new_tokens),
-        given.get("temperature", Options.temperature),
-        given.get("top_p", Options.top_p),
-        (stop,) if isinstance(stop, str) else tuple(stop),
-    )
 
 
 def reader_from_dict(data: dict[str, Any]) -> Reader:

@@ -19,10 +19,10 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Huma
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.retrievers import BaseRetriever
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 
 from gmsa.errors import InputError
-from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source
+from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source, check_fields, is_blank
 from gmsa.text import check_text
 
 ROLES = {"human": "user", "ai": "assistant", "system": "system"}
@@ -42,6 +42,16 @@ class ChatGmsa(BaseChatModel):
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return check_fields(values, list(cls.model_fields))
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ChatGmsa":
+        self._options(None, {})
+        return self
 
     @property
     def _llm_type(self) -> str:
@@ -64,7 +74,7 @@ class ChatGmsa(BaseChatModel):
             output_tokens=answer.completion_tokens,
             total_tokens=answer.prompt_tokens + answer.completion_tokens,
         )
-        message = AIMessage(content=answer.text, usage_metadata=usage, response_metadata=answer.usage)
+        message = AIMessage(content=answer.text, usage_metadata=usage, response_metadata=answer.metadata)
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _stream(
@@ -74,20 +84,19 @@ class ChatGmsa(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        for piece in self.reader.stream(_messages(messages), self._options(stop, kwargs)):
+        pieces = self.reader.stream(_messages(messages), self._options(stop, kwargs))
+        for piece in pieces:
             chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
             if run_manager:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
+        ended = {"finish_reason": pieces.finish_reason}
+        yield ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata=ended))
 
     def _options(self, stop: Sequence[str] | None, given: Mapping[str, Any]) -> Options:
         """This model's settings, replaced by those of one call."""
-        return Options(
-            given.get("max_tokens", self.max_tokens),
-            given.get("temperature", self.temperature),
-            given.get("top_p", self.top_p),
-            tuple(stop or ()),
-        )
+        mine = {name: value for name, value in given.items() if name != "stream"}  # LangChain's own
+        return Options.of(self._identifying_params, {"stop": stop}, mine)
 
 
 class MemoryRetriever(BaseRetriever):
@@ -102,6 +111,11 @@ class MemoryRetriever(BaseRetriever):
     retriever: BaseRetriever
     reader: Reader
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return check_fields(values, list(cls.model_fields))
+
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         found = self.retriever.invoke(query, config={"callbacks": run_manager.get_child()})
         return attach_memories(found, self.reader)
@@ -110,9 +124,9 @@ class MemoryRetriever(BaseRetriever):
 def attach_memories(documents: Sequence[Document], reader: Reader) -> list[Document]:
     """Copies of documents with their memories' ids and sizes in the metadata; missing memories are made.
 
-    Also the way to compress a corpus ahead of questions.
+    Also the way to compress a corpus ahead of questions. Blank documents are passed on as they are.
     """
-    new = [document for document in documents if MEMORY_ID not in document.metadata]
+    new = [document for document in documents if not document.metadata.get(MEMORY_ID)]
     made = dict(zip(map(id, new), reader.remember([document.page_content for document in new]), strict=True))
     copies = []
     for document in documents:
@@ -123,12 +137,12 @@ def attach_memories(documents: Sequence[Document], reader: Reader) -> list[Docum
 
 
 def memory_message(question: str, documents: Sequence[Document]) -> HumanMessage:
-    """A question after the memories of documents, in their order."""
-    parts: list[str | dict[str, Any]] = [
-        {"type": "memory", "text": d.page_content}
-        | ({"memory_id": d.metadata[MEMORY_ID]} if MEMORY_ID in d.metadata else {})
-        for d in documents
-    ]
+    """A question after the memories of documents, in their order; blank ones have none."""
+    parts: list[str | dict[str, Any]] = []
+    for document in documents:
+        id = document.metadata.get(MEMORY_ID)
+        if id or not is_blank(document.page_content):
+            parts.append({"type": "memory", "text": document.page_content} | ({"memory_id": id} if id else {}))
     return HumanMessage(content=[*parts, {"type": "text", "text": question}])
 
 

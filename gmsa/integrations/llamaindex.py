@@ -31,9 +31,9 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 
-from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source
+from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source, check_fields
 
 # As the model is trained: what is known, then the question. LlamaIndex's own template has instructions around them.
 QA_TEMPLATE = PromptTemplate("{context_str}\n{query_str}")
@@ -57,6 +57,16 @@ class GmsaLLM(LLM):
     top_p: float = 1.0
     context_window: int = 8192
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return check_fields(values, [*cls.model_fields, "class_name"])
+
+    @model_validator(mode="after")
+    def _possible(self) -> "GmsaLLM":
+        self._options({})
+        return self
+
     @classmethod
     def class_name(cls) -> str:
         """Its name in what LlamaIndex writes down."""
@@ -74,7 +84,7 @@ class GmsaLLM(LLM):
         """Answer a chat."""
         answer = self.reader.answer(self._messages(messages), self._options(kwargs))
         message = ChatMessage(role=MessageRole.ASSISTANT, content=answer.text)
-        return ChatResponse(message=message, raw=answer.usage, additional_kwargs=answer.usage)
+        return ChatResponse(message=message, raw=answer.metadata, additional_kwargs=answer.metadata)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -82,9 +92,13 @@ class GmsaLLM(LLM):
 
         def pieces() -> ChatResponseGen:
             text = ""
-            for piece in self.reader.stream(self._messages(messages), self._options(kwargs)):
+            written = self.reader.stream(self._messages(messages), self._options(kwargs))
+            for piece in written:
                 text += piece
                 yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
+            ended = {"finish_reason": written.finish_reason}
+            message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
+            yield ChatResponse(message=message, delta="", raw=ended, additional_kwargs=ended)
 
         return pieces()
 
@@ -92,7 +106,7 @@ class GmsaLLM(LLM):
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer one message."""
         answer = self.reader.answer(self._messages(_asked(prompt)), self._options(kwargs))
-        return CompletionResponse(text=answer.text, raw=answer.usage, additional_kwargs=answer.usage)
+        return CompletionResponse(text=answer.text, raw=answer.metadata, additional_kwargs=answer.metadata)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -100,9 +114,12 @@ class GmsaLLM(LLM):
 
         def pieces() -> CompletionResponseGen:
             text = ""
-            for piece in self.reader.stream(self._messages(_asked(prompt)), self._options(kwargs)):
+            written = self.reader.stream(self._messages(_asked(prompt)), self._options(kwargs))
+            for piece in written:
                 text += piece
                 yield CompletionResponse(text=text, delta=piece)
+            ended = {"finish_reason": written.finish_reason}
+            yield CompletionResponse(text=text, delta="", raw=ended, additional_kwargs=ended)
 
         return pieces()
 
@@ -130,13 +147,8 @@ class GmsaLLM(LLM):
         return [Message(ROLES.get(m.role, m.role.value), self.reader.split(m.content or "")) for m in messages]
 
     def _options(self, given: dict[str, Any]) -> Options:
-        stop = given.get("stop") or ()
-        return Options(
-            given.get("max_tokens", self.max_tokens),
-            given.get("temperature", self.temperature),
-            given.get("top_p", self.top_p),
-            (stop,) if isinstance(stop, str) else tuple(stop),
-        )
+        mine = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p")}
+        return Options.of(mine, given)
 
 
 class MemoryPostprocessor(BaseNodePostprocessor):
@@ -148,6 +160,11 @@ class MemoryPostprocessor(BaseNodePostprocessor):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     reader: Reader
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        return check_fields(values, [*cls.model_fields, "class_name"])
 
     @classmethod
     def class_name(cls) -> str:
@@ -175,7 +192,7 @@ class MemoryPostprocessor(BaseNodePostprocessor):
 def attach_memories(nodes: Sequence[BaseNode], reader: Reader) -> list[BaseNode]:
     """Copies of nodes with their memories' ids and sizes in the metadata; missing memories are made.
 
-    Also the way to compress a corpus ahead of questions.
+    Also the way to compress a corpus ahead of questions. Blank nodes are passed on as they are.
     """
     new = [node for node in nodes if not node.metadata.get(MEMORY_ID)]
     made = dict(zip(map(id, new), reader.remember([node.get_content() for node in new]), strict=True))

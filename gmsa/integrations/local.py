@@ -3,14 +3,25 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gmsa.errors import GmsaError, InputError, MemoryFileError, MemoryNotFoundError
-from gmsa.integrations.reader import GREEDY, Answer, Message, Options, Reader, Remembered, Source
+from gmsa.errors import GmsaError, InputError, MemoryFileError, MemoryNotFoundError, check_whole
+from gmsa.integrations.reader import (
+    GREEDY,
+    Answer,
+    AnswerPieces,
+    Message,
+    Options,
+    Reader,
+    Remembered,
+    Source,
+    is_blank,
+)
+from gmsa.text import check_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,10 +95,10 @@ class LocalReader(Reader):
     ) -> None:
         super().__init__()
         self._given = gmsa, store
-        self.merge_size = merge_size
+        self.merge_size = check_whole("merge_size", merge_size, error=InputError)
         self.form = form
         self.keep = keep
-        self.batch_size = batch_size
+        self.batch_size = check_whole("batch_size", batch_size, error=InputError)
         self._lock = threading.Lock()  # one object of GMSA serves one caller at a time
         self._waiting = _Waiting()
 
@@ -109,11 +120,12 @@ class LocalReader(Reader):
 
     def remember(self, texts: Sequence[str]) -> list[Remembered | None]:
         """See `Reader.remember`; what is missing is compressed in batches."""
+        texts = check_texts(texts, "the documents")
         if self.store is None:
             return [None for _ in texts]
         with self._lock:
             if self.keep:
-                self._by_text(texts)
+                self._by_text([text for text in texts if not is_blank(text)])
             entries = [self.store.find(text, self.gmsa.fingerprint, self.merge_size) for text in texts]
         return [Remembered(e.id, e.soft_tokens, e.origin_tokens) if e else None for e in entries]
 
@@ -129,19 +141,25 @@ class LocalReader(Reader):
         assert job.result is not None
         return job.result
 
-    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> Iterator[str]:
+    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> AnswerPieces:
         """See `Reader.stream`. A thread writes, so that a slow or abandoned stream does not keep the model."""
+        return AnswerPieces(self._stream(messages, options))
+
+    def _stream(self, messages: Sequence[Message], options: Options) -> Generator[str, None, str | None]:
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         gone = threading.Event()
+        finish: list[str] = []
 
         def write() -> None:
             try:
                 with self._lock:
                     ready = self._ready(messages, {})
-                    for piece in self.gmsa.answer(ready.prompt, ready.content, stream=True, **_arguments(options)):
+                    written = self.gmsa.answer(ready.prompt, ready.content, stream=True, **_arguments(options))
+                    for piece in written:
                         pieces.put(piece)
                         if gone.is_set():
                             break
+                    finish.extend([written.answer.finish_reason] if written.answer else [])
                 pieces.put(None)
             except BaseException as error:
                 pieces.put(error)
@@ -154,6 +172,7 @@ class LocalReader(Reader):
                 yield piece
         finally:
             gone.set()
+        return finish[0] if finish else None
 
     def to_dict(self) -> dict[str, Any]:
         """See `Reader.to_dict`."""
@@ -191,15 +210,15 @@ class LocalReader(Reader):
     def _answer_all(self, ready: Sequence[tuple[_Job, _Ready]]) -> None:
         if not ready:
             return
-        texts = self.gmsa.read(
+        answers = self.gmsa.read(
             [one.prompt for _, one in ready],
             [one.content for _, one in ready],
             batch_size=self.batch_size,
             **_arguments(ready[0][0].options),
         )
-        for (job, one), text in zip(ready, texts, strict=True):
-            written = len(self.gmsa.template.encode(text))
-            job.result = Answer(text, len(one), one.soft_tokens, one.origin_tokens, written)
+        for (job, one), answer in zip(ready, answers, strict=True):
+            sizes = len(one), one.soft_tokens, one.origin_tokens, answer.tokens
+            job.result = Answer(str(answer), *sizes, answer.finish_reason)
 
     def _ready(self, messages: Sequence[Message], held: "dict[Source, Memory]") -> _Ready:
         """A chat through the decoder's template. `held`: memories at hand, which are added to."""
@@ -225,7 +244,7 @@ class LocalReader(Reader):
                     raise MemoryNotFoundError(f"there is no store to find memory {source.id} in: give the reader one")
                 held[source] = self.store.load(source.id, self.gmsa.fingerprint)
             except (MemoryNotFoundError, MemoryFileError):
-                if source.text is None:
+                if is_blank(source.text):
                     raise
                 missing.append(source)
         memories = self._by_text([source.text for source in missing if source.text is not None])

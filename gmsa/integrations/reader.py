@@ -4,13 +4,15 @@ A framework's documents become `Source`s: a memory by its id, by its text, or bo
 sources: `LocalReader` with a model and a store in this process, `ServerReader` through a `gmsa serve`.
 """
 
+import math
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gmsa.errors import InputError, check_number, check_options, check_whole
 from gmsa.text import check_text, check_texts
 
 MEMORY_ID = "gmsa_memory_id"  # of a document's metadata
@@ -21,7 +23,7 @@ class Source:
     """A document to answer from: its memory's id, its text, or both. The text serves where no such memory is stored.
 
     Raises:
-        InputError: what is given as a text is none.
+        InputError: what is given as a text is none, or blank, and there is no id.
     """
 
     text: str | None = None
@@ -30,6 +32,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.text is not None:
             check_text(self.text, "a document")
+        if not self.id and is_blank(self.text):
+            raise InputError("a document is empty: there is nothing to make a memory of")
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,45 @@ class Message:
 
 @dataclass(frozen=True)
 class Options:
-    """How an answer is written; greedy unless a temperature is given."""
+    """How an answer is written; greedy unless a temperature is given.
+
+    Raises:
+        InputError: a value that cannot work.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_whole("max_tokens", self.max_new_tokens, error=InputError)
+        check_number("temperature", self.temperature, 0.0, math.inf, InputError)
+        check_number("top_p", self.top_p, 0.0, 1.0, InputError)
+
+    @classmethod
+    def of(cls, *given: Mapping[str, Any]) -> "Options":
+        """From options as the frameworks name them: max_tokens, temperature, top_p, and stop, a text or several.
+
+        Args:
+            given: the later ones replace the earlier, and None is "not given".
+
+        Raises:
+            InputError: an unknown option (the nearest is named), or a value that cannot work.
+        """
+        options: dict[str, Any] = {}
+        for some in given:
+            check_options(some, OPTIONS)
+            options |= {name: value for name, value in some.items() if value is not None}
+        stop = options.pop("stop", ())
+        stops = [stop] if isinstance(stop, str) else check_texts(stop, "stop")
+        if "max_tokens" in options:
+            options["max_new_tokens"] = options.pop("max_tokens")
+        return cls(**options, stop=tuple(text for text in stops if check_text(text, "stop")))
+
 
 GREEDY = Options()
+OPTIONS = ("max_tokens", "temperature", "top_p", "stop")  # of `Options.of`
 
 
 @dataclass(frozen=True)
@@ -69,6 +103,7 @@ class Answer:
         prompt_tokens: positions the decoder read, soft tokens among them.
         soft_tokens, origin_tokens: of the sources: as read, and as text.
         completion_tokens: of the answer.
+        finish_reason: "stop", it came to its end or to a stop text; "length", it was cut after `max_new_tokens`.
     """
 
     text: str
@@ -76,11 +111,43 @@ class Answer:
     soft_tokens: int
     origin_tokens: int
     completion_tokens: int
+    finish_reason: str
 
     @property
     def usage(self) -> dict[str, int]:
         """All counts, as the frameworks' metadata have them."""
-        return {name: value for name, value in vars(self).items() if name != "text"}
+        return {name: value for name, value in vars(self).items() if name not in ("text", "finish_reason")}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """All that is known beside the text."""
+        return {**self.usage, "finish_reason": self.finish_reason}
+
+
+class AnswerPieces(Iterator[str]):
+    """The pieces of an answer as they are written.
+
+    Args:
+        pieces: they return how the answer ended.
+
+    Attributes:
+        finish_reason: as in `Answer`; None until the last piece was taken.
+    """
+
+    def __init__(self, pieces: Generator[str, None, str | None]) -> None:
+        self._pieces = pieces
+        self.finish_reason: str | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.finish_reason = self.finish_reason or end.value
+            raise
+
+    def close(self) -> None:
+        """Write no more."""
+        self._pieces.close()
 
 
 @dataclass(frozen=True)
@@ -101,6 +168,23 @@ class Remembered:
         }
 
 
+def is_blank(text: str | None) -> bool:
+    """Whether there is nothing to make a memory of; such documents are retrieved, too, and passed on as they are."""
+    return text is None or not text.strip()
+
+
+def check_fields(values: Any, known: Sequence[str]) -> Any:
+    """What a framework's object is made of, without those that are None: these are not given.
+
+    Raises:
+        InputError: one of them is unknown; names the nearest.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    check_options(values, known)
+    return {name: value for name, value in values.items() if value is not None}
+
+
 class Reader(ABC):
     """Answers chats that hold sources. May be used from several threads."""
 
@@ -112,7 +196,11 @@ class Reader(ABC):
         """The memories of texts; those that are not stored are made, and stored unless the reader keeps nothing.
 
         Returns:
-            One per text, in order; None where there is no stored memory and none is to be kept.
+            One per text, in order; None where a text is blank, or where there is no stored memory and none is to be
+            kept.
+
+        Raises:
+            InputError: one of them is no text; says which.
         """
 
     @abstractmethod
@@ -125,7 +213,7 @@ class Reader(ABC):
         """
 
     @abstractmethod
-    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> Iterator[str]:
+    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> AnswerPieces:
         """The answer piece by piece; see `answer`. Errors are raised at the first piece."""
 
     @abstractmethod
@@ -153,5 +241,5 @@ class Reader(ABC):
         parts: list[str | Source] = []
         for between, id, whole in zip(found[::3], [*found[1::3], None], [*found[2::3], None], strict=True):
             parts += [between.strip()] if between.strip() else []
-            parts += [Source(text=whole, id=id)] if id or whole else []
+            parts += [Source(text=whole, id=id)] if id or not is_blank(whole) else []
         return parts

@@ -2,16 +2,33 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from gmsa.errors import MemoryNotFoundError, RemoteDecoderError
-from gmsa.integrations.reader import GREEDY, Answer, Message, Options, Reader, Remembered, Source
-from gmsa.text import check_text
+from gmsa.errors import InputError, MemoryNotFoundError, RemoteDecoderError, check_whole
+from gmsa.integrations.reader import (
+    GREEDY,
+    Answer,
+    AnswerPieces,
+    Message,
+    Options,
+    Reader,
+    Remembered,
+    Source,
+    is_blank,
+)
+from gmsa.text import check_text, check_texts
 
 if TYPE_CHECKING:
     import httpx
+
+
+OF_THE_REQUEST = (400, 413, 422)  # another request may well be served
+
+
+class RefusedError(RemoteDecoderError):
+    """The server refuses this request, and not because of its own state."""
 
 
 class ServerReader(Reader):
@@ -41,7 +58,7 @@ class ServerReader(Reader):
         super().__init__()
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
-        self.merge_size = merge_size
+        self.merge_size = None if merge_size is None else check_whole("merge_size", merge_size, error=InputError)
         self.timeout = timeout
         self._key = api_key or os.environ.get("GMSA_API_KEY")
 
@@ -55,8 +72,17 @@ class ServerReader(Reader):
         return httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(self.timeout, connect=10.0))
 
     def remember(self, texts: Sequence[str]) -> list[Remembered | None]:
-        """See `Reader.remember`."""
-        return [self._remember(text) for text in texts]
+        """See `Reader.remember`; what the server refuses is named once all others are done."""
+        made: list[Remembered | None] = []
+        refused: list[str] = []
+        for number, text in enumerate(check_texts(texts, "the documents"), start=1):
+            try:
+                made.append(None if is_blank(text) else self._remember(text))
+            except RefusedError as error:
+                refused.append(f"document {number}: {error}")
+        if refused:
+            raise RemoteDecoderError(f"{len(refused)} of {len(texts)} documents have no memory: {'; '.join(refused)}")
+        return made
 
     def _remember(self, text: str) -> Remembered:
         check_text(text, "a document")
@@ -78,14 +104,18 @@ class ServerReader(Reader):
             details["soft_tokens"],
             details["origin_tokens"],
             usage["completion_tokens"],
+            said["choices"][0]["finish_reason"],
         )
 
-    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> Iterator[str]:
+    def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> AnswerPieces:
         """See `Reader.stream`."""
+        return AnswerPieces(self._pieces(messages, options))
+
+    def _pieces(self, messages: Sequence[Message], options: Options) -> Generator[str, None, str | None]:
         try:
-            yield from self._stream(self._body(messages, options))
+            return (yield from self._stream(self._body(messages, options)))
         except MemoryNotFoundError:  # before the first piece
-            yield from self._stream(self._body(_by_text(messages), options))
+            return (yield from self._stream(self._body(_by_text(messages), options)))
 
     def to_dict(self) -> dict[str, Any]:
         """See `Reader.to_dict`; the key is left to the environment."""
@@ -119,9 +149,10 @@ class ServerReader(Reader):
         self._check(response)
         return response.json()
 
-    def _stream(self, body: dict[str, Any]) -> Iterator[str]:
+    def _stream(self, body: dict[str, Any]) -> Generator[str, None, str | None]:
         import httpx
 
+        finish: str | None = None
         try:
             with self._client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
                 if response.is_error:
@@ -135,10 +166,12 @@ class ServerReader(Reader):
                     if "error" in event:
                         raise RemoteDecoderError(f"{self.url} gave up: {event['error'].get('message')}")
                     for choice in event.get("choices", []):
+                        finish = choice.get("finish_reason") or finish
                         if piece := choice["delta"].get("content"):
                             yield piece
         except httpx.HTTPError as error:
             raise RemoteDecoderError(f"{self.url} cannot be asked: {error or type(error).__name__}") from error
+        return finish
 
     def _check(self, response: "httpx.Response") -> None:
         if not response.is_error:
@@ -150,7 +183,8 @@ class ServerReader(Reader):
             raise RemoteDecoderError(f"{self.url} answered {response.status_code}: is it a GMSA server?") from None
         if response.status_code == 404 and code == "memory_not_found":
             raise MemoryNotFoundError(message)
-        raise RemoteDecoderError(f"{self.url} refused ({response.status_code}): {message}")
+        refused = f"{self.url} refused ({response.status_code}): {message}"
+        raise RefusedError(refused) if response.status_code in OF_THE_REQUEST else RemoteDecoderError(refused)
 
 
 def _by_text(messages: Sequence[Message]) -> list[Message]:
@@ -163,7 +197,7 @@ def _by_text(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         parts: list[str | Source] = []
         for part in message.parts:
-            if isinstance(part, Source) and part.text is None:
+            if isinstance(part, Source) and is_blank(part.text):
                 raise MemoryNotFoundError(f"the server has no memory {part.id}, and there is no text to make it of")
             parts.append(Source(part.text) if isinstance(part, Source) else part)
         made.append(Message(message.role, parts))

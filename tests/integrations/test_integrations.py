@@ -1,5 +1,6 @@
 """What the integrations share: readers in process and of a server answer chats that hold memories."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -78,7 +79,8 @@ def test_documents_are_read_as_their_memories_in_order(reader: LocalReader, gmsa
     assert answer.soft_tokens == sum(map(len, memories))
     assert answer.origin_tokens == sum(map(len, DOCUMENTS))  # one byte is one token
     assert answer.prompt_tokens == answer.soft_tokens + len(prompt.before) + len(prompt.after)
-    assert answer.usage == {k: v for k, v in vars(answer).items() if k != "text"}
+    assert answer.metadata == {k: v for k, v in vars(answer).items() if k != "text"}
+    assert answer.metadata == {**answer.usage, "finish_reason": "length"}
 
 
 def test_a_stored_document_is_not_compressed_again(
@@ -279,20 +281,103 @@ def test_what_is_no_text_is_refused_before_anybody_is_asked(bad: Any) -> None:
     with pytest.raises(InputError, match="number 2"):
         Message("user", ["text", bad])
     if bad is not None:
-        with pytest.raises(InputError, match="a document"):
+        with pytest.raises(InputError, match="document"):
             Source(bad)
-    with pytest.raises(InputError, match="a document"):
+    with pytest.raises(InputError, match="document"):
         ServerReader("http://127.0.0.1:9").remember([bad])
 
 
+BAD_OPTIONS = [
+    ({"temprature": 3}, "unknown option 'temprature'; did you mean 'temperature'"),
+    ({"max_token": 3}, "unknown option 'max_token'; did you mean 'max_tokens'"),
+    ({"foo": 1}, "unknown option 'foo'; known are max_tokens, temperature, top_p, stop"),
+    ({"max_tokens": 0}, "max_tokens must be a whole number >= 1"),
+    ({"temperature": -1}, "temperature must be a number >= 0"),
+    ({"temperature": "hot"}, "temperature must be a number >= 0"),
+    ({"top_p": 2}, "top_p must be a number from 0 to 1"),
+    ({"stop": 5}, "stop must be a list of texts"),
+    ({"stop": ["a", 5]}, "stop: number 2 must be a text"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_OPTIONS, ids=[str(given) for given, _ in BAD_OPTIONS])
+def test_bad_options_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Options.of({"max_tokens": 3}, given)
+
+
+def test_options_by_the_names_of_frameworks() -> None:
+    given = {"max_tokens": None, "temperature": None, "top_p": 0.5, "stop": None}
+    assert Options.of({"max_tokens": 3, "temperature": 0.5}, given) == Options(3, 0.5, 0.5)
+    assert Options.of({"stop": "bro"}).stop == ("bro",)
+    assert Options.of({"stop": ["b", "r"]}, {"stop": None}).stop == ("b", "r")
+    assert Options.of({"stop": ""}).stop == Options.of({"stop": []}).stop == ()
+
+
+def test_how_an_answer_ended_is_told(reader: LocalReader) -> None:
+    assert reader.answer(about(*DOCUMENTS), SHORT).finish_reason == "length"
+    whole = reader.answer(about(*DOCUMENTS), Options(20)).text
+    stopped = Options(20, stop=(whole[2:4],))
+    assert reader.answer(about(*DOCUMENTS), stopped).finish_reason == "stop"
+    for options, reason in ((SHORT, "length"), (stopped, "stop")):
+        pieces = reader.stream(about(*DOCUMENTS), options)
+        assert pieces.finish_reason is None
+        assert "".join(pieces) == reader.answer(about(*DOCUMENTS), options).text
+        assert pieces.finish_reason == reason
+        assert list(pieces) == []
+        assert pieces.finish_reason == reason
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n\t\u3000"])
+def test_a_blank_document_spoils_no_other(reader: LocalReader, remote: ServerReader, blank: str) -> None:
+    for each in (reader, remote):
+        first, none, last = each.remember([DOCUMENTS[0], blank, DOCUMENTS[1]])
+        assert none is None
+        assert first == each.remember([DOCUMENTS[0]])[0]
+        assert last == each.remember([DOCUMENTS[1]])[0]
+        assert None not in (first, last)
+        marked = (
+            f"{each.mark(Source(DOCUMENTS[0]))} {each.mark(Source(DOCUMENTS[1])).replace(DOCUMENTS[1], blank)} Who?"
+        )
+        assert each.split(marked) == [Source(DOCUMENTS[0]), "Who?"]
+    with pytest.raises(InputError, match="a document is empty"):
+        Source(blank)
+
+
+def test_what_a_server_refuses_to_compress_is_named_and_the_others_are_done() -> None:
+    seen = []
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        text = json.loads(request.content)["text"]
+        seen.append(text)
+        if text == "long":
+            return httpx.Response(413, json={"error": {"message": "more than 3 tokens", "code": "text_too_long"}})
+        return httpx.Response(201, json={"id": "a" * 64, "soft_tokens": 1, "origin_tokens": 1})
+
+    remote = ServerReader("http://server")
+    remote._client = httpx.Client(base_url="http://server", transport=httpx.MockTransport(serve))
+    with pytest.raises(RemoteDecoderError, match=r"1 of 3 documents have no memory: document 2: .* more than 3 tokens"):
+        remote.remember(["one", "long", "three"])
+    assert seen == ["one", "long", "three"]
+
+
+@pytest.mark.parametrize("fields", [{"merge_size": 0}, {"merge_size": "4"}, {"batch_size": 0}])
+def test_readers_say_what_they_cannot_be_made_of(fields: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="must be a whole number >= 1"):
+        LocalReader(**fields)
+
+
 def test_a_streamed_line_ends_at_line_feeds_alone() -> None:
-    event = 'data: {"choices": [{"delta": {"content": "a\u2028b\x85c"}}]}\n\ndata: [DONE]\n\n'.encode()
+    choice = '{"delta": {"content": "a\u2028b\x85c"}, "finish_reason": "stop"}'
+    event = f'data: {{"choices": [{choice}]}}\n\ndata: [DONE]\n\n'.encode()
     cut = [event[start : start + 7] for start in range(0, len(event), 7)]
     remote = ServerReader("http://server")
     remote._client = httpx.Client(  # a cached property
         base_url="http://server", transport=httpx.MockTransport(lambda _: httpx.Response(200, content=iter(cut)))
     )
-    assert list(remote.stream([Message("user", ["Who?"])])) == ["a\u2028b\x85c"]
+    pieces = remote.stream([Message("user", ["Who?"])])
+    assert list(pieces) == ["a\u2028b\x85c"]
+    assert pieces.finish_reason == "stop"
 
 
 def test_marks_are_found_again_and_cannot_be_forged(reader: LocalReader, gmsa: GMSA) -> None:
@@ -348,7 +433,9 @@ def test_a_server_answers_as_a_local_reader(remote: ServerReader, gmsa: GMSA, tm
         local.answer(chat, SHORT).soft_tokens,
         local.answer(chat, SHORT).origin_tokens,
     )
-    assert "".join(remote.stream(chat, SHORT)) == answer.text
+    pieces = remote.stream(chat, SHORT)
+    assert "".join(pieces) == answer.text
+    assert answer.finish_reason == pieces.finish_reason == local.answer(chat, SHORT).finish_reason == "length"
 
 
 def test_a_server_keeps_memories(remote: ServerReader, service: Service) -> None:

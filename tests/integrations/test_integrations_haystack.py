@@ -119,3 +119,35 @@ def test_pipelines_can_be_written_down() -> None:
     assert again.to_dict() == pipeline.to_dict()
     assert again.get_component("generator").reader.to_dict() == reader.to_dict()
     assert again.get_component("generator").streaming_callback is print_chunk
+
+
+def test_unknown_options_are_refused_and_none_is_not_given(reader: LocalReader) -> None:
+    with pytest.raises(InputError, match="unknown option 'max_token'; did you mean 'max_tokens'"):
+        GmsaChatGenerator(reader, {"max_token": 3})
+    generator = GmsaChatGenerator(reader, SHORT)
+    with pytest.raises(InputError, match="unknown option 'temprature'; did you mean 'temperature'"):
+        generator.run(QUESTION, generation_kwargs={"temprature": 3})
+    whole = generator.run(QUESTION)["replies"][0].text
+    nothing = {"max_tokens": None, "temperature": None, "top_p": None, "stop": None}
+    assert generator.run(QUESTION, generation_kwargs=nothing)["replies"][0].text == whole
+    assert generator.run(QUESTION, generation_kwargs={"stop": whole[2:4]})["replies"][0].text == whole[:2]
+
+
+def test_how_an_answer_ended_is_told(reader: LocalReader) -> None:
+    generator = GmsaChatGenerator(reader, SHORT)
+    (reply,) = generator.run(QUESTION)["replies"]
+    assert reply.meta["finish_reason"] == "length"
+    chunks: list[StreamingChunk] = []
+    options = {"stop": reply.text[2:4]}
+    (reply,) = generator.run(QUESTION, generation_kwargs=options, streaming_callback=chunks.append)["replies"]
+    assert reply.meta["finish_reason"] == chunks[-1].finish_reason == "stop"
+
+
+def test_blank_documents_are_passed_on(reader: LocalReader, gmsa: GMSA) -> None:
+    documents = [Document(content=DOCUMENTS[0]), Document(content=" \n"), Document(content=DOCUMENTS[1])]
+    attached = MemoryAttacher(reader).run(documents)["documents"]
+    assert [d.content for d in attached] == [d.content for d in documents]
+    assert ["gmsa_memory_id" in d.meta for d in attached] == [True, False, True]
+    expected = gmsa.answer(QUESTION, gmsa.compress(DOCUMENTS, 4), max_new_tokens=8)
+    for given in (documents, attached):
+        assert GmsaChatGenerator(reader, SHORT).run(QUESTION, given)["replies"][0].text == expected

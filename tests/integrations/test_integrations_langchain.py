@@ -15,6 +15,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Sys
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from pydantic import ValidationError
 
 from gmsa import GMSA, MemoryStore
 from gmsa.errors import InputError, MemoryMismatchError
@@ -148,3 +149,56 @@ def test_what_cannot_be_read_is_refused(model: ChatGmsa) -> None:
         model.invoke([HumanMessage("Who?"), AIMessage("", tool_calls=[call]), HumanMessage("Who?")])
     with pytest.raises(InputError, match="half a surrogate pair"):
         model.invoke("who \udc9d?")
+
+
+def test_unknown_options_are_refused_and_none_is_not_given(model: ChatGmsa, reader: LocalReader) -> None:
+    with pytest.raises(ValidationError, match="unknown option 'temprature'; did you mean 'temperature'"):
+        ChatGmsa(reader=reader, temprature=3)
+    with pytest.raises(ValidationError, match="max_tokens must be a whole number >= 1"):
+        ChatGmsa(reader=reader, max_tokens=0)
+    with pytest.raises(ValidationError, match="unknown option 'retreiver'; did you mean 'retriever'"):
+        MemoryRetriever(retreiver=Fixed(), reader=reader)
+    for given in ({"foo": 1}, {"temprature": 1}, {"tools": []}):
+        with pytest.raises(InputError, match="unknown option"):
+            model.invoke(QUESTION, **given)
+        with pytest.raises(InputError, match="unknown option"):
+            list(model.stream(QUESTION, **given))
+    expected = model.invoke(QUESTION).content
+    assert model.invoke(QUESTION, temperature=None, top_p=None, max_tokens=None, stop=None).content == expected
+    assert ChatGmsa(reader=reader, max_tokens=8, temperature=None, top_p=None).invoke(QUESTION).content == expected
+    assert model.invoke(QUESTION, stream=False).content == expected
+
+
+def test_one_string_is_one_stop(model: ChatGmsa) -> None:
+    whole = str(model.invoke(QUESTION).content)
+    apart = f"{whole[1]}{whole[3]}{whole[1]}"  # letters that it has, one by one
+    assert apart not in whole
+    assert model.invoke(QUESTION, stop=apart).content == whole
+    assert model.bind(stop=whole[2:4]).invoke(QUESTION).content == whole[:2]
+
+
+def test_how_an_answer_ended_is_told(model: ChatGmsa) -> None:
+    whole = model.invoke(QUESTION)
+    assert whole.response_metadata["finish_reason"] == "length"
+    stop = [str(whole.content)[2:4]]
+    assert model.invoke(QUESTION, stop=stop).response_metadata["finish_reason"] == "stop"
+    for options, reason in (({}, "length"), ({"stop": stop}, "stop")):
+        chunks = list(model.stream(QUESTION, **options))
+        told = [c.response_metadata["finish_reason"] for c in chunks if "finish_reason" in c.response_metadata]
+        assert told == [reason]
+        joined = chunks[0]
+        for chunk in chunks[1:]:
+            joined += chunk
+        assert joined.response_metadata["finish_reason"] == reason
+        assert joined.content == model.invoke(QUESTION, **options).content
+
+
+def test_blank_documents_are_passed_on(model: ChatGmsa, reader: LocalReader, expected: str) -> None:
+    documents = Fixed().invoke(QUESTION)
+    documents[1:1] = [Document(page_content="", metadata={"place": "blank"}), Document(page_content=" \n")]
+    attached = attach_memories(documents, reader)
+    assert [d.page_content for d in attached] == [d.page_content for d in documents]
+    assert ["gmsa_memory_id" in d.metadata for d in attached] == [True, False, False, True]
+    assert attached[1].metadata == {"place": "blank"}
+    assert model.invoke([memory_message(QUESTION, attached)]).content == expected
+    assert model.invoke([memory_message(QUESTION, documents)]).content == expected

@@ -13,8 +13,10 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from pydantic import ValidationError
 
 from gmsa import GMSA, MemoryStore
+from gmsa.errors import InputError
 from gmsa.integrations import LocalReader, Message, Options, Source
 from gmsa.integrations.llamaindex import QA_TEMPLATE, GmsaLLM, MemoryPostprocessor, attach_memories
 from gmsa.io.backbones import Backbone
@@ -117,16 +119,14 @@ def test_chats_completions_and_streams(llm: GmsaLLM, reader: LocalReader) -> Non
     told = reader.answer([Message("system", ["Be short."]), Message("user", [QUESTION])], Options(8))
     answer = llm.chat(chat)
     assert answer.message.content == told.text
-    assert answer.raw == told.usage
+    assert answer.raw == told.metadata == answer.additional_kwargs
     alone = llm.complete(QUESTION).text
     assert alone == reader.answer([Message("user", [QUESTION])], Options(8)).text
     assert llm.complete(QUESTION, max_tokens=2).text != alone
     assert [r.text for r in llm.stream_complete(QUESTION)][-1] == alone
-    last = None
-    for last in llm.stream_chat(chat):
-        assert last.delta
-    assert last is not None
-    assert last.message.content == told.text
+    *pieces, last = llm.stream_chat(chat)
+    assert all(piece.delta for piece in pieces)
+    assert last.message.content == pieces[-1].message.content == told.text
 
     async def run() -> None:
         assert (await llm.achat(chat)).message.content == told.text
@@ -137,3 +137,36 @@ def test_chats_completions_and_streams(llm: GmsaLLM, reader: LocalReader) -> Non
         assert [a.text for a in answers] == [llm.complete(f"{QUESTION} {n}").text for n in range(3)]
 
     asyncio.run(run())
+
+
+def test_unknown_options_are_refused_and_none_is_not_given(llm: GmsaLLM, reader: LocalReader) -> None:
+    with pytest.raises(ValidationError, match="unknown option 'temprature'; did you mean 'temperature'"):
+        GmsaLLM(reader=reader, temprature=3)
+    with pytest.raises(ValidationError, match="unknown option 'readr'; did you mean 'reader'"):
+        MemoryPostprocessor(readr=reader)
+    with pytest.raises(InputError, match="unknown option 'max_token'; did you mean 'max_tokens'"):
+        llm.complete(QUESTION, max_token=3)
+    whole = llm.complete(QUESTION).text
+    assert llm.complete(QUESTION, max_tokens=None, temperature=None, top_p=None, stop=None).text == whole
+    assert GmsaLLM(reader=reader, max_tokens=8, temperature=None).complete(QUESTION).text == whole
+    assert llm.complete(QUESTION, stop=whole[2:4]).text == whole[:2]
+
+
+def test_how_an_answer_ended_is_told(llm: GmsaLLM) -> None:
+    whole = llm.complete(QUESTION)
+    assert whole.raw["finish_reason"] == "length"
+    stop = whole.text[2:4]
+    chat = [ChatMessage(role="user", content=QUESTION)]
+    assert llm.chat(chat, stop=stop).raw["finish_reason"] == "stop"
+    assert [*llm.stream_chat(chat, stop=stop)][-1].raw == {"finish_reason": "stop"}
+    last = [*llm.stream_complete(QUESTION)][-1]
+    assert (last.text, last.delta, last.raw) == (whole.text, "", {"finish_reason": "length"})
+
+
+def test_blank_nodes_are_passed_on(llm: GmsaLLM, reader: LocalReader, expected: str) -> None:
+    found = Fixed().retrieve(QUESTION)
+    found[1:1] = [NodeWithScore(node=TextNode(text=text), score=0.9) for text in ("", " \n")]
+    made = MemoryPostprocessor(reader=reader).postprocess_nodes(found)
+    assert [n.node.get_content() for n in made] == [n.node.get_content() for n in found]
+    context = "\n\n".join(n.node.get_content(metadata_mode=MetadataMode.LLM) for n in made)
+    assert llm.complete(QA_TEMPLATE.format(context_str=context, query_str=QUESTION)).text == expected
