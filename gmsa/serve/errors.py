@@ -18,6 +18,7 @@ from gmsa.errors import (
     MemoryNotFoundError,
     StoreError,
 )
+from gmsa.serve.invalid import explained
 
 log = logging.getLogger(__name__)
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -88,18 +89,17 @@ def handle_errors(app: FastAPI) -> None:
     async def ours(_: Request, error: Exception) -> JSONResponse:
         return translate(error)
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]  # its "input" is what the client sent: not repeated
-        where = [str(part) for part in first["loc"]]
-        place = ".".join(where[1:]) or where[0]
-        # What comes with a wrong choice of a union's kind quotes the request.
-        said = "unknown type" if first["type"] == "union_tag_invalid" else first["msg"]
-        return response(422, f"{place}: {said}", "invalid_request", place)
+        place, said = explained(error.errors(), error.body, request.headers.get("content-type"))
+        return response(422, f"{place}: {said}" if place else said, "invalid_request", place)
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        answer = response(error.status_code, str(error.detail))
+        detail = str(error.detail)
+        if detail == "There was an error parsing the body":  # FastAPI's, which says no more
+            detail = "the request is not valid JSON: it is not in UTF-8, or nested too deeply"
+        answer = response(error.status_code, detail)
         answer.headers.update(error.headers or {})
         if error.status_code == 405:  # starlette names the methods of one route; a path may have several
             routes = [route for route in app.routes if isinstance(route, Route)]

@@ -1,7 +1,8 @@
 """What the routes take and give: OpenAI's shapes, and what GMSA adds to them.
 
-A request that breaks a shape is answered 422; one in good shape that cannot be served, 400. Fields not listed here are
-ignored, as OpenAI's clients send many, except those that would change the answer (`Unsupported`).
+A request that breaks a shape is answered 422, in words of invalid.py; one in good shape that cannot be served, 400.
+Fields not listed here are ignored, as OpenAI's clients send many, except those that would change the answer
+(`Unsupported`). What clients send and mean nothing by is taken: no limit as -1, no stop as "", no content as null.
 """
 
 from typing import Annotated, Any, Literal
@@ -36,9 +37,19 @@ def _off(value: bool) -> bool:
     return value
 
 
+def _limit(value: Any) -> Any:
+    """-1 is "no limit" for many servers and their clients."""
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
 _Integral = BeforeValidator(_integral)
-Positive = Annotated[int, Field(ge=1, le=10_000_000), _Integral]
-Natural = Annotated[int, Field(ge=0, le=10_000_000), _Integral]
+MOST = 10_000_000
+Positive = Annotated[int, Field(ge=1, le=MOST), _Integral]
+Natural = Annotated[int, Field(ge=0, le=MOST), _Integral]
+_WHOLE = {"type": "integer", "minimum": 1, "maximum": MOST}
+Limit = Annotated[
+    Positive | None, BeforeValidator(_limit), WithJsonSchema({"anyOf": [_WHOLE, {"const": -1}, {"type": "null"}]})
+]
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES), _Integral]
 One = Annotated[int, Field(ge=1, le=1), _Integral]
 Seed = Annotated[int, _Integral]
@@ -71,12 +82,66 @@ class MemoryPart(BaseModel):
 Part = Annotated[TextPart | MemoryPart, Field(discriminator="type")]
 
 
+class CalledFunction(BaseModel):
+    """What an earlier answer called, and with what."""
+
+    model_config = STRICT
+    name: AnyText
+    arguments: AnyText = ""
+
+
+class ToolCall(BaseModel):
+    """A call of a tool in a chat's history."""
+
+    model_config = STRICT
+    function: CalledFunction
+
+
+Content = AnyText | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
+
+
 class Message(BaseModel):
     """One turn of a chat."""
 
     model_config = STRICT
-    role: Literal["system", "developer", "user", "assistant"]
-    content: AnyText | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
+    role: Literal["system", "developer", "user", "tool", "function"]
+    content: Content
+
+    @property
+    def turn(self) -> str:
+        """Whose turn it is for the model: what a tool said is given by the user."""
+        return "user" if self.role in ("tool", "function") else self.role
+
+    def parts(self) -> list[str | MemoryPart]:
+        """Texts and memories in order."""
+        return _parts(self.content)
+
+
+class AssistantMessage(BaseModel):
+    """What a model said before."""
+
+    model_config = STRICT
+    role: Literal["assistant"]
+    content: Content | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = Field(None, description="read as text")
+
+    @property
+    def turn(self) -> str:
+        """Whose turn it is."""
+        return self.role
+
+    def parts(self) -> list[str | MemoryPart]:
+        """Texts and memories in order, and calls of tools as text; an empty text where there is nothing."""
+        calls = [f"{call.function.name}({call.function.arguments})" for call in self.tool_calls or ()]
+        said = _parts(self.content) if self.content else []
+        return [*said, *calls] or [""]
+
+
+def _parts(content: str | list[TextPart | MemoryPart]) -> list[str | MemoryPart]:
+    return [content] if isinstance(content, str) else [p if isinstance(p, MemoryPart) else p.text for p in content]
+
+
+AnyMessage = Annotated[Message | AssistantMessage, Field(discriminator="role")]
 
 
 class StreamOptions(BaseModel):
@@ -91,14 +156,16 @@ class Generation(BaseModel):
 
     model_config = STRICT
     model: str | None = Field(None, description="one of /v1/models; may be left out")
-    max_tokens: Positive | None = Field(None, description="of each answer")
+    max_tokens: Limit = Field(None, description="of each answer; -1, as null: the server's limit")
     temperature: float | None = Field(None, ge=0, le=2, description="0, the default here, takes the likeliest token")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: Seed | None = None
     n: Choices | None = Field(None, description="answers per prompt")
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(None, description="strings that end it")
+    stop: AnyText | Annotated[list[AnyText], Field(max_length=16)] | None = Field(
+        None, description="strings that end it; empty ones are left out"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     auto_compress: Natural | None = Field(
@@ -108,7 +175,8 @@ class Generation(BaseModel):
 
     def stops(self) -> tuple[str, ...]:
         """The strings that end an answer."""
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in given if text)
 
     @property
     def most_tokens(self) -> int | None:
@@ -141,8 +209,8 @@ class ResponseFormat(BaseModel):
 class ChatRequest(Generation, Unsupported):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Positive | None = Field(None, description="the newer name of max_tokens")
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Limit = Field(None, description="the newer name of max_tokens")
     response_format: ResponseFormat | None = None
 
     @property

@@ -293,16 +293,13 @@ class Service:
         """Each message's role and parts, long texts marked."""
         turns: list[tuple[str, list[Part]]] = []
         for message in request.messages:
-            content = message.content
-            given = (
-                [content] if isinstance(content, str) else [p if isinstance(p, MemoryPart) else p.text for p in content]
-            )
+            given = message.parts()
             last = message is request.messages[-1]
             parts: list[Part] = []
             for number, part in enumerate(given):
                 at_end = last and number == len(given) - 1
                 parts += [part] if isinstance(part, MemoryPart) else self._shorten(part, request, at_end)
-            turns.append((message.role, parts))
+            turns.append((message.turn, parts))
         return turns
 
     def _shorten(self, text: str, request: Generation, last: bool) -> list[Part]:
@@ -532,7 +529,7 @@ def sampling_of(request: Generation, number: int) -> Sampling:
     """How answer `number` of a prompt is chosen; given a seed, each has one of its own."""
     seed = random.getrandbits(62) if request.seed is None else (request.seed + number) % 2**63
     return Sampling(
-        do_sample=bool(request.temperature),
+        do_sample=bool(request.temperature) and request.top_p != 0,
         temperature=request.temperature or 0.0,
         top_k=0,
         top_p=request.top_p if request.top_p is not None else 1.0,

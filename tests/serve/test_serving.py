@@ -471,7 +471,7 @@ def test_openais_client_knows_the_errors(client: openai.OpenAI) -> None:
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="and 500 new tokens exceed"):
         ask(max_tokens=500)
-    with pytest.raises(openai.UnprocessableEntityError, match="temperature: Input should be less than or equal to 2"):
+    with pytest.raises(openai.UnprocessableEntityError, match="temperature: must be at most 2, got 3"):
         ask(temperature=3)
     with pytest.raises(openai.UnprocessableEntityError, match="tools"):
         ask(tools=[{"type": "function", "function": {"name": "f"}}])
