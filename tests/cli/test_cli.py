@@ -82,6 +82,9 @@ def test_ask_prints_the_answer_alone_on_stdout(model: str, text_file: str) -> No
     assert piped.returncode == as_json.returncode == 0, piped.stderr
     assert piped.stdout == json.loads(as_json.stdout)["answer"] + "\n"
     assert "soft tokens" in piped.stderr
+    cut = json.loads(as_json.stdout)["finish_reason"] == "length"
+    assert ("note: cut after 6 tokens: --max-new-tokens allows more" in piped.stderr) == cut
+    assert "note" not in as_json.stdout
 
 
 def test_ask_streams_on_a_terminal(model: str, text_file: str) -> None:
