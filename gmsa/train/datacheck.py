@@ -204,6 +204,14 @@ def check_files(
 ) -> dict[str, Any]:
     """Describe files of rows, and what of them stands in other files too.
 
+    The report has `files` (`path`, `rows` and `bad_lines` of each); counts of `rows`, `texts`, `questions`,
+    `documents`, `distinct_contexts` and `distinct_prompts` (after normalising), `answers` (references in all) and
+    `most_answers` (of one question); `duplicates` (`rows`, and up to 10 `examples`: `row` and `first`, as file:line);
+    `sources` (rows by `source`, the most frequent first); `lengths` (`unit`, `backbone`; for `contexts` and `answers`
+    count, sum, min, median, p90, p99, max and histogram, or None if there are none); `overlap` (None without `against`;
+    `files` and `distinct_contexts` of the other side, then rows of this side: `identical`, `same_beginning`,
+    `grams_questions`, `grams_texts`, `any`, `examples`); `bad_lines` (`count` on both sides, and the `first` 20).
+
     Args:
         files: paths, globs or "-", as `gmsa.io.rows.read_rows` takes them; a file that several name is read once.
         against: other such files, whose contexts those of `files` are looked up in.
@@ -211,7 +219,7 @@ def check_files(
         show_progress_bar: on stderr.
 
     Returns:
-        What `gmsa data check --json` prints; docs/data.md says what each field is.
+        What `gmsa data check --json` prints.
 
     Raises:
         InputError: a file is missing or cannot be read, there is no row, or standard input is named on both sides.
