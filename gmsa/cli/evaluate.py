@@ -12,8 +12,7 @@ from gmsa.errors import GmsaError, InputError
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
-    from gmsa.evaluate.cache import AnswerCache
-    from gmsa.evaluate.results import Result
+    from gmsa.evaluate.results import AnswerCache, Result
 
 
 def add_commands(add: Add) -> None:
@@ -128,8 +127,8 @@ def note(line: str) -> None:
 
 def measure(options: argparse.Namespace) -> "tuple[GMSA, Iterator[Result], dict[str, Any]]":
     """The model; as they come, result rows with their examples; more for the meta data."""
-    from gmsa.evaluate.cache import AnswerCache
     from gmsa.evaluate.methods import check_methods
+    from gmsa.evaluate.results import AnswerCache
 
     # Read before the model is loaded: what is wrong with the folder or the methods is said at once.
     cache = AnswerCache(Path(options.output) / "cache.jsonl" if options.output else None, note)
@@ -190,8 +189,7 @@ def _restoration(
 def _answers(options: argparse.Namespace, gmsa: "GMSA", cache: "AnswerCache") -> "Iterator[Result]":
     from gmsa.evaluate.methods import load_methods
     from gmsa.evaluate.methods.base import Models
-    from gmsa.evaluate.qa import evaluate_qa
-    from gmsa.evaluate.summaries import judge_summaries
+    from gmsa.evaluate.qa import evaluate_qa, judge_summaries
 
     methods = load_methods(options.methods, Models(gmsa, options.text_decoder), note)
     sizes = (options.merge_size, options.limit, options.max_new_tokens)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from gmsa.errors import InputError
-from gmsa.evaluate.methods.minilm import HUB_ID, INSTALL, find_minilm, hub_answers
+from gmsa.evaluate.methods.base import HUB_ID, INSTALL, find_minilm, hub_answers
 from gmsa.io.backbones import quiet_transformers
 
 # The layer whose states are compared: for RoBERTa the one `bert-score` uses, for six layers what it uses for others.

@@ -23,8 +23,7 @@ from tqdm import tqdm
 from gmsa import __version__
 from gmsa.api import GMSA
 from gmsa.errors import InputError
-from gmsa.evaluate.cache import AnswerCache, key_of
-from gmsa.evaluate.results import Result
+from gmsa.evaluate.results import AnswerCache, Result, key_of
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.memory import Memory
 from gmsa.model.backbone import body_of, layers_of

@@ -3,7 +3,7 @@
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,10 +13,9 @@ from tqdm import tqdm
 from gmsa.api import GMSA
 from gmsa.errors import ContextTooLongError, InputError
 from gmsa.evaluate import metrics
-from gmsa.evaluate.cache import AnswerCache, key_of
 from gmsa.evaluate.methods import load_methods
 from gmsa.evaluate.methods.base import Method, Models, Question
-from gmsa.evaluate.results import Result
+from gmsa.evaluate.results import AnswerCache, Result, key_of
 from gmsa.evaluate.statistics import means_and_intervals
 from gmsa.io.rows import documents_of, read_rows
 
@@ -215,3 +214,16 @@ def result(
         },
         "seconds": {name: round(fmean(a["seconds"][name] for a in answers), 4) for name in ("compress", "answer")},
     }
+
+
+def judge_summaries(answered: Iterable[Result]) -> Iterator[Result]:
+    """Results of `evaluate_qa` with ROUGE (0-1) in place of Acc and EM, which mean little for long answers."""
+    for row, examples in answered:
+        judged = [{**_without_exact(e), **metrics.rouge(e["predicted"], e["answer"])} for e in examples]
+        means, bounds = means_and_intervals(judged, metrics.ROUGE)
+        found = {**means, **_without_exact(row["metrics"])}
+        yield {**row, "task": "summ", "metrics": found, "ci": {**bounds, "f1": row["ci"]["f1"]}}, judged
+
+
+def _without_exact(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in ("acc", "em", "f1_first")}

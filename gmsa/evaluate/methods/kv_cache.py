@@ -87,7 +87,6 @@ class PrunedCacheMethod(Method):
 
     @torch.no_grad()
     def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
-        """See `Method.read`."""
         outputs: list[MethodOutput] = []
         for start in range(0, len(questions), ROWS):
             part = questions[start : start + ROWS]
@@ -138,7 +137,6 @@ class PrunedCacheMethod(Method):
     def answer(
         self, questions: Sequence[Question], outputs: Sequence[MethodOutput], max_new_tokens: int, batch_size: int
     ) -> list[str]:
-        """See `Method.answer`."""
         kept = [output.content for output in outputs]
         answers: list[str] = []
         for start in range(0, len(kept), batch_size):
@@ -199,7 +197,6 @@ class SnapKV(PrunedCacheMethod):
     """Keeps what the question attends to, smoothed over 5 neighbours as in the authors' code."""
 
     def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
-        """See `PrunedCacheMethod.choose`."""
         smooth = F.avg_pool1d(attention[None], kernel_size=5, padding=2, stride=1)[0]
         return smooth.topk(budget, dim=-1).indices.sort(dim=-1).values
 
@@ -208,7 +205,6 @@ class StreamingLLM(PrunedCacheMethod):
     """Keeps the first 4 tokens of the prompt and the last of the context; blind to the question."""
 
     def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
-        """See `PrunedCacheMethod.choose`."""
         heads, length = attention.shape
         sinks = min(budget, max(0, 4 - before))
         index = torch.arange(length, device=attention.device)

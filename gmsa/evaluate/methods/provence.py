@@ -47,7 +47,6 @@ class Provence(SentenceMethod):
 
     @torch.no_grad()
     def rank(self, sentences: list[str], question: str) -> list[float]:
-        """See `SentenceMethod.rank`."""
         asked, *parts = [encode(self.tokenizer, text) for text in (question, *sentences)]
         begin, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         asked = asked[: LONGEST // 2]
