@@ -55,15 +55,8 @@ class BertScorer:
 
     def _states(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Of each text its tokens' states (T, d), of length 1, and which of them count (T,)."""
-        batch = self.tokenizer(
-            list(texts),
-            padding=True,
-            truncation=True,
-            max_length=self.longest,
-            split_special_tokens=True,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        )
+        cut = {"padding": True, "truncation": True, "max_length": self.longest, "split_special_tokens": True}
+        batch = self.tokenizer(list(texts), **cut, return_special_tokens_mask=True, return_tensors="pt")
         special = batch.pop("special_tokens_mask").bool()
         hidden = self.model(**batch, output_hidden_states=True).hidden_states[self.layer]
         states = torch.nn.functional.normalize(hidden, dim=-1)

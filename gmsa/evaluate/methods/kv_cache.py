@@ -137,13 +137,15 @@ class PrunedCacheMethod(Method):
     def answer(
         self, questions: Sequence[Question], outputs: Sequence[MethodOutput], max_new_tokens: int, batch_size: int
     ) -> list[str]:
-        kept = [output.content for output in outputs]
-        answers: list[str] = []
-        for start in range(0, len(kept), batch_size):
-            part = [cache for cache in kept[start : start + batch_size] if isinstance(cache, PrunedCache)]
-            prompts = [self.reader.template(q.prompt).after for q in questions[start : start + batch_size]]
-            answers += generate(self.reader, part, prompts, max_new_tokens)
-        return answers
+        rows = []
+        for question, output in zip(questions, outputs, strict=True):
+            kept, prompt = output.content, self.reader.template(question.prompt).after
+            assert isinstance(kept, PrunedCache)
+            check_fits(self.reader, kept.position + len(prompt) + max_new_tokens)
+            keys, values = ([pair[side] for pair in kept.layers] for side in (0, 1))
+            rows.append(Row([prompt], max_new_tokens, begins=CachedStates(keys, values, kept.position)))
+        self.reader.run(rows, batch_size)
+        return [row.text.strip() for row in rows]
 
 
 def attention_to_context(query: Tensor, key: Tensor, scaling: float, span: tuple[int, int, int]) -> Tensor:
@@ -176,21 +178,6 @@ def check_fits(reader: GMSA, tokens: int) -> None:
     limit = getattr(reader.model.decoder.config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ContextTooLongError(f"a prompt of {tokens} tokens exceeds the decoder's {limit}")
-
-
-def generate(reader: GMSA, kept: Sequence[PrunedCache], prompts: Sequence[Tensor], max_new_tokens: int) -> list[str]:
-    """Greedy answers to prompts (T_i,) that stand after what is left of their caches.
-
-    Raises:
-        ContextTooLongError: more positions than the decoder has.
-    """
-    rows = []
-    for row, prompt in zip(kept, prompts, strict=True):
-        check_fits(reader, row.position + len(prompt) + max_new_tokens)
-        keys, values = ([pair[side] for pair in row.layers] for side in (0, 1))
-        rows.append(Row([prompt], max_new_tokens, begins=CachedStates(keys, values, row.position)))
-    reader.run(rows, len(rows))
-    return [row.text.strip() for row in rows]
 
 
 class SnapKV(PrunedCacheMethod):
