@@ -5,9 +5,7 @@ padding, greedy decoding - is `GMSA.read`, the same for all.
 """
 
 import contextlib
-import hashlib
 import importlib.util
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
@@ -22,6 +20,7 @@ import torch
 from gmsa.api import GMSA
 from gmsa.config import GmsaConfig
 from gmsa.errors import GmsaError, InputError
+from gmsa.evaluate.results import key_of
 from gmsa.io.backbones import fingerprint_of, quiet_transformers
 from gmsa.io.checkpoint import load_backbones
 from gmsa.io.files import sha256_of
@@ -243,7 +242,7 @@ class Method(ABC):
         """Identifies everything that answers depend on, beside question and settings."""
         reader = self.reader
         parts = [self.name, self.made_with, reader.fingerprint, fingerprint_of(reader.model), str(reader.model.dtype)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return key_of(*parts)[:16]
 
 
 class TextMethod(Method):
