@@ -31,7 +31,7 @@ import torch
 from gmsa import GMSA, Memory, MemoryStore
 from gmsa.api import Contents
 from gmsa.evaluate.methods.base import Models, Question
-from gmsa.evaluate.methods.bm25_sentences import words_of
+from gmsa.evaluate.methods.sentences import words_of
 from gmsa.evaluate.qa import MEASURES, spread
 from gmsa.evaluate.statistics import interval, paired_difference
 from gmsa.io.rows import read_rows

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from gmsa import GMSA
-from gmsa.evaluate.differences import marked as mark
-from gmsa.evaluate.differences import word_differences
+from gmsa.evaluate.metrics import marked as mark
+from gmsa.evaluate.metrics import word_differences
 
 DOCUMENT = Path(__file__).parent / "thames.txt"
 QUESTIONS = [

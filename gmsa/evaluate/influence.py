@@ -8,7 +8,6 @@ are alike, have lost the others.
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from gmsa.api import GMSA
 from gmsa.errors import InputError
 from gmsa.evaluate.restoration import texts_of_length
 from gmsa.evaluate.results import Result
-from gmsa.evaluate.statistics import means_and_intervals
+from gmsa.evaluate.statistics import means, means_and_intervals
 from gmsa.model.windows import make_windows
 from gmsa.text import encode
 
@@ -138,7 +137,7 @@ def evaluate_influence(
     texts = texts_of_length(gmsa, path, length, limit)
     for size in merge_sizes:
         examples: list[dict[str, Any]] = []
-        lengths: list[tuple[int, int]] = []
+        lengths: list[dict[str, int]] = []
         for text in tqdm(texts, desc=f"{method}, {size}x", disable=not show_progress_bar, unit="text"):
             ids = encode(gmsa.encoder_tokenizer, text)
             if len(set(ids)) < 2:
@@ -146,31 +145,17 @@ def evaluate_influence(
             change, soft = influence(gmsa, ids, size, seed)
             drawn = {} if examples else _figure(gmsa, ids, change, soft)
             examples.append({"text": text, **measures(change, soft), **drawn})
-            lengths.append((len(ids), len(soft)))
-        means, intervals = means_and_intervals(examples, MEASURES, seed=seed)
-        yield (
-            {
-                "task": "attention",
-                "dataset": Path(path).name,
-                "method": method,
-                "merge_size": size,
-                "length": length,
-                "n": len(texts),
-                "metrics": means,
-                "ci": intervals,
-                "tokens": {
-                    "context": round(fmean(tokens for tokens, _ in lengths), 1),
-                    "soft": round(fmean(soft for _, soft in lengths), 1),
-                },
-            },
-            examples,
-        )
+            lengths.append({"context": len(ids), "soft": len(soft)})
+        row = {"task": "attention", "dataset": Path(path).name, "method": method, "merge_size": size, "length": length}
+        metrics, intervals = means_and_intervals(examples, MEASURES, seed=seed)
+        tokens = means(lengths, ("context", "soft"), 1)
+        yield {**row, "n": len(texts), "metrics": metrics, "ci": intervals, "tokens": tokens}, examples
 
 
 def _figure(gmsa: GMSA, ids: Sequence[int], change: Tensor, soft: Tensor) -> dict[str, Any]:
     units = F.normalize(soft, dim=-1)
     return {
         "pieces": [gmsa.encoder_tokenizer.decode([token]) for token in ids],
-        "influence": [[round(value, 4) for value in row] for row in change.tolist()],
-        "similarity": [[round(value, 4) for value in row] for row in (units @ units.T).tolist()],
+        "influence": change.double().round(decimals=4).tolist(),
+        "similarity": (units @ units.T).double().round(decimals=4).tolist(),
     }

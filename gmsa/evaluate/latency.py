@@ -23,12 +23,12 @@ from tqdm import tqdm
 from gmsa import __version__
 from gmsa.api import GMSA
 from gmsa.errors import InputError
-from gmsa.evaluate.cache import AnswerCache, key_of
-from gmsa.evaluate.results import Result
+from gmsa.evaluate.results import AnswerCache, Result, key_of
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.memory import Memory
 from gmsa.model.backbone import body_of, layers_of
 
+SECONDS = ("compress", "first_token", "decode", "total")
 QUESTION = "Which of the facts above is the most surprising, and why?"
 
 
@@ -133,18 +133,10 @@ def _made_with(gmsa: GMSA, merge_sizes: Sequence[int], rounds: int) -> list[Any]
         processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
         processor = None
-    return [
-        gmsa.fingerprint,
-        fingerprint_of(gmsa.model),
-        str(gmsa.model.dtype),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        processor[1] if processor else platform.processor(),
-        platform.node(),
-        torch.get_num_threads(),
-        [torch.__version__, __version__],
-        list(merge_sizes),
-        rounds,
-    ]
+    model = [gmsa.fingerprint, fingerprint_of(gmsa.model), str(gmsa.model.dtype)]
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    machine = [chip, processor[1] if processor else platform.processor(), platform.node(), torch.get_num_threads()]
+    return [*model, *machine, [torch.__version__, __version__], list(merge_sizes), rounds]
 
 
 def _ways(gmsa: GMSA, text: str, merge_sizes: Sequence[int], folder: Path) -> list[Way]:
@@ -188,31 +180,21 @@ def _time(gmsa: GMSA, way: Way, new_tokens: int) -> dict[str, Any]:
 def _rows(gmsa: GMSA, ways: Sequence[Way], measured: dict[str, Any], length: int, new: int) -> Iterator[Result]:
     original = median(figures["total"] for figures in measured["taken"][0])
     for way, found in zip(ways, measured["taken"], strict=True):
-        total = median(figures["total"] for figures in found)
+        setting = {"method": way.method, "merge_size": way.merge_size, "length": length, "new_tokens": new}
+        seconds = {name: median(figures[name] for figures in found) for name in SECONDS}
         peaks = [figures["peak_bytes"] for figures in found if figures["peak_bytes"] is not None]
         size = way.merge_size
-        ratio = None if size is None else round(predicted(gmsa, size, way.method == "gmsa-stored"), 3)
-        yield (
-            {
-                "task": "latency",
-                "method": way.method,
-                "merge_size": size,
-                "length": length,
-                "new_tokens": new,
-                "n": len(found),
-                "metrics": {
-                    "ratio_to_original": round(original / total, 3),
-                    "predicted_ratio": ratio,
-                    "peak_bytes": int(median(peaks)) if peaks else None,
-                },
-                "tokens": {"context": measured["tokens"], "soft": found[0]["soft"], "prompt": found[0]["prompt"]},
-                "seconds": {
-                    name: round(median(figures[name] for figures in found), 4)
-                    for name in ("compress", "first_token", "decode", "total")
-                },
-            },
-            [{"method": way.method, "merge_size": size, "length": length, "new_tokens": new, **f} for f in found],
-        )
+        metrics = {
+            "ratio_to_original": round(original / seconds["total"], 3),
+            "predicted_ratio": None if size is None else round(predicted(gmsa, size, way.method == "gmsa-stored"), 3),
+            "peak_bytes": int(median(peaks)) if peaks else None,
+        }
+        row = {
+            **{"task": "latency", **setting, "n": len(found), "metrics": metrics},
+            "tokens": {"context": measured["tokens"], "soft": found[0]["soft"], "prompt": found[0]["prompt"]},
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        }
+        yield row, [{**setting, **figures} for figures in found]
 
 
 def _now(device: torch.device) -> float:

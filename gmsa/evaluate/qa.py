@@ -3,9 +3,9 @@
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -13,23 +13,17 @@ from tqdm import tqdm
 from gmsa.api import GMSA
 from gmsa.errors import ContextTooLongError, InputError
 from gmsa.evaluate import metrics
-from gmsa.evaluate.cache import AnswerCache, key_of
 from gmsa.evaluate.methods import load_methods
 from gmsa.evaluate.methods.base import Method, Models, Question
-from gmsa.evaluate.results import Result
-from gmsa.evaluate.statistics import means_and_intervals
+from gmsa.evaluate.results import AnswerCache, Result, key_of
+from gmsa.evaluate.statistics import means, means_and_intervals
 from gmsa.io.rows import documents_of, read_rows
 
 BATCH_SIZE = 32
 # Characters of text that a batch may hold for the decoder to read, some 16,000 tokens: long contexts come in smaller
 # batches.
 BATCH_CHARACTERS = 65_536
-MEASURES = {
-    "acc": metrics.accuracy,
-    "em": metrics.exact_match,
-    "f1": metrics.f1,
-    "f1_first": metrics.f1_first,
-}
+MEASURES = {"acc": metrics.accuracy, "em": metrics.exact_match, "f1": metrics.f1, "f1_first": metrics.f1_first}
 
 
 def spread(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
@@ -100,21 +94,18 @@ def evaluate_qa(
             except ContextTooLongError as error:
                 note(f"{dataset}, {name} is skipped: {error}")
                 continue
-            made = [example(row, answer, method.name, size) for row, answer in zip(rows, answers, strict=True)]
-            yield result(dataset, method.name, size, answers, made), made
+            yield run.result(dataset, rows, answers)
 
 
+@dataclass
 class AnswerRun:
     """One method at one merge size: questions in, answers out, those already in a cache reused."""
 
-    def __init__(
-        self, method: Method, merge_size: int | None, max_new_tokens: int, batch_size: int, cache: AnswerCache
-    ) -> None:
-        self.method = method
-        self.merge_size = merge_size
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
-        self.cache = cache
+    method: Method
+    merge_size: int | None
+    max_new_tokens: int
+    batch_size: int
+    cache: AnswerCache
 
     def key(self, question: Question) -> str:
         """Identifies an answer by everything it depends on."""
@@ -154,64 +145,57 @@ class AnswerRun:
         read = time.perf_counter()
         answers = self.method.answer(questions, outputs, self.max_new_tokens, len(questions))
         answered = time.perf_counter()
-        seconds = {
-            "compress": (read - started) / len(questions),
-            "answer": (answered - read) / len(questions),
-        }
+        seconds = {"compress": (read - started) / len(questions), "answer": (answered - read) / len(questions)}
         entries = []
         for question, output, answer in zip(questions, outputs, answers, strict=True):
             around = reader.template(question.prompt)
-            entries.append(
-                {
-                    "predicted": answer,
-                    "answer_tokens": len(reader.template.encode(answer)),
-                    "context": len(reader.template.encode(question.context)),
-                    "read": len(output),
-                    "cut": output.cut,
-                    "prompt": len(around.before) + len(output) + len(around.after),
-                    "seconds": seconds,
-                }
-            )
+            entry = {
+                "predicted": answer,
+                "answer_tokens": len(reader.template.encode(answer)),
+                "context": len(reader.template.encode(question.context)),
+                "read": len(output),
+                "cut": output.cut,
+                "prompt": len(around.before) + len(output) + len(around.after),
+                "seconds": seconds,
+            }
+            entries.append(entry)
         return entries
 
+    def result(self, dataset: str, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> Result:
+        """A result row: means over the examples, and where they are metrics of answers, their intervals."""
+        setting = {"method": self.method.name, "merge_size": self.merge_size}
+        examples = [{**setting, **_example(row, answer)} for row, answer in zip(rows, answers, strict=True)]
+        found, intervals = means_and_intervals(examples, MEASURES, digits=2)
+        result = {
+            **{"task": "qa", "dataset": dataset, **setting, "n": len(examples)},
+            "metrics": {**found, **means(examples, ["answer_tokens"], 2)},
+            "ci": intervals,
+            "tokens": means([e["tokens"] for e in examples], ("context", "soft", "prompt"), 1),
+            "seconds": means([a["seconds"] for a in answers], ("compress", "answer"), 4),
+        }
+        return result, examples
 
-def example(row: dict[str, Any], answer: dict[str, Any], method: str, merge_size: int | None) -> dict[str, Any]:
-    """A line of examples.jsonl."""
-    values = {name: measure(answer["predicted"], row["answer"]) for name, measure in MEASURES.items()}
+
+def _example(row: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": row.get("id", row["index"]),
-        "method": method,
-        "merge_size": merge_size,
-        "prompt": row["prompt"],
-        "answer": row["answer"],
+        **{name: row[name] for name in ("prompt", "answer")},
         "predicted": answer["predicted"],
-        **values,
+        **{name: measure(answer["predicted"], row["answer"]) for name, measure in MEASURES.items()},
         "answer_tokens": answer["answer_tokens"],
         "tokens": {"context": answer["context"], "soft": answer["read"], "prompt": answer["prompt"]},
         "cut": answer["cut"],
     }
 
 
-def result(
-    dataset: str,
-    method: str,
-    merge_size: int | None,
-    answers: Sequence[dict[str, Any]],
-    examples: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """A result row: means over the examples, and where they are metrics of answers, their intervals."""
-    means, intervals = means_and_intervals(examples, MEASURES, digits=2)
-    means["answer_tokens"] = round(fmean(e["answer_tokens"] for e in examples), 2)
-    return {
-        "task": "qa",
-        "dataset": dataset,
-        "method": method,
-        "merge_size": merge_size,
-        "n": len(examples),
-        "metrics": means,
-        "ci": intervals,
-        "tokens": {
-            name: round(fmean(e["tokens"][name] for e in examples), 1) for name in ("context", "soft", "prompt")
-        },
-        "seconds": {name: round(fmean(a["seconds"][name] for a in answers), 4) for name in ("compress", "answer")},
-    }
+def judge_summaries(answered: Iterable[Result]) -> Iterator[Result]:
+    """Results of `evaluate_qa` with ROUGE (0-1) in place of Acc and EM, which mean little for long answers."""
+    for row, examples in answered:
+        judged = [{**_without_exact(e), **metrics.rouge(e["predicted"], e["answer"])} for e in examples]
+        means, bounds = means_and_intervals(judged, metrics.ROUGE)
+        found = {**means, **_without_exact(row["metrics"])}
+        yield {**row, "task": "summ", "metrics": found, "ci": {**bounds, "f1": row["ci"]["f1"]}}, judged
+
+
+def _without_exact(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in ("acc", "em", "f1_first")}

@@ -3,8 +3,9 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ from gmsa.api import GMSA, Score
 from gmsa.decode.checked import CANDIDATES
 from gmsa.errors import InputError
 from gmsa.evaluate.bertscore import BertScorer
-from gmsa.evaluate.cache import AnswerCache, key_of
 from gmsa.evaluate.metrics import ROUGE, bleu, prefix_exact_match, rouge
-from gmsa.evaluate.results import Result
-from gmsa.evaluate.statistics import means_and_intervals
+from gmsa.evaluate.results import AnswerCache, Result, key_of
+from gmsa.evaluate.statistics import means, means_and_intervals
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.memory import Memory
 from gmsa.io.rows import read_rows
@@ -65,24 +65,18 @@ def score_given_text(gmsa: GMSA, text: str) -> Score | None:
     return Score(len(ids), int(out["correct"]), float(out["loss"]) * len(ids))
 
 
-def total(scores: Sequence[Score | None]) -> Score | None:
-    """All texts as one; None where one has no score."""
+def per_token(scores: Sequence[Score | None], field: str) -> float | None:
+    """A score's `right` or `nll` over all tokens of all texts; None where one has no score."""
     found = [score for score in scores if score is not None]
     if len(found) < len(scores):
         return None
-    return Score(sum(s.tokens for s in found), sum(s.right for s in found), sum(s.nll for s in found))
+    return sum(getattr(score, field) for score in found) / sum(score.tokens for score in found)
 
 
 def perplexity(scores: Sequence[Score | None]) -> float | None:
     """Over all tokens of all texts; None where one has no score."""
-    whole = total(scores)
-    return math.exp(whole.nll / whole.tokens) if whole else None
-
-
-def token_accuracy(scores: Sequence[Score | None]) -> float | None:
-    """Over all tokens of all texts; None where one has no score."""
-    whole = total(scores)
-    return whole.right / whole.tokens if whole else None
+    nll = per_token(scores, "nll")
+    return None if nll is None else math.exp(nll)
 
 
 def evaluate_restoration(
@@ -126,67 +120,53 @@ def evaluate_restoration(
         texts = texts_of_length(gmsa, path, length, limit)
         given_text = perplexity(run.score_texts(texts))  # the same at every merge size
         for size in merge_sizes:
-            with tqdm(
-                total=len(texts), desc=f"{method}, {length} tokens, {size}x", disable=not show_progress_bar, unit="text"
-            ) as bar:
+            name = f"{method}, {length} tokens, {size}x"
+            with tqdm(total=len(texts), desc=name, disable=not show_progress_bar, unit="text") as bar:
                 entries = run.restore(texts, size, bar.update)
             restored = [entry["restored"] for entry in entries]
             scores = [Score(*entry["score"]) if entry["score"] else None for entry in entries]
-            examples = [_example(gmsa, *found) for found in zip(texts, restored, scores, strict=True)]
+            examples = [_example(gmsa, *parts) for parts in zip(texts, restored, scores, strict=True)]
+            originals = [text.strip() for text in texts]
             if scorer is not None:
-                found_f1 = scorer.f1([text.strip() for text in texts], restored)
-                for example, value in zip(examples, found_f1, strict=True):
+                for example, value in zip(examples, scorer.f1(originals, restored), strict=True):
                     example["bertscore_f1"] = value
             measured = [name for name in PER_EXAMPLE if name in examples[0]]
-            means, intervals = means_and_intervals(examples, measured, seed=seed)
+            found, intervals = means_and_intervals(examples, measured, seed=seed)
             metrics = {
-                "bleu": bleu([t.strip() for t in texts], restored),
-                **{name: means.get(name) for name in (*ROUGE, "bertscore_f1", "prefix_em")},
-                "token_accuracy": token_accuracy(scores),
+                "bleu": bleu(originals, restored),
+                **{name: found.get(name) for name in (*ROUGE, "bertscore_f1", "prefix_em")},
+                "token_accuracy": per_token(scores, "right"),
                 "perplexity": perplexity(scores),
                 "perplexity_text": given_text,
             }
             if check:
                 metrics["confirmed"] = sum(e["confirmed"] for e in entries) / sum(e["soft"] for e in entries)
-            yield (
-                {
-                    "task": "restoration",
-                    "dataset": Path(path).name,
-                    "method": method,
-                    "merge_size": size,
-                    "length": length,
-                    "n": len(texts),
-                    "metrics": {name: None if v is None else round(v, 4) for name, v in metrics.items()},
-                    "ci": intervals,
-                    "tokens": {name: round(fmean(entry[name] for entry in entries), 1) for name in ("context", "soft")},
-                },
-                examples,
-            )
+            row = {"task": "restoration", "dataset": Path(path).name, "method": method, "merge_size": size}
+            row |= {"length": length, "n": len(texts), "ci": intervals}
+            row["metrics"] = {name: None if value is None else round(value, 4) for name, value in metrics.items()}
+            row["tokens"] = means(entries, ("context", "soft"), 1)
+            yield row, examples
 
 
+@dataclass
 class RestorationRun:
     """One model: texts in, what came of them out; what is in a cache already is reused."""
 
-    def __init__(self, gmsa: GMSA, batch_size: int, cache: AnswerCache, check: bool = False) -> None:
-        self.gmsa = gmsa
-        self.batch_size = batch_size
-        self.cache = cache
-        self.check = check
-        prompt = gmsa.template.restore()
-        # All that a restored text depends on, beside text and merge size.
-        self._made_with = [
-            gmsa.fingerprint,
-            fingerprint_of(gmsa.model),
-            str(gmsa.model.dtype),
-            gmsa.config.window_size,
-            prompt.before.tolist(),
-            prompt.after.tolist(),
-            *([CANDIDATES] if check else []),
-        ]
+    gmsa: GMSA
+    batch_size: int
+    cache: AnswerCache
+    check: bool = False
+
+    @cached_property
+    def made_with(self) -> list[Any]:
+        """All that a restored text depends on, beside text and merge size."""
+        gmsa, prompt = self.gmsa, self.gmsa.template.restore()
+        weights = [gmsa.fingerprint, fingerprint_of(gmsa.model), str(gmsa.model.dtype), gmsa.config.window_size]
+        return [*weights, prompt.before.tolist(), prompt.after.tolist(), *([CANDIDATES] if self.check else [])]
 
     def key(self, text: str, merge_size: int | None) -> str:
         """Identifies an entry; without a merge size it is how well the text itself is predicted."""
-        return key_of("restoration", *self._made_with, merge_size, text)
+        return key_of("restoration", *self.made_with, merge_size, text)
 
     def score_texts(self, texts: Sequence[str]) -> list[Score | None]:
         """`score_given_text` of each text; None where the texts' memories have no score either."""

@@ -1,10 +1,13 @@
-"""What an evaluation leaves on disk: results.json, a row for each method and setting, and examples.jsonl."""
+"""What an evaluation leaves on disk: results.json, a row for each method and setting, examples.jsonl and its cache."""
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,24 @@ TASKS = {
     "attention": "What soft tokens stand for",
 }
 Result = tuple[dict[str, Any], list[dict[str, Any]]]  # a row and its examples
+# What an entry of the cache may hold: an answer (qa.py), a restored text or how well text itself is predicted
+# (restoration.py), or what every way of answering took (latency.py).
+ENTRIES = (
+    {"predicted", "answer_tokens", "context", "read", "cut", "prompt", "seconds"},
+    {"restored", "score", "context", "soft"},
+    {"restored", "score", "context", "soft", "confirmed"},
+    {"score"},
+    {"tokens", "taken"},
+)
+
+
+@contextlib.contextmanager
+def file_errors(what: str) -> Iterator[None]:
+    """Raise InputError, `what` and the reason, where a file cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -91,14 +112,14 @@ def read_run(folder: Path) -> Run:
         InputError: results.json is missing or damaged.
     """
     path = folder / "results.json"
+    with file_errors(f"cannot read {path}"):
+        content = path.read_bytes()
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(content)
         rows = [{**{name: row.get(name) for name in FIELDS}, "metrics": row["metrics"]} for row in results["rows"]]
         if not all(row["task"] in TASKS for row in rows):
             raise ValueError("a task of another program")
         run = Run(folder.resolve().name, dict(results["meta"]), rows)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} does not hold results of `gmsa eval`") from error
     examples = folder / "examples.jsonl"
@@ -111,10 +132,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: it cannot be read, or is none.
     """
+    with file_errors(f"cannot read {path}"):
+        content = path.read_bytes()
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        return [json.loads(line) for line in content.decode().split("\n") if line.strip()]
     except ValueError as error:
         raise InputError(f"{path} is not JSONL: {error}") from error
 
@@ -125,9 +146,69 @@ def write_texts(folder: Path, texts: dict[str, str]) -> None:
     Raises:
         InputError: it cannot be written to.
     """
-    try:
+    with file_errors(f"cannot write results to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write results to {folder}: {error.strerror}") from error
+
+
+def key_of(*parts: Any) -> str:
+    """Identifies an entry by everything it depends on."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class AnswerCache:
+    """Entries by key, in a file of one JSON object a line; the last of equal keys counts.
+
+    An interrupted evaluation goes on, a repeated one costs nothing.
+
+    Args:
+        path: of the file, made with its folder when needed; None keeps entries in memory only.
+        note: told of each line that is damaged, which is then ignored.
+
+    Raises:
+        InputError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, note: Callable[[str], None]) -> None:
+        self.path = path
+        self.answers: dict[str, dict[str, Any]] = {}
+        if path is None:
+            return
+        with file_errors(f"cannot use {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Bytes: a write that broke off may have left half a character, and no line end.
+            content = path.read_bytes() if path.exists() else b""
+            if content and not content.endswith(b"\n"):
+                self._append(b"\n")
+        for number, line in enumerate(content.splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                key = entry.pop("key")
+                if set(entry) not in ENTRIES:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError):
+                note(f"{path}, line {number} is damaged and ignored")
+                continue
+            self.answers[key] = entry
+
+    def add(self, key: str, answer: dict[str, Any]) -> None:
+        """Keep an entry; it is on disk when this returns.
+
+        Raises:
+            InputError: the disk is full or read-only.
+        """
+        self.answers[key] = answer
+        if self.path is None:
+            return
+        with file_errors(f"cannot write {self.path}"):
+            self._append(json.dumps({"key": key, **answer}, ensure_ascii=False).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        assert self.path is not None
+        with self.path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())

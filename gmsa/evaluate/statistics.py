@@ -55,13 +55,17 @@ def interval(
     return _percentiles(bootstrap_means(values, samples, seed), level)
 
 
+def means(examples: Sequence[dict[str, Any]], names: Iterable[str], digits: int) -> dict[str, float]:
+    """Rounded means of these fields over the examples."""
+    return {name: round(fmean(example[name] for example in examples), digits) for name in names}
+
+
 def means_and_intervals(
     examples: Sequence[dict[str, Any]], names: Iterable[str], digits: int = 4, seed: int = 0
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The fields `metrics` and `ci` of a result row: means of these fields over the examples, and their intervals."""
-    values = {name: [example[name] for example in examples] for name in names}
-    means = {name: round(fmean(found), digits) for name, found in values.items()}
-    return means, {name: [round(b, digits) for b in interval(found, seed=seed)] for name, found in values.items()}
+    bounds = {name: interval([example[name] for example in examples], seed=seed) for name in names}
+    return means(examples, bounds, digits), {name: [round(b, digits) for b in found] for name, found in bounds.items()}
 
 
 def paired_difference(
@@ -75,13 +79,13 @@ def paired_difference(
     if len(a) != len(b):
         raise InputError(f"paired values must be of the same examples, got {len(a)} and {len(b)}")
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    means = bootstrap_means(differences.tolist(), samples, seed)
-    low, high = _percentiles(means, level)
-    return Difference(float(differences.mean()), low, high, float((means <= 0).mean()))
+    drawn = bootstrap_means(differences.tolist(), samples, seed)
+    low, high = _percentiles(drawn, level)
+    return Difference(float(differences.mean()), low, high, float((drawn <= 0).mean()))
 
 
-def _percentiles(means: NDArray[np.float64], level: float) -> tuple[float, float]:
+def _percentiles(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
     if not 0 < level < 1:
         raise InputError(f"a confidence level lies between 0 and 1, got {level}")
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

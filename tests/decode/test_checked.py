@@ -16,8 +16,8 @@ from gmsa.decode import checked as verification
 from gmsa.decode.checked import CheckedGroup, CheckedText, Proposer, Verifier, checked_text, why_not
 from gmsa.decode.stream import REPLACEMENT
 from gmsa.errors import InputError, MemoryMismatchError
-from gmsa.evaluate.cache import AnswerCache
 from gmsa.evaluate.restoration import evaluate_restoration
+from gmsa.evaluate.results import AnswerCache
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 

@@ -11,10 +11,9 @@ from gmsa import GMSA, Memory
 from gmsa.cli.main import main
 from gmsa.errors import InputError
 from gmsa.evaluate import metrics
-from gmsa.evaluate.cache import AnswerCache
 from gmsa.evaluate.qa import evaluate_qa, spread
 from gmsa.evaluate.restoration import evaluate_restoration
-from gmsa.evaluate.results import FIELDS
+from gmsa.evaluate.results import FIELDS, AnswerCache
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 

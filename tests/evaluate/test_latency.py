@@ -11,8 +11,8 @@ from gmsa import GMSA
 from gmsa.cli.main import main
 from gmsa.errors import InputError
 from gmsa.evaluate import latency
-from gmsa.evaluate.cache import AnswerCache
 from gmsa.evaluate.latency import evaluate_latency, predicted, text_of
+from gmsa.evaluate.results import AnswerCache
 from gmsa.io.loading import GmsaModel
 
 

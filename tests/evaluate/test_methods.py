@@ -15,13 +15,12 @@ from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model
 from gmsa import GMSA
 from gmsa.cli.main import main
 from gmsa.errors import CheckpointError, InputError
-from gmsa.evaluate.cache import AnswerCache
-from gmsa.evaluate.methods import METHODS, embedding_sentences, load_methods, provence
+from gmsa.evaluate.methods import METHODS, load_methods, provence, sentences
 from gmsa.evaluate.methods import exit as exit_method
 from gmsa.evaluate.methods.base import Method, Models, Question, TextMethod
-from gmsa.evaluate.methods.bm25_sentences import Bm25Sentences
-from gmsa.evaluate.methods.sentences import split_sentences
+from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
 from gmsa.evaluate.qa import choose, evaluate_qa
+from gmsa.evaluate.results import AnswerCache
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 
@@ -60,7 +59,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 @pytest.fixture
 def load(models: Models, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Method]:
-    monkeypatch.setattr(embedding_sentences, "find_minilm", lambda: str(tiny_bert))
+    monkeypatch.setattr(sentences, "find_minilm", lambda: str(tiny_bert))
 
     def load_one(name: str) -> Method:
         if "lingua" in name and NO_LLMLINGUA:

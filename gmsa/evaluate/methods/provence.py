@@ -5,13 +5,11 @@ sentences of a window of 512 tokens. There a threshold decides how many stay; he
 The weights, CC BY-NC-ND 4.0, are read into transformers' own DeBERTa: none of the code beside them is run.
 """
 
-from pathlib import Path
-
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import nn
 from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from gmsa.api import GMSA
 from gmsa.evaluate.methods.base import MethodUnavailable, Models, from_hub
@@ -33,21 +31,18 @@ class Provence(SentenceMethod):
             # Not the Auto classes: its configuration names code of its own.
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL, **options)
             config = DebertaV2Config.from_pretrained(MODEL, **options)
-            weights = load_file(find_weights(MODEL, **options))
+            weights = load_file(cached_file(MODEL, "model.safetensors", **options))
             self.body = DebertaV2Model(config)
             self.head = nn.Linear(config.hidden_size, 2)  # drop, keep
-        parts: dict[str, nn.Module] = {"deberta.": self.body, "token_classifier.": self.head}
+        parts = nn.ModuleDict({"deberta": self.body, "token_classifier": self.head})  # as the file names them
         try:
-            for prefix, part in parts.items():
-                part.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+            parts.load_state_dict({name: w for name, w in weights.items() if name.partition(".")[0] in parts})
         except RuntimeError as error:
             raise MethodUnavailable(f"the weights of {MODEL} are not those of a DeBERTa with a token head") from error
-        self.body.to(reader.model.device).eval()
-        self.head.to(reader.model.device)
+        parts.to(reader.model.device).eval()
 
     @torch.no_grad()
     def rank(self, sentences: list[str], question: str) -> list[float]:
-        """See `SentenceMethod.rank`."""
         asked, *parts = [encode(self.tokenizer, text) for text in (question, *sentences)]
         begin, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         asked = asked[: LONGEST // 2]
@@ -72,14 +67,3 @@ def windows(parts: list[list[int]], room: int) -> list[list[list[int]]]:
         found[-1].append(part)
         left -= len(part)
     return found
-
-
-def find_weights(name: str, local_files_only: bool) -> Path:
-    """The safetensors file of a folder or a hub id.
-
-    Raises:
-        OSError: there is none.
-    """
-    if Path(name).is_dir():
-        return Path(name) / "model.safetensors"
-    return Path(hf_hub_download(name, "model.safetensors", local_files_only=local_files_only))
