@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from server import running
 
 from gmsa import GMSA
+from gmsa.decode.loop import Loop
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.serve.service import Service
@@ -195,13 +197,20 @@ def test_files_are_opened(page: "sync_api.Page", tmp_path: Path) -> None:
     sync_api.expect(page.get_by_label("Text of the document")).to_have_value(re.compile("^In the summer of 1858"))
 
 
-def test_stopping_frees_the_server(page: "sync_api.Page", service: Service) -> None:
+def test_stopping_frees_the_server(page: "sync_api.Page", service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = Loop.turn
+
+    def slowly(loop: Loop) -> None:
+        time.sleep(0.05)  # so that it is still going on, however late the click comes
+        turn(loop)
+
+    monkeypatch.setattr(Loop, "turn", slowly)
     compress(page, TEXT * 12)
     page.get_by_role("button", name="Restore", exact=True).click()
     page.locator("#restored:not(:empty)").wait_for()
     page.get_by_role("button", name="Stop").click()
     sync_api.expect(page.locator("#restore-status")).to_have_text("Stopped.")
-    for _ in range(200):
+    for _ in range(6000):
         if service.open == 0:
             break
         page.wait_for_timeout(10)
