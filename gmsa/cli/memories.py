@@ -154,4 +154,5 @@ def ask(options: argparse.Namespace) -> None:
             print(answer)
         print(summary(facts), file=sys.stderr)
         if answer.finish_reason == "length":
-            note(f"note: cut after {answer.tokens} tokens: --max-new-tokens allows more")
+            tokens = "1 token" if answer.tokens == 1 else f"{answer.tokens} tokens"
+            note(f"note: cut after {tokens}: --max-new-tokens allows more")

@@ -210,7 +210,7 @@ class CausalAttention(torch.autograd.Function):
     The kernel's own backward takes some five times as long at the lengths of a training row.
     """
 
-    gradients = staticmethod(attention_gradients)  # exchanged for a compiled one by `compile_parts`
+    gradients = staticmethod(attention_gradients)  # exchanged for a compiled one by `compile_blocks`
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

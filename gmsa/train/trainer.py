@@ -214,7 +214,11 @@ class GmsaTrainer(Trainer):
         """Write what training changed. All processes take part: under FSDP each holds a piece of every tensor.
 
         The Trainer's own would gather the frozen backbone too.
+
+        Raises:
+            GmsaError: a loss since the last log is not finite, so that these weights are not, either.
         """
+        self._check_finite()
         model = self.accelerator.unwrap_model(self.model)
         gathered = {}
         for name, parameter in checkpoint.stored_parameters(model).items():

@@ -18,7 +18,7 @@ from gmsa.model.packed import packed_forward
 from gmsa.train.average import WeightAverage
 from gmsa.train.evaluation import RestorationProbe
 from gmsa.train.recipe import Recipe
-from gmsa.train.trainer import prepare, train, training_batches
+from gmsa.train.trainer import GmsaTrainer, prepare, train, training_batches
 from recipes import recipe_of
 
 TEXTS = [f"Line {i}: the {w} went over the hill and came back {i * 7} times." for i, w in enumerate("abcdefghijklmnop")]
@@ -330,3 +330,24 @@ def test_a_run_ends_at_its_time_and_can_be_resumed(recipe: Callable[..., Recipe]
     assert (tmp_path / "run/checkpoint-1").exists()
     train(recipe(max_steps=2), resume=True)
     assert len(losses(tmp_path / "run")) == 2
+
+
+def test_weights_of_a_loss_that_is_not_finite_are_not_saved_where_no_step_is_waited_for(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where losses are looked at when they are logged."""
+    real = GmsaTrainer._check_finite
+
+    def lazily(self: GmsaTrainer, number: int | None = None) -> None:
+        if number is None:
+            real(self)
+
+    def forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        out = packed_forward(*args, **kwargs)
+        return {**out, "loss": out["loss"] * float("nan")}
+
+    monkeypatch.setattr(GmsaTrainer, "_check_finite", lazily)
+    monkeypatch.setattr("gmsa.train.trainer.packed_forward", forward)
+    with pytest.raises(GmsaError, match=r"the loss of a batch \(step 3\) is not finite"):
+        train(recipe(logging_steps=100))
+    assert not (tmp_path / "run/checkpoint-3").exists()
