@@ -17,7 +17,11 @@ ALIGNMENT_KINDS = {
     "linear": "gmsa.model.alignment.LinearMap",
     "none": "gmsa.model.alignment.NoAlignment",
 }
-MERGING_KINDS = {"mean": "gmsa.model.merging.GroupMerging", "appended": "gmsa.model.appended.AppendedTokens"}
+MERGING_KINDS = {
+    "mean": "gmsa.model.merging.GroupMerging",
+    "balanced": "gmsa.model.balanced.BalancedMerging",
+    "appended": "gmsa.model.appended.AppendedTokens",
+}
 PROMPTS = ("chat", "plain")
 # What training may change. `lsa` stands for everything between encoder and decoder that has weights.
 TRAINABLE_GROUPS = ("encoder", "lsa", "decoder-qkv", "decoder", "decoder-lora")
@@ -35,7 +39,8 @@ class GmsaConfig(PreTrainedConfig):
         decoder_lora: the same for the decoder's linears, trained as group "decoder-lora"; None: no LoRA there.
         encoder_sink: put one throwaway token in front of every window and drop its state. Causal LMs park attention
             on the first token, whose state is then several times larger than any other and would drown its group.
-        merging: "mean" (group merging), or "appended": learnable tokens after the context (TCP-AE, ICAE).
+        merging: "mean" (group merging); "balanced", as many groups, of like weight instead of like length; or
+            "appended": learnable tokens after the context (TCP-AE, ICAE).
         lsa: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks, fresh weights),
             "mlp", "linear" or "none"; the paper's ablations.
         lsa_layers: how many blocks, for "decoder" and "random" (paper: 1).

@@ -107,6 +107,8 @@ def why_not(model: GmsaNetwork, one_tokenizer: bool) -> str | None:
     present = [body for body in bodies if body is not None]
     if not one_tokenizer:
         return "encoder and decoder have different tokenizers"
+    if model.config.merging == "balanced":
+        return "a memory does not say how many tokens each of its groups has"
     if model.config.merging != "mean":
         return "appended tokens do not tell which tokens a soft token stands for"
     if not all(map(attends_to_all, present)):

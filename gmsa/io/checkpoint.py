@@ -161,8 +161,13 @@ def load_backbones(config: GmsaConfig, dtype: torch.dtype, **options: Any) -> tu
     return load(config.decoder), load(config.encoder) if config.encoder else None
 
 
-def load_weights(model: GmsaNetwork, folder: Path) -> None:
+def load_weights(model: GmsaNetwork, folder: Path, added: str = "") -> None:
     """Put a checkpoint's tensors into a model that holds the untouched backbones. Strict.
+
+    Args:
+        model: to fill.
+        folder: of the checkpoint.
+        added: tensors whose names begin so may be lacking, and are left as they are; empty: none may.
 
     Raises:
         CheckpointError: the file is missing or damaged, or its tensors are not the model's (each is named).
@@ -180,8 +185,8 @@ def load_weights(model: GmsaNetwork, folder: Path) -> None:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
     parameters = stored_parameters(model)
-    expected = set(parameters)
     present = {name.split(":")[0] for name in tensors}
+    expected = {name for name in parameters if name in present or not added or not name.startswith(added)}
     if missing := sorted(expected - present):
         raise CheckpointError(f"{path} lacks {len(missing)} tensor(s): {', '.join(missing)}")
     if unexpected := sorted(present - expected):

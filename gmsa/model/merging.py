@@ -1,7 +1,8 @@
 """Group merging (paper section 2): the mean of every `size` consecutive hidden states, and nothing else.
 
-A pure function without parameters. Sizes may differ from row to row, so one batch can hold every rate. What the paper
-compares it with, learnable tokens after the context, is the other kind (appended.py).
+A pure function without parameters. Sizes may differ from row to row, so one batch can hold every rate. Other kinds:
+groups of like weight instead of like length (balanced.py), and what the paper compares its own with, learnable tokens
+after the context (appended.py).
 """
 
 from typing import Protocol
@@ -32,6 +33,8 @@ class Merging(nn.Module):
         embeddings: the encoder's, for weights that are drawn at their scale.
     """
 
+    fixed: tuple[str, ...] = ()  # names of parameters that training leaves alone
+
     def __init__(self, config: GmsaConfig, width: int, embeddings: nn.Module) -> None:
         super().__init__()
 
@@ -54,8 +57,20 @@ class GroupMerging(Merging):
         rates = sizes.shape[1]
         states = encoder.encode(ids)
         if rates > 1:
-            states, mask = states.repeat_interleave(rates, 0), mask.repeat_interleave(rates, 0)
-        return group_merge(states, mask, sizes.flatten())
+            ids, states, mask = (x.repeat_interleave(rates, 0) for x in (ids, states, mask))
+        return merge_groups(states, mask, *self.groups(ids, mask, sizes.flatten()))
+
+    def groups(self, ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Which group each token falls in.
+
+        Args:
+            ids, mask: (B, L).
+            sizes: (B,) merge sizes.
+
+        Returns:
+            (B, L), counted from 0 in each row, whatever it says of padding; and (B,) how many: ceil(L_i / size_i).
+        """
+        return even_groups(mask, sizes)
 
 
 def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +91,7 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
     Raises:
         ConfigError: a merge size below 1, or not an integer.
     """
-    batch, _, width = hidden.shape
+    batch = len(hidden)
     if isinstance(size, Tensor):
         whole = not size.is_floating_point() and size.dtype != torch.bool
         if not whole or size.shape != (batch,):
@@ -87,13 +102,34 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
     if bool((sizes < 1).any()):
         raise ConfigError(f"merge_size must be a whole number >= 1, got {int(sizes.min())}")
 
+    return merge_groups(hidden, mask, *even_groups(mask, sizes))
+
+
+def even_groups(mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups of `sizes` (B,) real tokens each, the last maybe shorter; as `GroupMerging.groups` returns them."""
+    place = mask.long().cumsum(dim=1) - 1  # of each real token among those of its row
+    return torch.div(place, sizes[:, None], rounding_mode="floor"), count_groups(mask, sizes)
+
+
+def count_groups(mask: Tensor, sizes: Tensor) -> Tensor:
+    """(B,) ceil(L_i / size_i)."""
+    return torch.div(mask.long().sum(dim=1) + sizes - 1, sizes, rounding_mode="floor")
+
+
+def merge_groups(hidden: Tensor, mask: Tensor, group: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Average the real tokens of each group.
+
+    Args:
+        hidden, mask: as for `group_merge`.
+        group: (B, L) of each token, ascending, none empty.
+        counts: (B,) groups of each row.
+
+    Returns:
+        As `group_merge`.
+    """
+    batch, _, width = hidden.shape
     real = mask.bool()
-    counts = real.sum(dim=1)  # (B,) real tokens per row
-    groups_per_row = torch.div(counts + sizes - 1, sizes, rounding_mode="floor")  # (B,) ceil(L_i / size_i)
-    groups = int(groups_per_row.max()) if batch else 0
-    # The place of each real token among the real ones of its row, then the group it falls in.
-    place = real.long().cumsum(dim=1) - 1  # (B, L)
-    group = torch.div(place, sizes[:, None], rounding_mode="floor")  # (B, L)
+    groups = int(counts.max()) if batch else 0
     # Padding goes to one extra bin per row that is cut off below, so that the sum stays one dense operation.
     group = torch.where(real, group, groups)
     bins = group + torch.arange(batch, device=hidden.device)[:, None] * (groups + 1)
@@ -103,7 +139,7 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
     tokens = torch.zeros(batch * (groups + 1), device=hidden.device)
     tokens = tokens.index_add(0, bins.flatten(), real.flatten().float())
     merged = (sums / tokens.clamp(min=1)[:, None]).view(batch, groups + 1, width)[:, :groups]
-    merged_mask = torch.arange(groups, device=hidden.device)[None] < groups_per_row[:, None]
+    merged_mask = torch.arange(groups, device=hidden.device)[None] < counts[:, None]
     return merged.to(hidden.dtype), merged_mask
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
 from gmsa.io.rows import documents_of
+from gmsa.model.merging import GroupMerging
 from gmsa.model.packed import PackedBatch
 from gmsa.train.examples import Batch, Example, collate
 from gmsa.train.objectives import Maker, answer
@@ -144,6 +145,7 @@ class TrainingBatches(Dataset[NumberedBatch]):
         self.window_size = window_size
         self.packed = packed
         self.sink_id = sink_id
+        self.merging: GroupMerging | None = None  # of the model, where its groups are not the paper's
         weights = [weight for _, weight in sources]
         chooser = random.Random(f"{recipe.trainer['seed']}-sources")
         counts = [0] * len(sources)
@@ -164,7 +166,7 @@ class TrainingBatches(Dataset[NumberedBatch]):
     def batch(self, examples: Sequence[Example]) -> Batch | PackedBatch:
         """Examples as one batch."""
         if self.packed:
-            return pack(examples, self.window_size, self.sink_id, self.recipe.reads == "text")
+            return pack(examples, self.window_size, self.sink_id, self.recipe.reads == "text", self.merging)
         # Lengths rounded up, so that the same few shapes come back again and again.
         return collate(examples, self.window_size, pad_to_multiple=16)
 

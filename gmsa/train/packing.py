@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gmsa.model.merging import GroupMerging
 from gmsa.model.packed import Line, PackedBatch
 from gmsa.model.windows import split_windows
 from gmsa.train.examples import Document, Example
@@ -17,7 +18,11 @@ ALIKE = 1.3  # sequences of a segment are at most so many times as long as its s
 
 
 def pack(
-    examples: Sequence[Example], window_size: int | None, sink_id: int | None, teacher: bool = False
+    examples: Sequence[Example],
+    window_size: int | None,
+    sink_id: int | None,
+    teacher: bool = False,
+    merging: GroupMerging | None = None,
 ) -> PackedBatch:
     """Examples -> the arguments of the packed forward.
 
@@ -26,6 +31,7 @@ def pack(
         window_size: of the encoder.
         sink_id: the throwaway token in front of every window; None: there is none.
         teacher: the decoder reads the documents as text.
+        merging: of the model, on the CPU; None: the paper's groups.
     """
     head = [] if sink_id is None else [sink_id]
     windows: list[NDArray[np.int64]] = []  # with the throwaway token
@@ -40,7 +46,7 @@ def pack(
             sizes += [example.merge_size] * len(parts)
             found.append(sum(-(-len(part) // example.merge_size) for part in parts))
         memories.append(found)
-    encoder, lsa, groups = _encoder_side(windows, sizes, len(head))
+    encoder, lsa, groups = _encoder_side(windows, sizes, len(head), merging)
     rows = sorted(range(len(examples)), key=lambda row: _length(examples[row], memories[row], teacher))
     read = _decoder_side(examples, memories, rows, teacher)
     return PackedBatch(
@@ -82,7 +88,7 @@ def line_of(lengths: Sequence[int]) -> Line:
 
 
 def _encoder_side(
-    windows: Sequence[NDArray[np.int64]], sizes: Sequence[int], first: int
+    windows: Sequence[NDArray[np.int64]], sizes: Sequence[int], first: int, merging: GroupMerging | None
 ) -> tuple[_Ordered, Line, dict[str, Any]]:
     """The line of windows, that of their soft tokens, and which token goes into which soft token."""
     lengths = [len(window) - first for window in windows]
@@ -93,13 +99,22 @@ def _encoder_side(
     at = 0
     for number in encoder.order:
         length, size = lengths[number], sizes[number]
-        group = np.arange(length) // size
+        group = _groups(merging, windows[number][first:], size)
         places.append(at + first + np.arange(length))
         bins.append(begins[number] + group)
-        weight.append(1.0 / np.minimum(size, length - group * size))
+        weight.append(1.0 / np.bincount(group)[group])
         at += length + first
     groups = {"places": _tensor(places), "bins": _tensor(bins), "weight": _tensor(weight).float()}
     return encoder, line_of(counts), groups
+
+
+def _groups(merging: GroupMerging | None, tokens: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """The group of each token of a window."""
+    if merging is None:
+        return np.arange(len(tokens)) // size
+    ids = torch.from_numpy(tokens)[None]
+    groups, _ = merging.groups(ids, torch.ones_like(ids), torch.tensor([size]))
+    return groups[0].numpy()
 
 
 def _decoder_side(

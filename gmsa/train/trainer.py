@@ -3,6 +3,7 @@
 Trained weights and optimiser state are fp32, compute is bf16 (autocast), frozen weights are bf16 throughout.
 """
 
+import copy
 import os
 import shutil
 import time
@@ -27,6 +28,7 @@ from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.files import atomic_file
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine
+from gmsa.model.balanced import BalancedMerging
 from gmsa.model.compressor import rates_of
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.losses import distilled
@@ -41,6 +43,7 @@ from gmsa.train.log import Deadline, Progress, RunLog, draw_curve, tell
 from gmsa.train.recipe import Recipe, read_yaml
 from gmsa.train.rows import Conversations, Rows, index_rows
 from gmsa.train.stages import STAGES
+from gmsa.train.weighing import weigh_tokens
 
 # LoRA on the decoder where a recipe trains it so and says no more: the paper's second release.
 DEFAULT_LORA = {"r": 128, "alpha": 32, "dropout": 0.05}
@@ -291,6 +294,7 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
     if recipe.init:
         folder = checkpoint.find_folder(recipe.init, None, None, False)
         config = checkpoint.read_config(folder)
+        merging = config.merging
         for key, value in fields.items():
             setattr(config, key, value)
         config.check()
@@ -300,7 +304,8 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
         model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
         for parameter in checkpoint.stored_parameters(model).values():
             parameter.data = parameter.data.float()  # what the first stage learned is not rounded
-        checkpoint.load_weights(model, folder)
+        # A run may go on with merging of another kind; what that has of its own is new.
+        checkpoint.load_weights(model, folder, added="" if config.merging == merging else "compressor.merging.")
         return model, decoder, encoder or decoder
     if decoder_name is None:
         raise ConfigError("model.decoder: name the backbone to build on (or give init, a model folder)")
@@ -417,6 +422,11 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
     per_step = recipe.trainer["gradient_accumulation_steps"] * arguments.world_size
     packs = packs_batches(recipe, model, arguments.world_size)
     batches = training_batches(recipe, model, encoder, template, per_step, skip, packs)
+    merging = model.compressor.merging
+    if isinstance(merging, BalancedMerging):
+        if last is None and not merging.weighed:
+            weigh_tokens(merging, batches, encoder.tokenizer)
+        batches.merging = copy.deepcopy(merging).cpu()
     if recipe.compile:
         compile_blocks(model, packs)
     if main and bad:
