@@ -276,6 +276,7 @@ class GMSA:
         for number, one in enumerate(texts):
             self._check_context(one, number)
         parts: list[list[Tensor]] = [[] for _ in texts]
+        groups: list[list[Tensor]] = [[] for _ in texts]  # sizes, where merging draws them
         tokens = [0] * len(texts)
         with tqdm(
             total=sum(map(len, texts)), desc="compress", unit="char", unit_scale=True, disable=not show_progress_bar
@@ -286,13 +287,17 @@ class GMSA:
                 for window, soft in zip(batch, self.model.compress(ids, mask, rows, merge_size), strict=True):
                     parts[window.row].append(soft)  # those of a text come in order
                     tokens[window.row] += len(window.tokens)
+                sizes = self.model.compressor.group_sizes(ids, mask, merge_size)
+                for window, of_each in zip(batch, sizes, strict=True) if sizes else ():
+                    groups[window.row].append(of_each)
         memories = []
         for number, count in enumerate(tokens):
             if not count:
                 raise InputError(f"the context at place {number} has no tokens")
             soft_tokens = torch.cat(parts[number])
             parts[number] = []  # of a long text, most of the memory in use
-            memories.append(Memory(soft_tokens, merge_size, count, self.fingerprint))
+            of_each = torch.cat(groups[number]).cpu() if groups[number] else None
+            memories.append(Memory(soft_tokens, merge_size, count, self.fingerprint, of_each))
         self.timings = Timings(compress=time.perf_counter() - started)
         return memories[0] if isinstance(text, str) else memories
 
@@ -676,8 +681,7 @@ class GMSA:
                 self.model,
                 [self._on_device(self._restoring(window)) for window in windows],
                 [window.soft_tokens.to(self.model.device) for window in windows],
-                lengths=[window.origin_tokens for window in windows],
-                merge_size=windows[0].merge_size,
+                sizes=[window.tokens_of_each for window in windows],
                 candidates=candidates,
                 banned=sorted(self.ends | Control.of(self.tokenizer).spellings.keys()),  # no text holds them
                 on_step=on_step,
@@ -725,11 +729,13 @@ class GMSA:
         size = self.config.window_size
         if size is None or memory.origin_tokens <= size:
             return [memory]
-        parts = memory.soft_tokens.split(-(-size // memory.merge_size))
+        step = -(-size // memory.merge_size)
+        parts = memory.soft_tokens.split(step)
+        groups = memory.group_sizes.split(step) if memory.group_sizes is not None else [None] * len(parts)
         lengths = [min(size, memory.origin_tokens - number * size) for number in range(len(parts))]
         return [
-            Memory(part, memory.merge_size, tokens, memory.fingerprint)
-            for part, tokens in zip(parts, lengths, strict=True)
+            Memory(part, memory.merge_size, tokens, memory.fingerprint, sizes)
+            for part, tokens, sizes in zip(parts, lengths, groups, strict=True)
         ]
 
     def _memories_of(self, given: Any) -> tuple[list[Memory], bool]:

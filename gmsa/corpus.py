@@ -25,7 +25,7 @@ from gmsa.api import BUNDLED, DEFAULT_MODEL, GMSA, fast_dtype
 from gmsa.errors import CorpusError, GmsaError, InputError, MemoryFileError
 from gmsa.io import checkpoint
 from gmsa.io.memory import Memory
-from gmsa.io.parquet import FORMS, pack, read_rows, to_parquet, unpack
+from gmsa.io.parquet import FORMS, group_sizes_of, pack, read_rows, to_parquet, unpack
 from gmsa.io.urls import Line, Source, UrlFolder, find_sources, one_line_errors, read_lines
 from gmsa.model.merging import check_merge_size
 from gmsa.text import check_text
@@ -268,7 +268,8 @@ class ShardWorker:
                 text = row.pop("text")
                 memory = memory or gmsa.compress(text, self.job.merge_size, batch_size=self.job.batch_size)
                 known = {"origin_tokens": memory.origin_tokens, "soft_tokens": len(memory)}
-                rows.append({"source": shard.source, **row, **known, **pack(memory.soft_tokens, self.job.form)})
+                tensors = pack(memory.soft_tokens, self.job.form, memory.group_sizes)
+                rows.append({"source": shard.source, **row, **known, **tensors})
                 record.counts.update(known, rows=1, text_bytes=len(text.encode()))
         content = to_parquet(rows, self.job.form, self.job.merge_size, self.job.fingerprint)
         record.sha256 = hashlib.sha256(content).hexdigest()
@@ -448,5 +449,5 @@ def read_corpus(output: str) -> Iterator[CorpusRow]:
         if hashlib.sha256(content).hexdigest() != facts["sha256"]:
             raise CorpusError(f"{facts['file']} is damaged (its SHA-256 differs): delete it and run the job again")
         for row in read_rows(content):
-            memory = Memory(unpack(row, form), size, row["origin_tokens"], fingerprint)
+            memory = Memory(unpack(row, form), size, row["origin_tokens"], fingerprint, group_sizes_of(row))
             yield CorpusRow(row["source"], row["place"], row["id"], json.loads(row["rest"] or "{}"), memory)

@@ -107,9 +107,7 @@ def why_not(model: GmsaNetwork, one_tokenizer: bool) -> str | None:
     present = [body for body in bodies if body is not None]
     if not one_tokenizer:
         return "encoder and decoder have different tokenizers"
-    if model.config.merging == "balanced":
-        return "a memory does not say how many tokens each of its groups has"
-    if model.config.merging != "mean":
+    if model.config.merging == "appended":
         return "appended tokens do not tell which tokens a soft token stands for"
     if not all(map(attends_to_all, present)):
         return "its backbone has local attention"
@@ -123,8 +121,7 @@ def restored_groups(
     model: GmsaNetwork,
     prompts: Sequence[Sequence[Tensor]],
     soft: Sequence[Tensor],
-    lengths: Sequence[int],
-    merge_size: int,
+    sizes: Sequence[Tensor],
     candidates: Sequence[int],
     banned: Sequence[int],
     on_step: Callable[[], None] = lambda: None,
@@ -134,8 +131,7 @@ def restored_groups(
     Args:
         prompts: of each the pieces that ask for its text.
         soft: B tensors (M_i, d), the soft tokens of each.
-        lengths: how many tokens each window had.
-        merge_size: of all of them.
+        sizes: B tensors (M_i,), how many tokens each soft token stands for.
         candidates: how many continuations to weigh for a group; the next number where none of those fits, and so on.
         banned: tokens that no text holds: those that end an answer, and all that only a template writes.
         on_step: called before some continuations are weighed, many times a group; what it raises ends it all.
@@ -143,13 +139,12 @@ def restored_groups(
     Yields:
         For the first, second, ... group of all windows: that of each, None where it has no more.
     """
-    groups = max(map(len, soft))
-    proposer = Proposer(model, prompts, merge_size * groups, banned)
+    proposer = Proposer(model, prompts, max(int(each.sum()) for each in sizes), banned)
     verifier = Verifier(model.compressor, len(soft), on_step)
     wanted = torch.nn.utils.rnn.pad_sequence(list(soft), batch_first=True).float()  # (B, M, d)
-    counts = torch.tensor(list(lengths), device=model.device)
-    for number in range(groups):
-        group = _Group(verifier, wanted[:, number], counts - number * merge_size, merge_size)
+    tokens = torch.nn.utils.rnn.pad_sequence(list(sizes), batch_first=True).to(model.device)  # (B, M)
+    for number in range(tokens.shape[1]):
+        group = _Group(verifier, wanted[:, number], tokens[:, number])
         for width in candidates:
             rows = group.open_rows()
             if not len(rows):
@@ -159,7 +154,7 @@ def restored_groups(
             group.repair(rows, _commonest(paths))
         if len(rows := group.open_rows()):
             group.repair(rows, proposer.likeliest(rows, group.tokens[rows]))
-        proposer.accept(group.tokens)
+        proposer.accept(group.tokens, group.sizes)
         verifier.accept(group.tokens, group.sizes)
         chosen = zip(group.real.tolist(), group.tokens.tolist(), group.distances.tolist(), strict=True)
         yield [CheckedGroup(tokens[:count], off) if count > 0 else None for count, tokens, off in chosen]
@@ -171,17 +166,16 @@ class _Group:
     Args:
         verifier: says what soft token a continuation has.
         wanted: (B, d) soft tokens of the memories.
-        left: (B,) tokens of each row from here on; rows that are done have none and go along with one.
-        size: the merge size.
+        real: (B,) tokens of the group in each row; rows that are done have none and go along with one.
     """
 
-    def __init__(self, verifier: "Verifier", wanted: Tensor, left: Tensor, size: int) -> None:
+    def __init__(self, verifier: "Verifier", wanted: Tensor, real: Tensor) -> None:
         self.verifier = verifier
         self.wanted = wanted
-        self.real = left.clamp(min=0, max=size)
-        self.sizes = self.real.clamp(min=1)
-        self.tokens = torch.zeros(len(left), int(self.sizes.max()), dtype=torch.long, device=left.device)
-        self.distances = torch.full((len(left),), torch.inf, device=left.device)
+        self.real = real
+        self.sizes = real.clamp(min=1)
+        self.tokens = torch.zeros(len(real), int(self.sizes.max()), dtype=torch.long, device=real.device)
+        self.distances = torch.full((len(real),), torch.inf, device=real.device)
 
     def open_rows(self) -> Tensor:
         """Numbers of the rows for which nothing fits yet."""
@@ -309,10 +303,10 @@ class Proposer:
             scores = torch.cat([scores, self._scores(states)], dim=1)
         return scores.topk(min(scores.shape[-1], max(1, EXCHANGED_AT_LAST // steps**2)), dim=-1).indices
 
-    def accept(self, tokens: Tensor) -> None:
-        """Go on after these (B, r) tokens."""
+    def accept(self, tokens: Tensor, sizes: Tensor) -> None:
+        """Go on after these (B, r) tokens, of which the first (B,) `sizes` are real."""
         embeds = self.decoder.get_input_embeddings()(tokens)
-        self.scores = self._scores(self.batch.extend(list(embeds)))
+        self.scores = self._scores(self.batch.extend([row[:n] for row, n in zip(embeds, sizes.tolist(), strict=True)]))
 
 
 class Verifier:
@@ -341,9 +335,9 @@ class Verifier:
         return self._aligned(self.groups and self.groups.fork(rows.tolist()), _mean(states, sizes))
 
     def accept(self, tokens: Tensor, sizes: Tensor) -> None:
-        """Go on after these (B, r) tokens."""
+        """Go on after these (B, r) tokens, of which the first (B,) `sizes` are real."""
         states = self._encoded(self.states, tokens[:, None])
-        self.states.accept_draft()
+        self.states.accept_draft(sizes.tolist())
         self._aligned(self.groups, _mean(states, sizes))
         if self.groups is not None:
             self.groups.accept_draft()

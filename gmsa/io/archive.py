@@ -41,16 +41,16 @@ def check_notes(label: str | None, metadata: dict[str, Any] | None) -> None:
             raise InputError(f"metadata is a JSON object of at most {MAX_METADATA:,} characters") from error
 
 
-def pack(entry: StoredMemory, rows: "Tensor") -> bytes:
+def pack(entry: StoredMemory, rows: "Tensor", group_sizes: "Tensor | None") -> bytes:
     """The memory file of a stored memory; rows are its soft tokens, (M, bytes of one)."""
     from gmsa.io.memory import FIELDS, encode
 
     fields = {name: str(getattr(entry, name)) for name in ("id", "created", *FIELDS)}
     label = {} if entry.label is None else {"label": entry.label}
-    return encode(rows, entry.dtype, {**fields, **label, "metadata": json.dumps(entry.metadata)})
+    return encode(rows, entry.dtype, {**fields, **label, "metadata": json.dumps(entry.metadata)}, group_sizes)
 
 
-def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor]":
+def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor, Tensor | None]":
     """What such a file holds.
 
     Raises:
@@ -58,7 +58,7 @@ def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor]":
     """
     from gmsa.io.memory import decode
 
-    rows, header = decode(raw)
+    rows, header, group_sizes = decode(raw)
     try:
         notes = {"label": header.get("label"), "metadata": json.loads(header["metadata"]), **newer}
         check_notes(notes["label"], notes["metadata"] or {})
@@ -69,7 +69,8 @@ def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor]":
     except (KeyError, ValueError, RecursionError) as error:
         raise MemoryFileError(f"its header is wrong: {error}") from error
     stored = header["form"], rows.nbytes, header["fingerprint"]
-    return StoredMemory(id, notes["label"], notes["metadata"], *sizes, *stored, created, time.time()), rows
+    entry = StoredMemory(id, notes["label"], notes["metadata"], *sizes, *stored, created, time.time())
+    return entry, rows, group_sizes
 
 
 def write_files(path: Path, files: Iterable[tuple[str, bytes]]) -> None:

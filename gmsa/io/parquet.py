@@ -18,18 +18,21 @@ COLUMNS = {
     "soft_tokens": pa.int64(),
     "memory": pa.large_binary(),  # soft tokens (M, d), row by row, little-endian
     "scale": pa.large_binary(),  # of the form int8: one fp32 number per soft token
+    "group_sizes": pa.large_binary(),  # one int32 per soft token, how many tokens it stands for; null: the merge size
 }
 
 
-def pack(soft: Tensor, form: str) -> dict[str, bytes]:
-    """Soft tokens (M, d) as the bytes of the columns `memory` and, for int8, `scale`."""
+def pack(soft: Tensor, form: str, group_sizes: Tensor | None = None) -> dict[str, bytes]:
+    """Soft tokens (M, d) as the bytes of the columns `memory`, `scale` for int8, and `group_sizes` where there are."""
     soft = soft.detach().cpu()
     tensors = [soft.to(FORMS[form])]
     if form == "int8":
         scale = (soft.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-30)  # (M, 1)
         tensors = [(soft.float() / scale).round().to(torch.int8), scale]
-    content = [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
-    return dict(zip(("memory", "scale"), content, strict=False))
+    named = dict(zip(("memory", "scale"), tensors, strict=False))
+    if group_sizes is not None:
+        named["group_sizes"] = group_sizes.int()
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in named.items()}
 
 
 def unpack(row: dict[str, Any], form: str) -> Tensor:
@@ -38,6 +41,12 @@ def unpack(row: dict[str, Any], form: str) -> Tensor:
     if form == "int8":
         soft = soft.float() * torch.frombuffer(bytearray(row["scale"]), dtype=torch.float32)[:, None]
     return soft
+
+
+def group_sizes_of(row: dict[str, Any]) -> Tensor | None:
+    """The group sizes of a row, if it has any."""
+    sizes = row.get("group_sizes")
+    return None if sizes is None else torch.frombuffer(bytearray(sizes), dtype=torch.int32)
 
 
 def to_parquet(rows: list[dict[str, Any]], form: str, merge_size: int, fingerprint: str) -> memoryview:

@@ -8,6 +8,7 @@ from gmsa.config import ALIGNMENT_KINDS, MERGING_KINDS, GmsaConfig, kind_of
 from gmsa.errors import InputError
 from gmsa.model.alignment import Alignment
 from gmsa.model.backbone import add_lora, body_of, layers_of, take_layers
+from gmsa.model.balanced import BalancedMerging
 from gmsa.model.merging import Merging, check_merge_size
 from gmsa.model.padding import embed_rows, pad_right
 
@@ -88,6 +89,18 @@ class Compressor(nn.Module):
         sizes = merge_size if merge_size.dim() == 2 else merge_size[:, None]  # (W, K)
         merged, mask = self.merging(self, window_ids, window_mask, sizes)
         return self.lsa(merged), mask
+
+    def group_sizes(self, window_ids: Tensor, window_mask: Tensor, merge_size: int) -> list[Tensor] | None:
+        """How many tokens each soft token stands for, of each window (M,); None: as many as the merge size says.
+
+        Args:
+            window_ids, window_mask, merge_size: as for `forward`.
+        """
+        if not isinstance(self.merging, BalancedMerging):
+            return None
+        sizes = window_ids.new_full((len(window_ids),), check_merge_size(merge_size))
+        groups, _ = self.merging.groups(window_ids, window_mask, sizes)
+        return [torch.bincount(row[real]) for row, real in zip(groups, window_mask.bool(), strict=True)]
 
 
 def rates_of(merge_size: int | Tensor) -> int:

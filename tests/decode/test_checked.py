@@ -116,8 +116,9 @@ def test_continuations_are_those_of_a_beam_search(
             assert paths[place, :, :steps].tolist() == beams(score, steps, 5)
             assert not paths[place, :, steps:].any()
         chosen = random_ids(3, 3, seed=len(said[0]))
-        proposer.accept(torch.stack(chosen))
-        said = [line + new.tolist() for line, new in zip(said, chosen, strict=True)]
+        real = torch.tensor([2, 3])  # groups are not always alike
+        proposer.accept(torch.stack(chosen), real)
+        said = [line + new.tolist()[:n] for line, new, n in zip(said, chosen, real.tolist(), strict=True)]
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def test_the_right_continuation_is_found_among_others(gmsa: GMSA, monkeypatch: p
                 line[width // 2, : len(part)] = torch.tensor(part)
         return paths
 
-    def accept(self: Proposer, tokens: Tensor) -> None:
+    def accept(self: Proposer, tokens: Tensor, sizes: Tensor) -> None:
         for row in range(len(ids)):
             written[row] += size
 
@@ -163,6 +164,52 @@ def test_the_right_continuation_is_found_among_others(gmsa: GMSA, monkeypatch: p
     assert [width for _, width in asked] == [2, 7] * groups  # where the first two do not fit, seven are tried
     last = [row for row, line in enumerate(ids) if len(line) > (groups - 1) * size]
     assert asked[-1][0] == last  # rows that are done are left out
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_groups_of_like_weight_are_found_by_their_sizes(
+    tiny_backbone: Callable[..., Backbone],
+    trained_model: Callable[..., GmsaModel],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    size: int,
+) -> None:
+    """In a batch of rows whose groups are never alike, from memories that were kept in a file."""
+    model = trained_model("llama", system_prompt="", merging="balanced")
+    table = model.compressor.merging.token_weights
+    table.data.copy_(torch.randint(1, 257, table.shape, generator=torch.Generator().manual_seed(3)))
+    gmsa = GMSA(model, tiny_backbone("llama"))
+    memories = gmsa.compress(TEXTS, size)
+    for number, memory in enumerate(memories):
+        assert memory.group_sizes is not None
+        assert len(set(memory.group_sizes.tolist())) > 1
+        memory.save(tmp_path / f"{number}.safetensors")
+    windows = [window for memory in memories for window in gmsa.windows(memory)]
+    order = sorted(range(len(windows)), key=lambda n: -windows[n].origin_tokens)
+    whole = [gmsa.template.encode(text) for text in TEXTS]
+    parts = [ids[start : start + 16] for ids in whole for start in range(0, len(ids), 16)]
+    ids = [parts[number] for number in order]
+    written = [0] * len(ids)
+
+    def propose(self: Proposer, rows: Tensor, sizes: Tensor, width: int) -> Tensor:
+        paths = torch.randint(0, 256, (len(rows), width, int(sizes.max())))
+        for line, row, count in zip(paths, rows.tolist(), sizes.tolist(), strict=True):
+            line[1, :count] = torch.tensor(ids[row][written[row] : written[row] + count])
+        return paths
+
+    accept = Proposer.accept
+
+    def accepted(self: Proposer, tokens: Tensor, sizes: Tensor) -> None:
+        for row, count in enumerate(sizes.tolist()):
+            written[row] += count
+        accept(self, tokens, sizes)
+
+    monkeypatch.setattr(Proposer, "propose", propose)
+    monkeypatch.setattr(Proposer, "accept", accepted)
+    paths = [tmp_path / f"{number}.safetensors" for number in range(len(memories))]
+    found = gmsa.restore_checked(paths, candidates=(2,), batch_size=len(windows))
+    assert [one.text for one in found] == TEXTS
+    assert all(one.exact for one in found)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -181,10 +228,10 @@ def test_single_tokens_are_exchanged_at_last(gmsa: GMSA, monkeypatch: pytest.Mon
 
     accept = Proposer.accept
 
-    def accepted(self: Proposer, tokens: Tensor) -> None:
+    def accepted(self: Proposer, tokens: Tensor, sizes: Tensor) -> None:
         nonlocal written
         written += size
-        accept(self, tokens)
+        accept(self, tokens, sizes)
 
     monkeypatch.setattr(Proposer, "propose", propose)
     monkeypatch.setattr(Proposer, "accept", accepted)

@@ -100,7 +100,7 @@ def test_the_forms_are_the_ones_that_can_be_encoded() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_reads_back_within_its_precision(form: str, dtype: torch.dtype) -> None:
     soft = torch.randn(7, 64).to(dtype) * torch.logspace(-3, 3, 7)[:, None].to(dtype)  # rows of very unlike size
-    rows, header = decode(file_bytes(Memory(soft, 4, 27, "abc"), form, label="x"))
+    rows, header, _ = decode(file_bytes(Memory(soft, 4, 27, "abc"), form, label="x"))
     assert (header["merge_size"], header["origin_tokens"], header["fingerprint"]) == ("4", "27", "abc")
     assert (header["label"], header["form"]) == ("x", form)
     assert torch.equal(rows, to_rows(soft, form))
@@ -137,13 +137,13 @@ def test_what_no_longer_fits_is_refused_not_made_infinite() -> None:
 def test_no_flipped_bit_of_a_file_goes_unnoticed(form: str) -> None:
     """Every byte of a file: it is refused, or (padding, JSON spelling) means exactly the same."""
     raw = file_bytes(make("abcdefgh", width=3), form, label="x")
-    rows, header = decode(raw)
+    rows, header, _ = decode(raw)
     unnoticed = 0
     for at in range(len(raw)):
         bad = bytearray(raw)
         bad[at] ^= 1 << at % 8
         try:
-            found, read = decode(bytes(bad))
+            found, read, _ = decode(bytes(bad))
         except MemoryFileError:
             continue
         unnoticed += 1
