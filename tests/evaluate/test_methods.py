@@ -157,6 +157,26 @@ def test_bm25_takes_the_sentence_with_the_rare_word(load: Callable[[str], Bm25Se
     assert method.shorten(text, "?", 9) == "The town "  # no words to rank by: from the beginning
 
 
+def test_hybrid_reads_the_best_sentences_and_memories_of_the_rest(load: Callable[[str], Any]) -> None:
+    method = load("gmsa-hybrid")
+    rests: list[list[str]] = []
+    compress = method.reader.compress
+    method.reader.compress = lambda texts, size: rests.append([*texts, size]) or compress(texts, size)
+    first = "It is old. It has a zeppelin. It is flat, and it is far from all others. "
+    try:
+        [output] = method.read([Question([first, "Rye grows. "], "zeppelin?")], 2)
+    finally:
+        del method.reader.compress
+    *_, ids = output.content
+    # 21 of 43 tokens: the best sentence, the beginning of the next, and a line break before them.
+    assert method.reader.tokenizer.decode(ids) == "\nI It has a zeppelin. "
+    rest = "It is old. It is flat, and it is far from all others. "  # with the sentence that was cut
+    assert rests == [[rest, "Rye grows. ", 4]]
+    assert len(output) <= 43 == math.ceil(len(first + "\n\nRye grows. ") / 2)
+    # Nothing of the text for a budget of one token, and no memory where all of it is taken.
+    assert [len(part) for part in method.read([Question(["abc"], "?")], 3)[0].content] == [1, 0]
+
+
 def test_embeddings_prefer_the_same_words(load: Callable[[str], TextMethod]) -> None:
     method = load("embedding-sentences")
     text = "Some rye was sold. Who owned it? Nothing else."

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Where each method's class is; it is imported, and what it needs loaded, only when the method is asked for.
 METHODS = {
     "gmsa": "plain:GmsaMethod",
+    "gmsa-hybrid": "hybrid:Hybrid",
     "original-prompt": "plain:OriginalPrompt",
     "closed-book": "plain:ClosedBook",
     "truncate-head": "plain:TruncateHead",
