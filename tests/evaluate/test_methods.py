@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model
 from gmsa import GMSA
 from gmsa.cli.main import main
 from gmsa.errors import CheckpointError, InputError
-from gmsa.evaluate.methods import METHODS, load_methods, provence, sentences
+from gmsa.evaluate.methods import METHODS, kv_cache, load_methods, provence, semanticache, sentences
 from gmsa.evaluate.methods import exit as exit_method
 from gmsa.evaluate.methods.base import Method, Models, Question, TextMethod
 from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
@@ -293,7 +293,7 @@ def test_exit_asks_of_every_sentence(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "cohere"])
-@pytest.mark.parametrize("name", ["snapkv", "streaming-llm"])
+@pytest.mark.parametrize("name", ["snapkv", "kvzip", "streaming-llm", "semanticache"])
 def test_a_cache_kept_whole_answers_as_the_original_prompt(
     tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel], name: str, family: str
 ) -> None:
@@ -334,6 +334,70 @@ def test_snapkv_keeps_what_the_question_attends_to(load: Callable[[str], Any]) -
                 expected = cache.keys[0, head, [*range(start), *places]]
                 torch.testing.assert_close(keys[head], expected, atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(values[head, start:], cache.values[0, head, places], atol=1e-4, rtol=1e-4)
+
+
+def test_kvzip_keeps_what_repeating_the_context_attends_to(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "QUERIES", 7)  # so that the highest is one of several parts
+    method = load("kvzip")
+    question = QUESTIONS[1]
+    [reading], [other] = method.read([question], 4), method.read([Question(question.documents, "Whose?")], 4)
+    frame, ids = method.reader.template(kv_cache.REPEAT), torch.tensor(method.reader.template.encode(question.context))
+    start, end = len(frame.before), len(frame.before) + len(ids)
+    decoder = method.reader.model.decoder
+    try:
+        decoder.set_attn_implementation("eager")
+        with torch.no_grad():
+            row = torch.cat([frame.before, ids, frame.after, ids])[None]
+            out = decoder(row, output_attentions=True, use_cache=True)
+    finally:
+        decoder.set_attn_implementation("sdpa")
+    for layer, (keys, values) in enumerate(reading.content.layers):
+        highest = out.attentions[layer][0, :, end:, start:end].amax(dim=1).unflatten(0, (2, 2)).amax(dim=1)
+        cache = out.past_key_values.layers[layer]
+        for head in range(2):
+            places = [start + i for i in sorted(highest[head].argsort(descending=True)[: len(reading)].tolist())]
+            torch.testing.assert_close(keys[head, start:], cache.keys[0, head, places], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(values[head, start:], cache.values[0, head, places], atol=1e-4, rtol=1e-4)
+        assert torch.equal(keys, other.content.layers[layer][0])  # whatever is asked
+
+
+def test_semanticache_cuts_at_delimiters() -> None:
+    tokens = ["It", " was", ",", " then", ".", " No", ".", " End"]
+    assert semanticache.chunk_ends(tokens, 2) == [3, 5, 7, 8]
+    assert semanticache.chunk_ends(tokens, 4) == [5, 8]  # one must be long enough for the budget
+    assert semanticache.chunk_ends([], 1) == []
+    assert semanticache.chunk_ends(["x"] * 100, 1) == [64, 100]
+
+
+def test_semanticache_merges_alike_keys_of_a_chunk() -> None:
+    east, north, west = [1.0, 0.0], [0.0, 2.0], [-1.0, 0.1]
+    keys = torch.tensor([[east, north, [2.0, 0.1], east, west]])  # two chunks: three tokens and two
+    clusters = semanticache.cluster(keys, [3, 5], 4)
+    assert clusters.tolist() == [[0, 1, 0, 3, 4]]  # alike, and never across chunks
+    assert semanticache.cluster(keys, [3, 5], 5).tolist() == [[0, 1, 2, 3, 4]]
+    assert semanticache.cluster(keys, [3, 5], 2).tolist() == [[0, 0, 0, 3, 3]]
+    torch.testing.assert_close(
+        semanticache.mean_of_clusters(keys, clusters),
+        torch.tensor([[[1.5, 0.05], north, [1.5, 0.05], east, west]]),
+    )
+
+
+def test_semanticache_attends_to_a_core_as_to_all_that_it_stands_for(load: Callable[[str], Any]) -> None:
+    method = load("semanticache")
+    [output] = method.read(QUESTIONS[:1], 4)
+    assert len(output) <= math.ceil(len(QUESTIONS[0].context) / 4)
+    start = len(method.reader.template("?").before)
+    for keys, values in output.content.layers:
+        for head in range(2):
+            cores, number, counts = keys[head, start:].unique(dim=0, return_inverse=True, return_counts=True)
+            assert len(cores) <= len(output)
+            query = torch.randn(12)
+            found = (keys[head, start:] @ query).softmax(0) @ values[head, start:]
+            core_values = torch.stack([values[head, start:][number == i][0] for i in range(len(cores))])
+            weights = (cores @ query + counts.log()).softmax(0)  # the paper's proportional attention
+            torch.testing.assert_close(found, weights @ core_values, atol=1e-4, rtol=1e-4)
 
 
 def test_streaming_keeps_both_ends(

@@ -28,7 +28,9 @@ METHODS = {
     "provence": "provence:Provence",
     "exit": "exit:Exit",
     "snapkv": "kv_cache:SnapKV",
+    "kvzip": "kv_cache:KVzip",
     "streaming-llm": "kv_cache:StreamingLLM",
+    "semanticache": "semanticache:SemantiCache",
 }
 TRAINED = "-trained"  # after a method's name: read by the decoder that was trained on text
 
