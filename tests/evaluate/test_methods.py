@@ -159,6 +159,7 @@ def test_bm25_takes_the_sentence_with_the_rare_word(load: Callable[[str], Bm25Se
 
 def test_hybrid_reads_the_best_sentences_and_memories_of_the_rest(load: Callable[[str], Any]) -> None:
     method = load("gmsa-hybrid")
+    assert method.reader is method.models.gmsa  # whose soft tokens nobody else can read
     rests: list[list[str]] = []
     compress = method.reader.compress
     method.reader.compress = lambda texts, size: rests.append([*texts, size]) or compress(texts, size)
@@ -181,6 +182,51 @@ def test_embeddings_prefer_the_same_words(load: Callable[[str], TextMethod]) -> 
     method = load("embedding-sentences")
     text = "Some rye was sold. Who owned it? Nothing else."
     assert method.shorten(text, "Who owned it? ", len("Who owned it? ")) == "Who owned it? "
+
+
+TOPICS = ["Ants dig. ", "Rye grows. ", "Ants eat. ", "Rye is sold. ", "Ants run, too. "]  # three of ants, two of rye
+
+
+@pytest.fixture
+def topical(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Load a method that finds ants and rye at right angles, and the second sentence of ants the most central one."""
+    angles = {"Ants dig. ": -0.4, "Ants eat. ": 0.0, "Ants run, too. ": 0.5, "Rye grows. ": 1.6, "Rye is sold. ": 1.7}
+
+    def load_one(name: str) -> Any:
+        method = load(name)
+        vectors = {text: [math.cos(angle), max(0.0, math.sin(angle)), max(0.0, -math.sin(angle))]
+                   for text, angle in angles.items()}  # fmt: skip
+        monkeypatch.setattr(method, "embed", lambda texts: torch.tensor([vectors[text] for text in texts]))
+        return method
+
+    return load_one
+
+
+def test_semantic_compression_takes_the_middle_of_every_topic(topical: Callable[[str], Any]) -> None:
+    method = topical("semantic-compression")
+    [ants, rye] = method.topics(TOPICS)
+    assert [ants[0], rye[0]] == [[0, 2, 4], [1, 3]]
+    assert ants[1][0] == 2
+    scores = method.rank(TOPICS, "?")
+    assert sorted(range(5), key=lambda i: -scores[i]) == [2, rye[1][0], *ants[1][1:2], rye[1][1], ants[1][2]]
+    text = "".join(TOPICS)
+    first = [TOPICS[2], TOPICS[rye[1][0]]]  # both topics within a budget for two sentences
+    assert method.shorten(text, "?", sum(map(len, first))) == "".join(sorted(first, key=TOPICS.index))
+
+
+def test_semantic_summaries_are_of_every_topic(topical: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    method = topical("semantic-summary")
+    read, asked = method.models.backbone.read, []
+
+    def note(prompts: list[str], contents: list[Any], max_new_tokens: int) -> list[str]:
+        asked.extend([method.decode(ids) for [ids] in contents])
+        read(prompts, contents, max_new_tokens=max_new_tokens)
+        return ["About ants.", "About the rye."]
+
+    monkeypatch.setattr(method.models.backbone, "read", note)
+    text = "".join(TOPICS)
+    assert method.shorten(text, "?", 24) == "About ants.\nAbout th"  # 14 and 9 of 24 tokens, less a line break each
+    assert asked == ["Ants dig. Ants eat. Ants run, too. ", "Rye grows. Rye is sold. "]
 
 
 def test_a_text_beyond_the_budget_is_cut_and_counted(models: Models) -> None:
