@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import BEGIN, END, VOCABULARY, make_model, make_tokenizer
-from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model
+from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel
 
 from gmsa import GMSA
 from gmsa.cli.main import main
 from gmsa.errors import CheckpointError, InputError
-from gmsa.evaluate.methods import METHODS, kv_cache, load_methods, provence, semanticache, sentences
+from gmsa.evaluate.methods import METHODS, kv_cache, load_methods, open_provence, provence, semanticache, sentences
 from gmsa.evaluate.methods import exit as exit_method
 from gmsa.evaluate.methods.base import Method, Models, Question, TextMethod
 from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
@@ -24,7 +24,7 @@ from gmsa.evaluate.results import AnswerCache
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 
-UNAVAILABLE = ("llmlingua-2", "provence", "exit")  # offline; the last two have tests of their own
+UNAVAILABLE = ("llmlingua-2", "provence", "open-provence", "exit")  # offline; the last three have tests of their own
 NO_LLMLINGUA = importlib.util.find_spec("llmlingua") is None
 TRAINED = [f"{name}-trained" for name in ("original-prompt", "truncate-head")]
 ALL = [*(name for name in METHODS if name not in UNAVAILABLE), *TRAINED]
@@ -298,7 +298,35 @@ def test_other_weights_than_provence(gmsa: GMSA, provence_folder: Path, monkeypa
     save_file({"deberta.x": torch.zeros(1)}, provence_folder / "model.safetensors")
     notes: list[str] = []
     assert load_methods(["provence"], Models(gmsa), notes.append) == []
-    assert "are not those of a DeBERTa" in notes[0]
+    assert "are not those of a Deberta" in notes[0]
+
+
+def test_open_provence_reads_the_states_before_the_last_norm(
+    gmsa: GMSA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ModernBertConfig(vocab_size=VOCABULARY, initializer_range=0.5, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    body, head = ModernBertModel(config).eval(), torch.nn.Linear(16, 2)
+    torch.nn.init.uniform_(body.final_norm.weight)
+    parts = {"ranking_model.model.": body, "ranking_model.classifier.": torch.nn.Linear(16, 1),
+             "pruning_head.classifier.": head}  # fmt: skip
+    save_file({a + b: w for a, part in parts.items() for b, w in part.state_dict().items()},
+              tmp_path / "model.safetensors")  # fmt: skip
+    make_tokenizer(cls_token="<|begin|>", sep_token="<|end|>").save_pretrained(tmp_path)
+    entries = {"model_type": "open_provence", "base_model_config": config.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    monkeypatch.setattr(open_provence, "MODEL", str(tmp_path))
+    [method] = load_methods(["open-provence"], Models(gmsa), print)
+    byte = {i: method.tokenizer.encode(chr(i), add_special_tokens=False)[0] for i in range(32, 127)}
+    ids = [BEGIN, *(byte[i] for i in b"Who?"), END, *(byte[i] for i in b"It was she. He left. "), END]
+    states: list[torch.Tensor] = []
+    body.final_norm.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    with torch.no_grad():
+        body(torch.tensor([ids]))
+        keep = head(states[0])[0].softmax(-1)[:, 1]
+    expected = [float(keep[6:18].mean()), float(keep[18:27].mean())]
+    assert method.rank(["It was she. ", "He left. "], "Who?") == pytest.approx(expected, abs=1e-5)
 
 
 def test_windows_hold_whole_parts() -> None:
