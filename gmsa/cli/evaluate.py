@@ -32,11 +32,15 @@ def add_commands(add: Add) -> None:
     ):
         command = tasks(task, evaluate, what)
         _add_data(command, "JSONL of input/prompt/answer", [2, 4, 8], 100, ["gmsa", "original-prompt"])
-        command.add_argument("--text-decoder", metavar="FOLDER", help="a model trained on text, reads for NAME-trained")
-        command.add_argument(
-            "--max-new-tokens", type=count, default=longest, metavar="N", help=f"longest answer ({longest})"
-        )
+        _add_answers(command, longest)
         command.add_argument("--seed", type=int, metavar="S", help="draw the questions (default: spread over the file)")
+    command = tasks("ruler", evaluate, "How much is found in long contexts made in the form of RULER, by the same.")
+    _add_methods(command, [4, 8], 20, ["gmsa", "original-prompt"], "rows of each task and length")
+    _add_answers(command, 128)
+    command.add_argument("--tasks", type=names, metavar="NAME,NAME", help="of RULER's kinds (all)")
+    command.add_argument("--lengths", type=counts, default=[1024, 4096], metavar="N,N", help="tokens (1024,4096)")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the rows (0)")
+    command.set_defaults(data=[])
     command = tasks("latency", evaluate, "How long answers take, beside reading the full prompt.")
     command.add_argument("--lengths", type=counts, default=[512, 2048], metavar="N,N", help="tokens (512,2048)")
     command.add_argument("--merge-size", type=counts, default=[4, 8, 16, 32], metavar="N,N", help="(4,8,16,32)")
@@ -57,15 +61,30 @@ def add_commands(add: Add) -> None:
 def _add_data(
     command: argparse.ArgumentParser, kind: str, merge_sizes: list[int], limit: int, methods: list[str]
 ) -> None:
-    """The options of what measures methods on rows."""
+    """The options of what measures methods on rows of files."""
+    command.add_argument("--data", required=True, nargs="+", metavar="FILE", help=kind)
+    _add_methods(command, merge_sizes, limit, methods, "rows per file")
+
+
+def _add_methods(
+    command: argparse.ArgumentParser, merge_sizes: list[int], limit: int, methods: list[str], limited: str
+) -> None:
+    """The options of what measures methods."""
     sizes, compared = ",".join(map(str, merge_sizes)), ",".join(methods)
     more = "; docs/baselines.md lists all" if len(methods) > 1 else ""
-    command.add_argument("--data", required=True, nargs="+", metavar="FILE", help=kind)
     command.add_argument("--merge-size", type=counts, default=merge_sizes, metavar="N,N", help=f"measured at ({sizes})")
-    command.add_argument("--limit", type=count, default=limit, metavar="N", help=f"rows per file ({limit})")
+    command.add_argument("--limit", type=count, default=limit, metavar="N", help=f"{limited} ({limit})")
     compare = f"what to compare ({compared}), NAME=FOLDER for other checkpoints{more}"
     command.add_argument("--methods", type=names, default=methods, metavar="NAME,NAME", help=compare)
     _add_output(command)
+
+
+def _add_answers(command: argparse.ArgumentParser, longest: int) -> None:
+    """The options of what asks several methods."""
+    command.add_argument("--text-decoder", metavar="FOLDER", help="a model trained on text, reads for NAME-trained")
+    command.add_argument(
+        "--max-new-tokens", type=count, default=longest, metavar="N", help=f"longest answer ({longest})"
+    )
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
@@ -147,13 +166,20 @@ def _results(
     from gmsa.evaluate.influence import evaluate_influence
     from gmsa.evaluate.qa import evaluate_qa, judge_summaries
     from gmsa.evaluate.restoration import evaluate_restoration
+    from gmsa.evaluate.ruler import TASKS as RULER_TASKS
+    from gmsa.evaluate.ruler import evaluate_ruler
 
     common = {"limit": options.limit, "seed": options.seed, "show_progress_bar": sys.stderr.isatty()}
     sizes = options.merge_size
+    asked = {"methods": methods, "cache": cache, "note": note, **common}
+    if options.task == "ruler":
+        asked |= {"merge_sizes": sizes, "max_new_tokens": options.max_new_tokens}
+        yield from evaluate_ruler(
+            lambda text: len(gmsa.template.encode(text)), options.tasks or list(RULER_TASKS), options.lengths, **asked
+        )
     for path in options.data:
         if options.task in ("qa", "summ"):
-            more = {"methods": methods, "cache": cache, "note": note, **common}
-            found = evaluate_qa(gmsa, path, sizes, max_new_tokens=options.max_new_tokens, **more)
+            found = evaluate_qa(gmsa, path, sizes, max_new_tokens=options.max_new_tokens, **asked)
             yield from judge_summaries(found) if options.task == "summ" else found
             continue
         for method in methods:
@@ -184,5 +210,5 @@ def result_line(row: dict[str, Any]) -> str:
         )
     length = f", {row['length']} tokens" if row.get("length") else ""
     tokens = row["tokens"]
-    read = f", reads {tokens['soft']:g} for {tokens['context']:g}" if row["task"] in ("qa", "summ") else ""
+    read = f", reads {tokens['soft']:g} for {tokens['context']:g}" if row["task"] in ("qa", "summ", "ruler") else ""
     return f"{row['dataset']}, {row['method']}{length}{size}{read}, n={row['n']}: {scores}"

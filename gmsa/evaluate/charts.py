@@ -20,6 +20,7 @@ DASHES = ("--", ":", "-.")
 SHOWN = {  # of each task's metrics, with their names on a chart
     "restoration": {"bleu": "BLEU", "prefix_em": "Prefix EM", "bertscore_f1": "BERTScore F1"},
     "qa": {"em": "EM", "f1": "F1"},
+    "ruler": {"string_match": "string match"},
     "summ": {"rougeL": "ROUGE-L", "f1": "F1"},
 }
 STYLE = {

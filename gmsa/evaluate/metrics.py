@@ -66,6 +66,11 @@ def accuracy(prediction: str, references: Sequence[str]) -> float:
     return 100.0 * any(f" {normalise(r)} " in padded for r in references if normalise(r))
 
 
+def string_match(prediction: str, references: Sequence[str]) -> float:
+    """The share of the references that occur in the prediction, 0 to 100, as in RULER: all of them are asked for."""
+    return 100.0 * sum(reference.lower() in prediction.lower() for reference in references) / len(references)
+
+
 def f1(prediction: str, references: Sequence[str]) -> float:
     """Token F1 with SQuAD's normalisation, best over all references."""
     return max(_f1(prediction, r) for r in references)

@@ -79,11 +79,27 @@ def evaluate_qa(
     rows = choose(numbered, limit, seed)
     if not rows:
         raise InputError(f"{path} has no rows with input, prompt and answer")
-    questions = [Question(documents_of(row), row["prompt"]) for row in rows]
-    dataset = Path(path).name
-    cache = cache or AnswerCache(None, note)
     if methods is None:
         methods = load_methods(["gmsa"], Models(gmsa), note)
+    settings = (merge_sizes, max_new_tokens, batch_size, show_progress_bar)
+    yield from evaluate_rows(rows, Path(path).name, methods, *settings, cache=cache, note=note)
+
+
+def evaluate_rows(
+    rows: Sequence[dict[str, Any]],
+    dataset: str,
+    methods: Sequence[Method],
+    merge_sizes: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int = BATCH_SIZE,
+    show_progress_bar: bool = False,
+    *,
+    cache: AnswerCache | None = None,
+    note: Callable[[str], None] = warnings.warn,
+) -> Iterator[Result]:
+    """What `evaluate_qa` does with the rows of a file, here of any origin; each has an "index" or an "id"."""
+    questions = [Question(documents_of(row), row["prompt"]) for row in rows]
+    cache = cache or AnswerCache(None, note)
     for method in methods:
         for size in merge_sizes if method.compresses else [None]:
             run = AnswerRun(method, size, max_new_tokens, batch_size, cache)

@@ -24,6 +24,7 @@ TASKS = {
     "restoration": "Restoration",
     "qa": "Question answering",
     "summ": "Summaries",
+    "ruler": "Long contexts",
     "latency": "Latency",
     "attention": "What soft tokens stand for",
 }

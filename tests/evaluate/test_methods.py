@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import BEGIN, END, VOCABULARY, make_model, make_tokenizer
-from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model
+from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel
 
 from gmsa import GMSA
 from gmsa.cli.main import main
 from gmsa.errors import CheckpointError, InputError
-from gmsa.evaluate.methods import METHODS, load_methods, provence, sentences
+from gmsa.evaluate.methods import METHODS, kv_cache, load_methods, open_provence, provence, semanticache, sentences
 from gmsa.evaluate.methods import exit as exit_method
 from gmsa.evaluate.methods.base import Method, Models, Question, TextMethod
 from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
@@ -24,7 +24,7 @@ from gmsa.evaluate.results import AnswerCache
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 
-UNAVAILABLE = ("llmlingua-2", "provence", "exit")  # offline; the last two have tests of their own
+UNAVAILABLE = ("llmlingua-2", "provence", "open-provence", "exit")  # offline; the last three have tests of their own
 NO_LLMLINGUA = importlib.util.find_spec("llmlingua") is None
 TRAINED = [f"{name}-trained" for name in ("original-prompt", "truncate-head")]
 ALL = [*(name for name in METHODS if name not in UNAVAILABLE), *TRAINED]
@@ -157,10 +157,76 @@ def test_bm25_takes_the_sentence_with_the_rare_word(load: Callable[[str], Bm25Se
     assert method.shorten(text, "?", 9) == "The town "  # no words to rank by: from the beginning
 
 
+def test_hybrid_reads_the_best_sentences_and_memories_of_the_rest(load: Callable[[str], Any]) -> None:
+    method = load("gmsa-hybrid")
+    assert method.reader is method.models.gmsa  # whose soft tokens nobody else can read
+    rests: list[list[str]] = []
+    compress = method.reader.compress
+    method.reader.compress = lambda texts, size: rests.append([*texts, size]) or compress(texts, size)
+    first = "It is old. It has a zeppelin. It is flat, and it is far from all others. "
+    try:
+        [output] = method.read([Question([first, "Rye grows. "], "zeppelin?")], 2)
+    finally:
+        del method.reader.compress
+    *_, ids = output.content
+    # 21 of 43 tokens: the best sentence, the beginning of the next, and a line break before them.
+    assert method.reader.tokenizer.decode(ids) == "\nI It has a zeppelin. "
+    rest = "It is old. It is flat, and it is far from all others. "  # with the sentence that was cut
+    assert rests == [[rest, "Rye grows. ", 4]]
+    assert len(output) <= 43 == math.ceil(len(first + "\n\nRye grows. ") / 2)
+    # Nothing of the text for a budget of one token, and no memory where all of it is taken.
+    assert [len(part) for part in method.read([Question(["abc"], "?")], 3)[0].content] == [1, 0]
+
+
 def test_embeddings_prefer_the_same_words(load: Callable[[str], TextMethod]) -> None:
     method = load("embedding-sentences")
     text = "Some rye was sold. Who owned it? Nothing else."
     assert method.shorten(text, "Who owned it? ", len("Who owned it? ")) == "Who owned it? "
+
+
+TOPICS = ["Ants dig. ", "Rye grows. ", "Ants eat. ", "Rye is sold. ", "Ants run, too. "]  # three of ants, two of rye
+
+
+@pytest.fixture
+def topical(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Load a method that finds ants and rye at right angles, and the second sentence of ants the most central one."""
+    angles = {"Ants dig. ": -0.4, "Ants eat. ": 0.0, "Ants run, too. ": 0.5, "Rye grows. ": 1.6, "Rye is sold. ": 1.7}
+
+    def load_one(name: str) -> Any:
+        method = load(name)
+        vectors = {text: [math.cos(angle), max(0.0, math.sin(angle)), max(0.0, -math.sin(angle))]
+                   for text, angle in angles.items()}  # fmt: skip
+        monkeypatch.setattr(method, "embed", lambda texts: torch.tensor([vectors[text] for text in texts]))
+        return method
+
+    return load_one
+
+
+def test_semantic_compression_takes_the_middle_of_every_topic(topical: Callable[[str], Any]) -> None:
+    method = topical("semantic-compression")
+    [ants, rye] = method.topics(TOPICS)
+    assert [ants[0], rye[0]] == [[0, 2, 4], [1, 3]]
+    assert ants[1][0] == 2
+    scores = method.rank(TOPICS, "?")
+    assert sorted(range(5), key=lambda i: -scores[i]) == [2, rye[1][0], *ants[1][1:2], rye[1][1], ants[1][2]]
+    text = "".join(TOPICS)
+    first = [TOPICS[2], TOPICS[rye[1][0]]]  # both topics within a budget for two sentences
+    assert method.shorten(text, "?", sum(map(len, first))) == "".join(sorted(first, key=TOPICS.index))
+
+
+def test_semantic_summaries_are_of_every_topic(topical: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    method = topical("semantic-summary")
+    read, asked = method.models.backbone.read, []
+
+    def note(prompts: list[str], contents: list[Any], max_new_tokens: int) -> list[str]:
+        asked.extend([method.decode(ids) for [ids] in contents])
+        read(prompts, contents, max_new_tokens=max_new_tokens)
+        return ["About ants.", "About the rye."]
+
+    monkeypatch.setattr(method.models.backbone, "read", note)
+    text = "".join(TOPICS)
+    assert method.shorten(text, "?", 24) == "About ants.\nAbout th"  # 14 and 9 of 24 tokens, less a line break each
+    assert asked == ["Ants dig. Ants eat. Ants run, too. ", "Rye grows. Rye is sold. "]
 
 
 def test_a_text_beyond_the_budget_is_cut_and_counted(models: Models) -> None:
@@ -232,7 +298,35 @@ def test_other_weights_than_provence(gmsa: GMSA, provence_folder: Path, monkeypa
     save_file({"deberta.x": torch.zeros(1)}, provence_folder / "model.safetensors")
     notes: list[str] = []
     assert load_methods(["provence"], Models(gmsa), notes.append) == []
-    assert "are not those of a DeBERTa" in notes[0]
+    assert "are not those of a Deberta" in notes[0]
+
+
+def test_open_provence_reads_the_states_before_the_last_norm(
+    gmsa: GMSA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ModernBertConfig(vocab_size=VOCABULARY, initializer_range=0.5, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    body, head = ModernBertModel(config).eval(), torch.nn.Linear(16, 2)
+    torch.nn.init.uniform_(body.final_norm.weight)
+    parts = {"ranking_model.model.": body, "ranking_model.classifier.": torch.nn.Linear(16, 1),
+             "pruning_head.classifier.": head}  # fmt: skip
+    save_file({a + b: w for a, part in parts.items() for b, w in part.state_dict().items()},
+              tmp_path / "model.safetensors")  # fmt: skip
+    make_tokenizer(cls_token="<|begin|>", sep_token="<|end|>").save_pretrained(tmp_path)
+    entries = {"model_type": "open_provence", "base_model_config": config.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    monkeypatch.setattr(open_provence, "MODEL", str(tmp_path))
+    [method] = load_methods(["open-provence"], Models(gmsa), print)
+    byte = {i: method.tokenizer.encode(chr(i), add_special_tokens=False)[0] for i in range(32, 127)}
+    ids = [BEGIN, *(byte[i] for i in b"Who?"), END, *(byte[i] for i in b"It was she. He left. "), END]
+    states: list[torch.Tensor] = []
+    body.final_norm.register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    with torch.no_grad():
+        body(torch.tensor([ids]))
+        keep = head(states[0])[0].softmax(-1)[:, 1]
+    expected = [float(keep[6:18].mean()), float(keep[18:27].mean())]
+    assert method.rank(["It was she. ", "He left. "], "Who?") == pytest.approx(expected, abs=1e-5)
 
 
 def test_windows_hold_whole_parts() -> None:
@@ -273,7 +367,7 @@ def test_exit_asks_of_every_sentence(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "cohere"])
-@pytest.mark.parametrize("name", ["snapkv", "streaming-llm"])
+@pytest.mark.parametrize("name", ["snapkv", "kvzip", "streaming-llm", "semanticache"])
 def test_a_cache_kept_whole_answers_as_the_original_prompt(
     tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel], name: str, family: str
 ) -> None:
@@ -314,6 +408,70 @@ def test_snapkv_keeps_what_the_question_attends_to(load: Callable[[str], Any]) -
                 expected = cache.keys[0, head, [*range(start), *places]]
                 torch.testing.assert_close(keys[head], expected, atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(values[head, start:], cache.values[0, head, places], atol=1e-4, rtol=1e-4)
+
+
+def test_kvzip_keeps_what_repeating_the_context_attends_to(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "QUERIES", 7)  # so that the highest is one of several parts
+    method = load("kvzip")
+    question = QUESTIONS[1]
+    [reading], [other] = method.read([question], 4), method.read([Question(question.documents, "Whose?")], 4)
+    frame, ids = method.reader.template(kv_cache.REPEAT), torch.tensor(method.reader.template.encode(question.context))
+    start, end = len(frame.before), len(frame.before) + len(ids)
+    decoder = method.reader.model.decoder
+    try:
+        decoder.set_attn_implementation("eager")
+        with torch.no_grad():
+            row = torch.cat([frame.before, ids, frame.after, ids])[None]
+            out = decoder(row, output_attentions=True, use_cache=True)
+    finally:
+        decoder.set_attn_implementation("sdpa")
+    for layer, (keys, values) in enumerate(reading.content.layers):
+        highest = out.attentions[layer][0, :, end:, start:end].amax(dim=1).unflatten(0, (2, 2)).amax(dim=1)
+        cache = out.past_key_values.layers[layer]
+        for head in range(2):
+            places = [start + i for i in sorted(highest[head].argsort(descending=True)[: len(reading)].tolist())]
+            torch.testing.assert_close(keys[head, start:], cache.keys[0, head, places], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(values[head, start:], cache.values[0, head, places], atol=1e-4, rtol=1e-4)
+        assert torch.equal(keys, other.content.layers[layer][0])  # whatever is asked
+
+
+def test_semanticache_cuts_at_delimiters() -> None:
+    tokens = ["It", " was", ",", " then", ".", " No", ".", " End"]
+    assert semanticache.chunk_ends(tokens, 2) == [3, 5, 7, 8]
+    assert semanticache.chunk_ends(tokens, 4) == [5, 8]  # one must be long enough for the budget
+    assert semanticache.chunk_ends([], 1) == []
+    assert semanticache.chunk_ends(["x"] * 100, 1) == [64, 100]
+
+
+def test_semanticache_merges_alike_keys_of_a_chunk() -> None:
+    east, north, west = [1.0, 0.0], [0.0, 2.0], [-1.0, 0.1]
+    keys = torch.tensor([[east, north, [2.0, 0.1], east, west]])  # two chunks: three tokens and two
+    clusters = semanticache.cluster(keys, [3, 5], 4)
+    assert clusters.tolist() == [[0, 1, 0, 3, 4]]  # alike, and never across chunks
+    assert semanticache.cluster(keys, [3, 5], 5).tolist() == [[0, 1, 2, 3, 4]]
+    assert semanticache.cluster(keys, [3, 5], 2).tolist() == [[0, 0, 0, 3, 3]]
+    torch.testing.assert_close(
+        semanticache.mean_of_clusters(keys, clusters),
+        torch.tensor([[[1.5, 0.05], north, [1.5, 0.05], east, west]]),
+    )
+
+
+def test_semanticache_attends_to_a_core_as_to_all_that_it_stands_for(load: Callable[[str], Any]) -> None:
+    method = load("semanticache")
+    [output] = method.read(QUESTIONS[:1], 4)
+    assert len(output) <= math.ceil(len(QUESTIONS[0].context) / 4)
+    start = len(method.reader.template("?").before)
+    for keys, values in output.content.layers:
+        for head in range(2):
+            cores, number, counts = keys[head, start:].unique(dim=0, return_inverse=True, return_counts=True)
+            assert len(cores) <= len(output)
+            query = torch.randn(12)
+            found = (keys[head, start:] @ query).softmax(0) @ values[head, start:]
+            core_values = torch.stack([values[head, start:][number == i][0] for i in range(len(cores))])
+            weights = (cores @ query + counts.log()).softmax(0)  # the paper's proportional attention
+            torch.testing.assert_close(found, weights @ core_values, atol=1e-4, rtol=1e-4)
 
 
 def test_streaming_keeps_both_ends(

@@ -11,9 +11,12 @@ from gmsa.errors import InputError
 if TYPE_CHECKING:
     from gmsa.evaluate.methods.base import Method, Models
 
+# Methods with soft tokens, which the decoder of the model under test alone can read.
+OWN_READER = ("gmsa", "gmsa-hybrid")
 # Where each method's class is; it is imported, and what it needs loaded, only when the method is asked for.
 METHODS = {
     "gmsa": "plain:GmsaMethod",
+    "gmsa-hybrid": "hybrid:Hybrid",
     "original-prompt": "plain:OriginalPrompt",
     "closed-book": "plain:ClosedBook",
     "truncate-head": "plain:TruncateHead",
@@ -21,13 +24,18 @@ METHODS = {
     "truncate-middle": "plain:TruncateMiddle",
     "bm25-sentences": "sentences:Bm25Sentences",
     "embedding-sentences": "sentences:EmbeddingSentences",
+    "semantic-compression": "semantic_compression:SemanticCompression",
+    "semantic-summary": "semantic_compression:SemanticSummary",
     "llmlingua": "llmlingua:LLMLingua",
     "longllmlingua": "llmlingua:LongLLMLingua",
     "llmlingua-2": "llmlingua:LLMLingua2",
     "provence": "provence:Provence",
+    "open-provence": "open_provence:OpenProvence",
     "exit": "exit:Exit",
     "snapkv": "kv_cache:SnapKV",
+    "kvzip": "kv_cache:KVzip",
     "streaming-llm": "kv_cache:StreamingLLM",
+    "semanticache": "semanticache:SemantiCache",
 }
 TRAINED = "-trained"  # after a method's name: read by the decoder that was trained on text
 
@@ -39,7 +47,7 @@ def check_methods(names: Sequence[str], checkpoints_only: bool = False) -> None:
         names: as for `load_methods`.
         checkpoints_only: whether soft tokens alone make sense: gmsa and NAME=FOLDER.
     """
-    known = [*METHODS, *(name + TRAINED for name in METHODS if name != "gmsa")]
+    known = [*METHODS, *(name + TRAINED for name in METHODS if name not in OWN_READER)]
     for name in names:
         label, given, folder = name.partition("=")
         if given:
@@ -79,7 +87,7 @@ def load_methods(names: Sequence[str], models: "Models", note: Callable[[str], N
         plain = "gmsa" if folder else name.removesuffix(TRAINED)
         module, _, class_name = METHODS[plain].partition(":")
         try:
-            reader = models.reader(plain, label.endswith(TRAINED), folder)
+            reader = models.reader(plain in OWN_READER, label.endswith(TRAINED), folder)
             method = getattr(importlib.import_module(f"gmsa.evaluate.methods.{module}"), class_name)(models, reader)
         except MethodUnavailable as error:
             note(f"{name} is skipped: {error}")

@@ -185,11 +185,11 @@ class Models:
             )
         return found
 
-    def reader(self, method: str, trained: bool, folder: str) -> GMSA:
-        """Whose decoder reads for a method: a folder's where one is given, else the trained or the untouched one."""
+    def reader(self, soft: bool, trained: bool, folder: str) -> GMSA:
+        """Whose decoder reads: a folder's where one is given, soft tokens their own, else the trained or plain one."""
         if folder:
             return self.checkpoint(folder)
-        if method == "gmsa":
+        if soft:
             return self.gmsa
         return self.trained if trained else self.backbone
 

@@ -1,18 +1,19 @@
-"""Methods that read the whole text and keep a part of the decoder's key-value cache.
+"""Methods that read the whole text and keep less of the decoder's key-value cache.
 
 SnapKV (https://arxiv.org/abs/2404.14469) keeps, in every layer and head, the positions that the question attends to.
+KVzip (https://arxiv.org/abs/2505.23416) keeps those that repeating the context attends to, whatever is asked then.
 StreamingLLM (https://arxiv.org/abs/2309.17453) keeps the first tokens and the last ones.
 
 The prompt is read in full once; of the context as many positions stay in each layer as the budget has tokens, at the
-places where they stood. The question is then read anew on what is left, so that nothing the decoder saw of the whole
-text reaches the answer but through these positions.
+places where they stood, and equally many in each head, which KVzip does not ask for. The question is then read anew on
+what is left, so that nothing the decoder saw of the whole text reaches the answer but through these positions.
 """
 
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +31,29 @@ from gmsa.evaluate.methods.base import Method, MethodOutput, MethodUnavailable, 
 from gmsa.model.backbone import body_of, cache_argument
 
 ROWS = 8  # prompts read in full at once
+QUERIES = 256  # whose attention is held at once
+REPEAT = "Repeat the previous context exactly."  # KVzip's prompt
 OBSERVED = "gmsa_observed_sdpa"
 Observer = Callable[[int, Tensor, Tensor, float], None]  # layer, queries (B, Hq, T, D), keys (B, H, T, D), scaling
+
+
+@dataclass(frozen=True)
+class WholeCache:
+    """One prompt's cache, before any of it goes.
+
+    Attributes:
+        layers: keys and values of each layer, (H, T, D) each.
+        scores: what each layer's attention said of the context, (H, L) each; none where nobody asked.
+        ids: of the context.
+        start: where it stands in the prompt.
+        budget: positions that may stay of it.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    scores: list[Tensor]
+    ids: list[int]
+    start: int
+    budget: int
 
 
 @dataclass(frozen=True)
@@ -39,9 +61,9 @@ class PrunedCache:
     """What is left of one prompt's cache.
 
     Attributes:
-        layers: keys and values of each layer, (H, P + K, D) each: what stands before the context, then K positions of
-            it, which differ from head to head.
-        context: K.
+        layers: keys and values of each layer, (H, P + K, D) each: what stands before the context, then what is left of
+            it, which differs from head to head.
+        context: how many different keys are left of it.
         position: of the next token.
     """
 
@@ -66,8 +88,10 @@ AttentionInterface.register(OBSERVED, _observed_attention)
 AttentionMaskInterface.register(OBSERVED, sdpa_mask)
 
 
-class PrunedCacheMethod(Method):
-    """Keeps a part of the cache of the whole prompt; which part is what its subclasses say."""
+class CacheMethod(Method):
+    """Reads the whole prompt and answers from less of its cache; `prune` says what is left."""
+
+    observes: ClassVar[bool] = False  # whether `score` is wanted of every layer's attention
 
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
@@ -75,15 +99,16 @@ class PrunedCacheMethod(Method):
             raise MethodUnavailable("it needs a decoder that attends to everything in every layer, without windows")
 
     @abstractmethod
-    def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
-        """Which positions of the context stay in one layer: (H, budget) indices, ascending in each head.
+    def prune(self, cache: WholeCache) -> PrunedCache:
+        """What is left of a cache."""
 
-        Args:
-            attention: (H, L) how much the question attends to each of the L tokens, the mean of the queries that share
-                a key.
-            before: tokens in front of the context, which all stay.
-            budget: at most L.
-        """
+    def score(self, query: Tensor, key: Tensor, scaling: float, span: tuple[int, int, int]) -> Tensor:
+        """What one layer's attention says of the context, (H, L); arguments as of `attention_to_context`."""
+        return attention_to_context(query, key, scaling, span).mean(dim=(1, 2))
+
+    def frame(self, prompt: Frame, context: list[int]) -> Frame:
+        """What is read before and after a context."""
+        return prompt
 
     @torch.no_grad()
     def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
@@ -91,11 +116,11 @@ class PrunedCacheMethod(Method):
         for start in range(0, len(questions), ROWS):
             part = questions[start : start + ROWS]
             contexts = [self.reader.template.encode(q.context) for q in part]
-            prompts = [self.reader.template(q.prompt) for q in part]
-            outputs += [MethodOutput(kept) for kept in self._keep(contexts, prompts, merge_size)]
+            prompts = [self.frame(self.reader.template(q.prompt), ids) for q, ids in zip(part, contexts, strict=True)]
+            outputs += [MethodOutput(self.prune(cache)) for cache in self._prefill(contexts, prompts, merge_size)]
         return outputs
 
-    def _keep(self, contexts: list[list[int]], prompts: list[Frame], merge_size: int) -> list[PrunedCache]:
+    def _prefill(self, contexts: list[list[int]], prompts: list[Frame], merge_size: int) -> list[WholeCache]:
         model = self.reader.model
         rows = [
             torch.cat([prompt.before, torch.tensor(ids, dtype=torch.long), prompt.after])
@@ -105,33 +130,32 @@ class PrunedCacheMethod(Method):
             check_fits(self.reader, len(row))
         # Padding on the right: attention is causal, so no real token sees it and no mask is needed.
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-        spans = [(len(p.before), len(p.before) + len(ids)) for ids, p in zip(contexts, prompts, strict=True)]
-        budgets = [math.ceil(len(ids) / merge_size) for ids in contexts]
-        chosen: list[list[Tensor]] = [[] for _ in rows]  # by row and layer
+        starts = [len(prompt.before) for prompt in prompts]
+        scores: list[list[Tensor]] = [[] for _ in rows]  # by row and layer
 
         def observe(layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-            for i, ((start, end), budget) in enumerate(zip(spans, budgets, strict=True)):
-                attention = attention_to_context(query[i], key[i], scaling, (start, end, len(rows[i])))
-                chosen[i].append(start + self.choose(attention, start, budget))
+            for i, (start, ids) in enumerate(zip(starts, contexts, strict=True)):
+                scores[i].append(self.score(query[i], key[i], scaling, (start, start + len(ids), len(rows[i]))))
 
         cache = DynamicCache()
         body = body_of(model.decoder)
         before = body.config._attn_implementation
         try:
-            body.config._attn_implementation = OBSERVED
-            body(input_ids=padded, use_cache=True, observe=observe, **cache_argument(body, cache))
+            if self.observes:
+                body.config._attn_implementation = OBSERVED
+            options = {"observe": observe} if self.observes else {}
+            body(input_ids=padded, use_cache=True, **options, **cache_argument(body, cache))
         finally:
             body.config._attn_implementation = before
         return [
-            PrunedCache(
-                [
-                    (_take(layer.keys[i], start, index), _take(layer.values[i], start, index))
-                    for layer, index in zip(cache.layers, chosen[i], strict=True)
-                ],
-                budget,
-                end,
+            WholeCache(
+                [(layer.keys[i], layer.values[i]) for layer in cache.layers],
+                scores[i],
+                contexts[i],
+                starts[i],
+                math.ceil(len(contexts[i]) / merge_size),
             )
-            for i, ((start, end), budget) in enumerate(zip(spans, budgets, strict=True))
+            for i in range(len(rows))
         ]
 
     def answer(
@@ -148,23 +172,45 @@ class PrunedCacheMethod(Method):
         return [row.text.strip() for row in rows]
 
 
+class PrunedCacheMethod(CacheMethod):
+    """Keeps some positions and drops the others; which is what its subclasses say."""
+
+    observes = True
+
+    @abstractmethod
+    def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
+        """Which positions of the context stay in one layer: (H, budget) indices, ascending in each head.
+
+        Args:
+            attention: (H, L) how much each of the L tokens is attended to, by `score`.
+            before: tokens in front of the context, which all stay.
+            budget: at most L.
+        """
+
+    def prune(self, cache: WholeCache) -> PrunedCache:
+        kept = []
+        for (keys, values), scores in zip(cache.layers, cache.scores, strict=True):
+            index = cache.start + self.choose(scores, cache.start, cache.budget)
+            kept.append((_take(keys, cache.start, index), _take(values, cache.start, index)))
+        return PrunedCache(kept, cache.budget, cache.start + len(cache.ids))
+
+
 def attention_to_context(query: Tensor, key: Tensor, scaling: float, span: tuple[int, int, int]) -> Tensor:
-    """How much the tokens after a context attend to each of its tokens.
+    """How much each token of a run attends to each token of a context before it.
 
     Args:
         query: (Hq, T, D). key: (H, T, D), each serving Hq / H queries.
         scaling: of the products.
-        span: where the context begins, where it ends, and where the prompt ends.
+        span: where the context begins, where the run begins and where it ends.
 
     Returns:
-        (H, L), means over the queries that share a key and over the tokens after the context.
+        (H, Hq / H, Q, L), L the tokens from where the context begins to where the run does.
     """
     start, end, stop = span
     queries = query[:, end:stop].unflatten(0, (len(key), -1))  # (H, Hq / H, Q, D)
     products = (queries @ key[:, None, :stop].transpose(-1, -2)).float() * scaling  # (H, Hq / H, Q, stop)
     later = torch.arange(stop, device=key.device)[None] > torch.arange(end, stop, device=key.device)[:, None]
-    weights = products.masked_fill(later, -math.inf).softmax(-1)
-    return weights[..., start:end].mean(dim=(1, 2))
+    return products.masked_fill(later, -math.inf).softmax(-1)[..., start:end]
 
 
 def _take(states: Tensor, before: int, index: Tensor) -> Tensor:
@@ -186,6 +232,25 @@ class SnapKV(PrunedCacheMethod):
     def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
         smooth = F.avg_pool1d(attention[None], kernel_size=5, padding=2, stride=1)[0]
         return smooth.topk(budget, dim=-1).indices.sort(dim=-1).values
+
+
+class KVzip(PrunedCacheMethod):
+    """Keeps what the decoder attends to most while it repeats the context; blind to the question."""
+
+    def frame(self, prompt: Frame, context: list[int]) -> Frame:
+        repeat = self.reader.template(REPEAT)
+        return Frame(repeat.before, torch.cat([repeat.after, torch.tensor(context, dtype=torch.long)]))
+
+    def score(self, query: Tensor, key: Tensor, scaling: float, span: tuple[int, int, int]) -> Tensor:
+        start, end, stop = span
+        highest = key.new_zeros(len(key), end - start, dtype=torch.float)
+        for first in range(end, stop, QUERIES):
+            found = attention_to_context(query, key, scaling, (start, first, min(stop, first + QUERIES)))
+            highest = torch.maximum(highest, found[..., : end - start].amax(dim=(1, 2)))
+        return highest
+
+    def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
+        return attention.topk(budget, dim=-1).indices.sort(dim=-1).values
 
 
 class StreamingLLM(PrunedCacheMethod):

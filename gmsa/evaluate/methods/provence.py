@@ -32,14 +32,24 @@ class Provence(SentenceMethod):
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL, **options)
             config = DebertaV2Config.from_pretrained(MODEL, **options)
             weights = load_file(cached_file(MODEL, "model.safetensors", **options))
-            self.body = DebertaV2Model(config)
-            self.head = nn.Linear(config.hidden_size, 2)  # drop, keep
-        parts = nn.ModuleDict({"deberta": self.body, "token_classifier": self.head})  # as the file names them
-        try:
-            parts.load_state_dict({name: w for name, w in weights.items() if name.partition(".")[0] in parts})
-        except RuntimeError as error:
-            raise MethodUnavailable(f"the weights of {MODEL} are not those of a DeBERTa with a token head") from error
-        parts.to(reader.model.device).eval()
+        self.body: nn.Module = DebertaV2Model(config)
+        self.head = nn.Linear(config.hidden_size, 2)  # drop, keep
+        self.fill(MODEL, weights, {"deberta.": self.body, "token_classifier.": self.head})
+
+    def fill(self, model: str, weights: dict[str, torch.Tensor], parts: dict[str, nn.Module]) -> None:
+        """Give the parts the weights of one file, by the beginnings of their names.
+
+        Raises:
+            MethodUnavailable: they do not fit.
+        """
+        for prefix, part in parts.items():
+            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+            try:
+                part.load_state_dict(own)
+            except RuntimeError as error:
+                wrong = f"the weights of {model} are not those of a {type(self.body).__name__} with a token head"
+                raise MethodUnavailable(wrong) from error
+            part.to(self.reader.model.device).eval()
 
     @torch.no_grad()
     def rank(self, sentences: list[str], question: str) -> list[float]:
@@ -49,7 +59,7 @@ class Provence(SentenceMethod):
         scores: list[float] = []
         for window in windows(parts, LONGEST - len(asked) - 3):
             ids = [begin, *asked, end, *(token for part in window for token in part), end]
-            states = self.body(input_ids=torch.tensor([ids], device=self.body.device)).last_hidden_state
+            states = self.body(input_ids=torch.tensor([ids], device=self.head.weight.device)).last_hidden_state
             keep = self.head(states)[0].softmax(dim=-1)[len(asked) + 2 : -1, 1]
             scores += [float(part.mean()) if len(part) else 0.0 for part in keep.split([len(part) for part in window])]
         return scores

@@ -40,7 +40,11 @@ class SentenceMethod(TextMethod):
         """How well each sentence fits the question; higher is better."""
 
     def shorten(self, context: str, question: str, budget: int) -> str:
-        sentences = split_sentences(context)
+        taken = self.take(split_sentences(context), question, budget)
+        return "".join(taken[place] for place in sorted(taken))
+
+    def take(self, sentences: list[str], question: str, budget: int) -> dict[int, str]:
+        """What is taken of which sentence, by its place, the best first."""
         scores = self.rank(sentences, question)
         taken: dict[int, str] = {}
         for place in sorted(range(len(sentences)), key=lambda i: -scores[i]):  # stable: the earlier of equals first
@@ -50,7 +54,7 @@ class SentenceMethod(TextMethod):
             budget -= len(ids)
             if budget <= 0:
                 break
-        return "".join(taken[place] for place in sorted(taken))
+        return taken
 
 
 class Bm25Sentences(SentenceMethod):
