@@ -22,7 +22,7 @@ MERGING_KINDS = {
     "balanced": "gmsa.model.balanced.BalancedMerging",
     "appended": "gmsa.model.appended.AppendedTokens",
 }
-PROMPTS = ("chat", "plain")
+PROMPTS = ("chat", "plain", "bare")
 # What training may change. `lsa` stands for everything between encoder and decoder that has weights.
 TRAINABLE_GROUPS = ("encoder", "lsa", "decoder-qkv", "decoder", "decoder-lora")
 RESTORE_INSTRUCTION = "Restate the aforementioned Text."
@@ -48,9 +48,12 @@ class GmsaConfig(PreTrainedConfig):
             paper: they enter at its input. Else encoder_layers, or with lsa_layers added where LSA is "decoder" or
             "random", whose blocks are then the decoder's own between the encoder and the entry: soft tokens are states
             of that layer before any training. Needs an encoder that is the decoder's own lowest layers.
+        final_norm: encoder and LSA's blocks end in the final norm of the backbone they are cut from, as in the authors'
+            release (https://github.com/Twilightaaa/GMSA); its gain is trained with them.
         window_size: the encoder reads a context in independent windows of this many tokens; None: all of it at once.
         max_appended: how many learnable tokens exist per window, for merging="appended".
-        prompt: "chat" wraps memory and prompt in the decoder's chat template, "plain" joins them with line breaks.
+        prompt: "chat" wraps memory and prompt in the decoder's chat template, "plain" joins them with line breaks,
+            "bare" has nothing between memory, prompt and answer, as in the authors' release.
         system_prompt: system turn for "chat"; None leaves it to the template's own default.
         restore_instruction: what asks the decoder for the text itself (paper section 3).
         trained: groups of weights that this checkpoint holds, of "encoder", "lsa", "decoder-qkv", "decoder",
@@ -74,6 +77,7 @@ class GmsaConfig(PreTrainedConfig):
         lsa: str = "decoder",
         lsa_layers: int = 1,
         entry_layer: int = 0,
+        final_norm: bool = False,
         window_size: int | None = 512,
         max_appended: int = 512,
         prompt: str = "chat",
@@ -92,6 +96,7 @@ class GmsaConfig(PreTrainedConfig):
         self.lsa = lsa
         self.lsa_layers = lsa_layers
         self.entry_layer = entry_layer
+        self.final_norm = final_norm
         self.window_size = window_size
         self.max_appended = max_appended
         self.prompt = prompt
@@ -120,6 +125,8 @@ class GmsaConfig(PreTrainedConfig):
         if self.encoder_layers != "all":
             whole("encoder_layers", 1)
         if self.entry_layer:
+            if self.final_norm:
+                raise ConfigError("entry_layer needs states as the decoder's layers have them: set final_norm to false")
             if self.encoder is not None or self.encoder_layers == "all":
                 raise ConfigError("entry_layer needs an encoder that is the decoder's own lowest layers")
             blocks = self.lsa_layers if self.lsa in ("decoder", "random") else 0

@@ -86,6 +86,8 @@ class PromptTemplate:
 
     def contents(self, given: Sequence[str | Piece]) -> list[Piece]:
         """Memories and texts as pieces: each text on a line of its own, memories in a row as one."""
+        if self.config.prompt == "bare":
+            return [self._ids(self.encode(f"{part}\n")) if isinstance(part, str) else part for part in given]
         pieces: list[Piece] = []
         for number, part in enumerate(given):
             before = given[number - 1] if number else None
@@ -109,7 +111,7 @@ class PromptTemplate:
         items: list[str | Piece] = []
         shape = []
         for turn in turns:
-            shape.append((turn.role, _content(turn.parts, len(items))))
+            shape.append((turn.role, _content(turn.parts, len(items), self.config.prompt == "bare")))
             items += turn.parts
         return self._fill(self._skeleton(tuple(shape), True), items)
 
@@ -140,8 +142,8 @@ class PromptTemplate:
         return Frame(before, after)
 
     def _make_following(self, question: str) -> list[int]:
-        if self.config.prompt == "plain":
-            return self.encode(f"\n{question}\n")
+        if self.config.prompt in ("plain", "bare"):
+            return self.encode(f"\n{question}\n" if self.config.prompt == "plain" else f"\n{question}")
         asked, answer = object(), object()
         try:
             pieces = self.chat([Turn("user", [asked]), Turn("assistant", [answer]), Turn("user", [question])])
@@ -160,6 +162,8 @@ class PromptTemplate:
         """
         if self.config.prompt == "plain":
             rendered = (self.tokenizer.bos_token or "") + "".join(f"{content}\n" for _, content in shape)
+        elif self.config.prompt == "bare":
+            rendered = "".join(f"{content}\n" if role == "assistant" else content for role, content in shape)
         else:
             messages = [{"role": "system" if r in SYSTEM else r, "content": content} for r, content in shape]
             try:
@@ -215,12 +219,12 @@ def _asked(question: str) -> str:
     return question
 
 
-def _content(parts: Sequence[str | Piece], first: int) -> str:
-    """Marks of a message's parts, numbered from `first`, with line breaks between them."""
+def _content(parts: Sequence[str | Piece], first: int, bare: bool) -> str:
+    """Marks of a message's parts, numbered from `first`, with line breaks between them; if bare, after texts alone."""
     content = ""
-    for number, part in enumerate(parts):
-        both_memories = number and not isinstance(part, str) and not isinstance(parts[number - 1], str)
-        content += "\n" if number and not both_memories else ""
+    for number in range(len(parts)):
+        texts = [isinstance(part, str) for part in parts[max(0, number - 1) : number + 1]]  # the one before, this one
+        content += "\n" if number and (texts[0] if bare else any(texts)) else ""
         content += MARK.format(first + number)
     return content
 

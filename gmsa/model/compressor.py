@@ -26,7 +26,7 @@ class Compressor(nn.Module):
         self.config = config
         body = body_of(encoder_lm)
         count = len(layers_of(body)) if config.encoder_layers == "all" else int(config.encoder_layers)
-        self.encoder = take_layers(body, 0, count, keep_embeddings=True)
+        self.encoder = take_layers(body, 0, count, keep_embeddings=True, keep_norm=config.final_norm)
         width = body.config.hidden_size
         with torch.device(decoder_lm.device):  # where new weights go
             self.lsa: Alignment = kind_of(ALIGNMENT_KINDS, config.lsa)(config, width, body_of(decoder_lm))

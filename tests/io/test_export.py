@@ -142,6 +142,7 @@ def test_a_compressor_alone_makes_the_same_memories(make: Make, family: str, tmp
         {"decoder_lora": {"r": 2, "alpha": 4}, "groups": ("lsa", "decoder-lora")},
         {"groups": ("encoder", "lsa", "decoder")},
         {"prompt": "plain"},
+        {"final_norm": True, "groups": ("encoder", "lsa")},
         {"encoder_sink": False, "window_size": None},
     ],
     ids=str,

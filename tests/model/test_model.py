@@ -16,7 +16,7 @@ from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, ConfigError, InputError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
-from gmsa.model.backbone import body_of, layers_of
+from gmsa.model.backbone import body_of, layers_of, norm_name
 from gmsa.model.merging import group_merge
 
 Build = Callable[..., GmsaModel]
@@ -56,6 +56,18 @@ def test_lsa_runs_over_the_groups(tiny_model: Build) -> None:
     (soft,) = model.compress(*windows_of([ids]), 4)
     groups = groups_by_hand(model, ids, 4)[None]
     expected = model.decoder(inputs_embeds=groups, output_hidden_states=True).hidden_states[3][0]
+    torch.testing.assert_close(soft, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_encoder_and_lsa_may_end_in_the_final_norm(tiny_model: Build, family: str) -> None:
+    model = tiny_model(family, final_norm=True)
+    body = body_of(model.decoder)
+    norm = getattr(body, norm_name(body))
+    (ids,) = random_ids(13)
+    (soft,) = model.compress(*windows_of([ids]), 4)
+    groups = torch.stack([part.mean(dim=0) for part in norm(states_by_hand(model, ids)).split(4)])
+    expected = norm(model.decoder(inputs_embeds=groups[None], output_hidden_states=True).hidden_states[1][0])
     torch.testing.assert_close(soft, expected, rtol=1e-4, atol=1e-5)
 
 
