@@ -14,6 +14,7 @@ ALIGNMENT_KINDS = {
     "decoder": "gmsa.model.alignment.DecoderBlocks",
     "random": "gmsa.model.alignment.RandomBlocks",
     "mlp": "gmsa.model.alignment.MultilayerPerceptron",
+    "norm-mlp": "gmsa.model.alignment.NormedPerceptron",
     "linear": "gmsa.model.alignment.LinearMap",
     "none": "gmsa.model.alignment.NoAlignment",
 }
@@ -42,7 +43,7 @@ class GmsaConfig(PreTrainedConfig):
         merging: "mean" (group merging); "balanced", as many groups, of like weight instead of like length; or
             "appended": learnable tokens after the context (TCP-AE, ICAE).
         lsa: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks, fresh weights),
-            "mlp", "linear" or "none"; the paper's ablations.
+            "mlp", "linear" or "none"; the paper's ablations. "norm-mlp": LCLM's adapter.
         lsa_layers: how many blocks, for "decoder" and "random" (paper: 1).
         entry_layer: so many of the decoder's lowest layers leave soft tokens alone (model/entry.py). 0, as in the
             paper: they enter at its input. Else encoder_layers, or with lsa_layers added where LSA is "decoder" or
@@ -55,6 +56,7 @@ class GmsaConfig(PreTrainedConfig):
         prompt: "chat" wraps memory and prompt in the decoder's chat template, "plain" joins them with line breaks,
             "bare" has nothing between memory, prompt and answer, as in the authors' release.
         system_prompt: system turn for "chat"; None leaves it to the template's own default.
+        memory_marks: two tokens of the decoder that stand before and after every memory, as in LCLM; None: nothing.
         restore_instruction: what asks the decoder for the text itself (paper section 3).
         trained: groups of weights that this checkpoint holds, of "encoder", "lsa", "decoder-qkv", "decoder",
             "decoder-lora".
@@ -82,6 +84,7 @@ class GmsaConfig(PreTrainedConfig):
         max_appended: int = 512,
         prompt: str = "chat",
         system_prompt: str | None = None,
+        memory_marks: list[str] | None = None,
         restore_instruction: str = RESTORE_INSTRUCTION,
         trained: list[str] | None = None,
         **kwargs: Any,
@@ -101,6 +104,7 @@ class GmsaConfig(PreTrainedConfig):
         self.max_appended = max_appended
         self.prompt = prompt
         self.system_prompt = system_prompt
+        self.memory_marks = memory_marks
         self.restore_instruction = restore_instruction
         self.trained = sorted(trained or [])
         self.check()
@@ -145,6 +149,11 @@ class GmsaConfig(PreTrainedConfig):
             lora = getattr(self, field)
             if lora is not None and not (isinstance(lora, dict) and {"r", "alpha"} <= set(lora)):
                 raise ConfigError(f"{field} needs at least the keys 'r' and 'alpha'")
+        marks = self.memory_marks
+        if marks is not None:
+            listed = isinstance(marks, list) and len(marks) == 2
+            if not listed or not all(isinstance(mark, str) and mark for mark in marks):
+                raise ConfigError(f"memory_marks must be a list of two tokens, got {marks!r}")
         unknown = set(self.trained) - set(TRAINABLE_GROUPS)
         if unknown:
             raise ConfigError(f"trained must name groups of {', '.join(TRAINABLE_GROUPS)}; unknown: {sorted(unknown)}")

@@ -38,6 +38,10 @@ def add_commands(add: Add) -> None:
     command.add_argument("--lora-alpha", type=float, default=32, metavar="A", help="it was trained with (32)")
     add_output(command)
 
+    command = sources("lclm", import_lclm, "Read a folder of LCLM (arXiv 2606.09659), which must stay where it is.")
+    command.add_argument("checkpoint", metavar="FOLDER", help="with model_config.json, encoder, adapter and decoder")
+    add_output(command)
+
 
 def add_output(command: argparse.ArgumentParser) -> None:
     """Options of what writes a model."""
@@ -95,6 +99,15 @@ def import_release(options: argparse.Namespace) -> None:
     _save(options, read_release(Path(options.checkpoint), options.backbone, options.lora_alpha), folder)
 
 
+def import_lclm(options: argparse.Namespace) -> None:
+    """Run `gmsa import lclm`."""
+    folder = _new(options.output)
+    from gmsa.io.importers.lclm import read_lclm
+
+    model, size = read_lclm(Path(options.checkpoint))
+    _save(options, model, folder, f", trained at merge size {size}", {"merge_size": size})
+
+
 def _new(name: str) -> Path:
     """A folder to write, found out before the work, not after it."""
     folder = Path(name)
@@ -103,9 +116,11 @@ def _new(name: str) -> Path:
     return folder
 
 
-def _save(options: argparse.Namespace, model: "GmsaModel", folder: Path) -> None:
+def _save(
+    options: argparse.Namespace, model: "GmsaModel", folder: Path, note: str = "", more: dict[str, int] | None = None
+) -> None:
     from gmsa.io import checkpoint
 
     model.save_pretrained(folder)
-    facts = checkpoint.describe(folder)
-    conclude(options, facts, f"wrote {folder}: {facts['parameters']:,} parameters, on {facts['decoder']}")
+    facts = checkpoint.describe(folder) | (more or {})
+    conclude(options, facts, f"wrote {folder}: {facts['parameters']:,} parameters, on {facts['decoder']}{note}")

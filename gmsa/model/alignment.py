@@ -110,3 +110,11 @@ class MultilayerPerceptron(LinearMap):
 
     def _map(self, encoder_width: int, width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(encoder_width, width), nn.GELU(), nn.Linear(width, width))
+
+
+class NormedPerceptron(LinearMap):
+    """LCLM's adapter (https://arxiv.org/abs/2606.09659): RMSNorm, then two linear maps with a GELU between them."""
+
+    def _map(self, encoder_width: int, width: int) -> nn.Module:
+        norm = nn.RMSNorm(encoder_width, eps=1e-6)
+        return nn.Sequential(norm, nn.Linear(encoder_width, width), nn.GELU(), nn.Linear(width, width))
