@@ -16,6 +16,7 @@ ALIGNMENT_KINDS = {
     "mlp": "gmsa.model.alignment.MultilayerPerceptron",
     "norm-mlp": "gmsa.model.alignment.NormedPerceptron",
     "linear": "gmsa.model.alignment.LinearMap",
+    "ridge": "gmsa.model.ridge.RidgeMap",
     "none": "gmsa.model.alignment.NoAlignment",
 }
 MERGING_KINDS = {
@@ -44,6 +45,7 @@ class GmsaConfig(PreTrainedConfig):
             "appended": learnable tokens after the context (TCP-AE, ICAE).
         lsa: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks, fresh weights),
             "mlp", "linear" or "none"; the paper's ablations. "norm-mlp": LCLM's adapter.
+            "ridge": a linear map that starts as the least squares from states to embeddings (model/ridge.py).
         lsa_layers: how many blocks, for "decoder" and "random" (paper: 1).
         entry_layer: so many of the decoder's lowest layers leave soft tokens alone (model/entry.py). 0, as in the
             paper: they enter at its input. Else encoder_layers, or with lsa_layers added where LSA is "decoder" or
@@ -149,6 +151,8 @@ class GmsaConfig(PreTrainedConfig):
             lora = getattr(self, field)
             if lora is not None and not (isinstance(lora, dict) and {"r", "alpha"} <= set(lora)):
                 raise ConfigError(f"{field} needs at least the keys 'r' and 'alpha'")
+        if self.lsa == "ridge" and self.encoder is not None:
+            raise ConfigError("lsa 'ridge' needs an encoder and a decoder of one backbone: leave encoder out")
         marks = self.memory_marks
         if marks is not None:
             listed = isinstance(marks, list) and len(marks) == 2

@@ -137,6 +137,7 @@ def test_a_compressor_alone_makes_the_same_memories(make: Make, family: str, tmp
         {"lsa": "random"},
         {"lsa": "mlp"},
         {"lsa": "norm-mlp"},
+        {"lsa": "ridge"},
         {"lsa": "none", "groups": ("encoder", "decoder-qkv")},
         {"merging": "appended", "max_appended": 16},
         {"encoder_lora": {"r": 2, "alpha": 4}},

@@ -20,6 +20,7 @@ from gmsa.errors import ConfigError
         ({"merging": "max"}, "merging must be one of mean, balanced, appended, got 'max'"),
         ({"lsa": "attention"}, "lsa must be one of"),
         ({"prompt": None}, "prompt must be one of"),
+        ({"lsa": "ridge", "encoder": {"name": "x/y"}}, "lsa 'ridge' needs an encoder and a decoder of one backbone"),
         ({"memory_marks": ["<a>"]}, "memory_marks must be a list of two tokens, got"),
         ({"final_norm": True, "encoder_layers": 2, "entry_layer": 3}, "set final_norm to false"),
         ({"encoder_lora": {"r": 8}}, "encoder_lora needs"),
