@@ -2,7 +2,10 @@
 
 Stage 1 on the default backbone with the decoder frozen, the same batches and steps for every arm: {group merging + LSA,
 no LSA, randomly initialised LSA, appended tokens, no throwaway first token} x {rates 4 and 8 throughout, small rates
-first}.
+first}; at rates 4 and 8 alone also the final norm on encoder and LSA (the authors' release), and an encoder of merged
+layers in place of the lowest 8, written before by
+
+    python scripts/merge_layers.py smollm2-135m-instruct 8 -o runs/merged-layers --texts TEXTS
 
     python experiments/convergence.py                  # trains what is missing, then reports; 80 minutes on 2 cores
     python experiments/convergence.py --report-only
@@ -30,13 +33,20 @@ MODELS = {
     "appended": ["model.merging=appended", "model.lsa=mlp"],
     "no-sink": ["model.encoder_sink=false"],
 }
+ALONE = {  # without the curriculum
+    "final-norm": ["model.final_norm=true"],
+    "merged-layers": ["model.encoder=runs/merged-layers", "model.encoder_layers=all"],
+}
 NAMES = {
     "mean+lsa": "group merging + LSA",
     "no-lsa": "no LSA",
     "random-lsa": "random LSA",
     "appended": "appended tokens",
     "no-sink": "group merging + LSA, no throwaway token",
+    "final-norm": "group merging + LSA, each with the final norm",
+    "merged-layers": "group merging + LSA, encoder of merged layers",
 }
+COLOURS = ("blue", "green", "orange", "red", "purple", "brown", "pink")
 # Leaving the plateau: held-out accuracy this far above what the decoder guesses without any memory.
 MARGIN = 0.05
 
@@ -47,7 +57,7 @@ def arms() -> dict[str, list[str]]:
     for name, changes in MODELS.items():
         found[f"curriculum+{name}"] = [CURRICULUM, *changes]
         found[name] = changes
-    return found
+    return found | ALONE
 
 
 def run(recipe: str, folder: Path) -> None:
@@ -120,7 +130,7 @@ def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], alone: float, pa
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(zip(MODELS, ("tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple"), strict=True))
+    colours = {name: f"tab:{colour}" for name, colour in zip(NAMES, COLOURS, strict=True)}
     sizes = list(next(iter(curves.values())))
     figure, panels = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes), 4), layout="constrained", sharey=True)
     for axes, size in zip(panels, sizes, strict=True):

@@ -497,14 +497,14 @@ class GMSA:
         (contents,) = self._contents_of(memory, 1)
         assert not isinstance(contents, PrefixCache)
         started = time.perf_counter()
-        pieces = (self.template.restore().before, *self._pieces(contents))
+        *pieces, _ = self.template.restore().around(*self._pieces(contents))
         self._check_length(pieces, 1)
         with self.packed.applied():
             (embeds,), (soft,) = self._embedded([pieces])
             batch = Batch(body_of(self.model.decoder), 1, len(embeds), self.model.entry)
             batch.extend([embeds], [soft])
         self.timings = Timings(prefill=time.perf_counter() - started)
-        return PrefixCache(contents, pieces, batch.states(0), self.model.decoder)
+        return PrefixCache(contents, tuple(pieces), batch.states(0), self.model.decoder)
 
     @overload
     def restore(self, memory: Memory | str | os.PathLike[str], *, batch_size: int = ...) -> Answer: ...  # type: ignore[overload-overlap]

@@ -14,7 +14,9 @@ ALIGNMENT_KINDS = {
     "decoder": "gmsa.model.alignment.DecoderBlocks",
     "random": "gmsa.model.alignment.RandomBlocks",
     "mlp": "gmsa.model.alignment.MultilayerPerceptron",
+    "norm-mlp": "gmsa.model.alignment.NormedPerceptron",
     "linear": "gmsa.model.alignment.LinearMap",
+    "ridge": "gmsa.model.ridge.RidgeMap",
     "none": "gmsa.model.alignment.NoAlignment",
 }
 MERGING_KINDS = {
@@ -22,7 +24,7 @@ MERGING_KINDS = {
     "balanced": "gmsa.model.balanced.BalancedMerging",
     "appended": "gmsa.model.appended.AppendedTokens",
 }
-PROMPTS = ("chat", "plain")
+PROMPTS = ("chat", "plain", "bare")
 # What training may change. `lsa` stands for everything between encoder and decoder that has weights.
 TRAINABLE_GROUPS = ("encoder", "lsa", "decoder-qkv", "decoder", "decoder-lora")
 RESTORE_INSTRUCTION = "Restate the aforementioned Text."
@@ -42,16 +44,21 @@ class GmsaConfig(PreTrainedConfig):
         merging: "mean" (group merging); "balanced", as many groups, of like weight instead of like length; or
             "appended": learnable tokens after the context (TCP-AE, ICAE).
         lsa: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks, fresh weights),
-            "mlp", "linear" or "none"; the paper's ablations.
+            "mlp", "linear" or "none"; the paper's ablations. "norm-mlp": LCLM's adapter.
+            "ridge": a linear map that starts as the least squares from states to embeddings (model/ridge.py).
         lsa_layers: how many blocks, for "decoder" and "random" (paper: 1).
         entry_layer: so many of the decoder's lowest layers leave soft tokens alone (model/entry.py). 0, as in the
             paper: they enter at its input. Else encoder_layers, or with lsa_layers added where LSA is "decoder" or
             "random", whose blocks are then the decoder's own between the encoder and the entry: soft tokens are states
             of that layer before any training. Needs an encoder that is the decoder's own lowest layers.
+        final_norm: encoder and LSA's blocks end in the final norm of the backbone they are cut from, as in the authors'
+            release (https://github.com/Twilightaaa/GMSA); its gain is trained with them.
         window_size: the encoder reads a context in independent windows of this many tokens; None: all of it at once.
         max_appended: how many learnable tokens exist per window, for merging="appended".
-        prompt: "chat" wraps memory and prompt in the decoder's chat template, "plain" joins them with line breaks.
+        prompt: "chat" wraps memory and prompt in the decoder's chat template, "plain" joins them with line breaks,
+            "bare" has nothing between memory, prompt and answer, as in the authors' release.
         system_prompt: system turn for "chat"; None leaves it to the template's own default.
+        memory_marks: two tokens of the decoder that stand before and after every memory, as in LCLM; None: nothing.
         restore_instruction: what asks the decoder for the text itself (paper section 3).
         trained: groups of weights that this checkpoint holds, of "encoder", "lsa", "decoder-qkv", "decoder",
             "decoder-lora".
@@ -74,10 +81,12 @@ class GmsaConfig(PreTrainedConfig):
         lsa: str = "decoder",
         lsa_layers: int = 1,
         entry_layer: int = 0,
+        final_norm: bool = False,
         window_size: int | None = 512,
         max_appended: int = 512,
         prompt: str = "chat",
         system_prompt: str | None = None,
+        memory_marks: list[str] | None = None,
         restore_instruction: str = RESTORE_INSTRUCTION,
         trained: list[str] | None = None,
         **kwargs: Any,
@@ -92,10 +101,12 @@ class GmsaConfig(PreTrainedConfig):
         self.lsa = lsa
         self.lsa_layers = lsa_layers
         self.entry_layer = entry_layer
+        self.final_norm = final_norm
         self.window_size = window_size
         self.max_appended = max_appended
         self.prompt = prompt
         self.system_prompt = system_prompt
+        self.memory_marks = memory_marks
         self.restore_instruction = restore_instruction
         self.trained = sorted(trained or [])
         self.check()
@@ -120,6 +131,8 @@ class GmsaConfig(PreTrainedConfig):
         if self.encoder_layers != "all":
             whole("encoder_layers", 1)
         if self.entry_layer:
+            if self.final_norm:
+                raise ConfigError("entry_layer needs states as the decoder's layers have them: set final_norm to false")
             if self.encoder is not None or self.encoder_layers == "all":
                 raise ConfigError("entry_layer needs an encoder that is the decoder's own lowest layers")
             blocks = self.lsa_layers if self.lsa in ("decoder", "random") else 0
@@ -138,6 +151,13 @@ class GmsaConfig(PreTrainedConfig):
             lora = getattr(self, field)
             if lora is not None and not (isinstance(lora, dict) and {"r", "alpha"} <= set(lora)):
                 raise ConfigError(f"{field} needs at least the keys 'r' and 'alpha'")
+        if self.lsa == "ridge" and self.encoder is not None:
+            raise ConfigError("lsa 'ridge' needs an encoder and a decoder of one backbone: leave encoder out")
+        marks = self.memory_marks
+        if marks is not None:
+            listed = isinstance(marks, list) and len(marks) == 2
+            if not listed or not all(isinstance(mark, str) and mark for mark in marks):
+                raise ConfigError(f"memory_marks must be a list of two tokens, got {marks!r}")
         unknown = set(self.trained) - set(TRAINABLE_GROUPS)
         if unknown:
             raise ConfigError(f"trained must name groups of {', '.join(TRAINABLE_GROUPS)}; unknown: {sorted(unknown)}")

@@ -1,10 +1,14 @@
-"""`gmsa info`, `gmsa pull` and `gmsa export`: models as files."""
+"""`gmsa info`, `gmsa pull`, `gmsa export` and `gmsa import`: models as files."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gmsa.cli.common import DTYPES, Add, add_json, conclude, emit, group
 from gmsa.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from gmsa.io.loading import GmsaModel
 
 
 def add_commands(add: Add) -> None:
@@ -26,6 +30,23 @@ def add_commands(add: Add) -> None:
         command.add_argument("--model", default="default", help="folder or hub id (default: the bundled model)")
         command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of the weights ({dtype})")
         add_json(command)
+
+    sources = group(add, "import", "Make a model of another project's checkpoint.", "SOURCE")
+    command = sources("gmsa-release", import_release, "Read a checkpoint of the authors' release.")
+    command.add_argument("checkpoint", metavar="FOLDER", help="with model.safetensors or pytorch_model.bin")
+    command.add_argument("--backbone", required=True, metavar="NAME", help="it was trained on: folder or hub id")
+    command.add_argument("--lora-alpha", type=float, default=32, metavar="A", help="it was trained with (32)")
+    add_output(command)
+
+    command = sources("lclm", import_lclm, "Read a folder of LCLM (arXiv 2606.09659), which must stay where it is.")
+    command.add_argument("checkpoint", metavar="FOLDER", help="with model_config.json, encoder, adapter and decoder")
+    add_output(command)
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    """Options of what writes a model."""
+    command.add_argument("-o", "--output", required=True, metavar="MODEL", help="folder of the model, a new one")
+    add_json(command)
 
 
 def info(options: argparse.Namespace) -> None:
@@ -54,9 +75,7 @@ def pull(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Run `gmsa export decoder` or `gmsa export compressor`."""
-    folder = Path(options.folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):  # say so before the work, not after it
-        raise CheckpointError(f"{folder} exists already: name a new folder")
+    folder = _new(options.folder)
     from gmsa.api import GMSA
 
     # On the CPU: nothing is computed, and the memory of a GPU may not hold a model in fp32.
@@ -70,3 +89,38 @@ def export(options: argparse.Namespace) -> None:
     }
     written = f"{options.part}, {facts['bytes'] / 1e6:,.1f} MB, compressor {gmsa.fingerprint}"
     conclude(options, facts, f"wrote {folder}: {written}")
+
+
+def import_release(options: argparse.Namespace) -> None:
+    """Run `gmsa import gmsa-release`."""
+    folder = _new(options.output)
+    from gmsa.io.importers.release import read_release
+
+    _save(options, read_release(Path(options.checkpoint), options.backbone, options.lora_alpha), folder)
+
+
+def import_lclm(options: argparse.Namespace) -> None:
+    """Run `gmsa import lclm`."""
+    folder = _new(options.output)
+    from gmsa.io.importers.lclm import read_lclm
+
+    model, size = read_lclm(Path(options.checkpoint))
+    _save(options, model, folder, f", trained at merge size {size}", {"merge_size": size})
+
+
+def _new(name: str) -> Path:
+    """A folder to write, found out before the work, not after it."""
+    folder = Path(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists already: name a new folder")
+    return folder
+
+
+def _save(
+    options: argparse.Namespace, model: "GmsaModel", folder: Path, note: str = "", more: dict[str, int] | None = None
+) -> None:
+    from gmsa.io import checkpoint
+
+    model.save_pretrained(folder)
+    facts = checkpoint.describe(folder) | (more or {})
+    conclude(options, facts, f"wrote {folder}: {facts['parameters']:,} parameters, on {facts['decoder']}{note}")

@@ -39,14 +39,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Frame:
-    """Token ids (T,) that stand before and after what a question is about."""
+    """Token ids (T,) that stand before and after what a question is about, and on both sides of each memory."""
 
     before: Tensor
     after: Tensor
+    marks: tuple[Tensor, Tensor] | None = None
 
     def around(self, *contents: Piece) -> tuple[Piece, ...]:
         """The prompt: the contents in their place, pieces all of them."""
-        return (self.before, *contents, self.after)
+        return (self.before, *marked(contents, self.marks), self.after)
 
 
 class PromptTemplate:
@@ -54,10 +55,11 @@ class PromptTemplate:
 
     Args:
         tokenizer: the decoder's.
-        config: `prompt`, `system_prompt` and `restore_instruction` are used.
+        config: `prompt`, `system_prompt`, `restore_instruction` and `memory_marks` are used.
 
     Raises:
-        BackboneError: prompt="chat" but the tokenizer has no usable chat template, or no end-of-text token exists.
+        BackboneError: prompt="chat" but the tokenizer has no usable chat template, or no end-of-text token exists, or
+            a mark of memories is no token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: GmsaConfig) -> None:
@@ -69,6 +71,7 @@ class PromptTemplate:
         self._frame = lru_cache(maxsize=1024)(self._make_frame)
         self._follow = lru_cache(maxsize=1024)(self._make_following)
         self.end_id = self._end_id()
+        self.marks = self._marks()
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -86,6 +89,8 @@ class PromptTemplate:
 
     def contents(self, given: Sequence[str | Piece]) -> list[Piece]:
         """Memories and texts as pieces: each text on a line of its own, memories in a row as one."""
+        if self.config.prompt == "bare":
+            return [self._ids(self.encode(f"{part}\n")) if isinstance(part, str) else part for part in given]
         pieces: list[Piece] = []
         for number, part in enumerate(given):
             before = given[number - 1] if number else None
@@ -104,12 +109,15 @@ class PromptTemplate:
         Raises:
             InputError: the chat template refuses the turns, or drops or repeats a part of them.
         """
+        return marked(self._unmarked(turns), self.marks)
+
+    def _unmarked(self, turns: Sequence[Turn]) -> list[Piece]:
         if self.config.prompt == "chat" and self.config.system_prompt is not None and turns[0].role not in SYSTEM:
             turns = [Turn("system", [self.config.system_prompt]), *turns]
         items: list[str | Piece] = []
         shape = []
         for turn in turns:
-            shape.append((turn.role, _content(turn.parts, len(items))))
+            shape.append((turn.role, _content(turn.parts, len(items), self.config.prompt == "bare")))
             items += turn.parts
         return self._fill(self._skeleton(tuple(shape), True), items)
 
@@ -134,17 +142,17 @@ class PromptTemplate:
 
     def _make_frame(self, question: str) -> Frame:
         try:
-            before, _, after = self.chat([Turn("user", [object(), question])])
+            before, _, after = self._unmarked([Turn("user", [object(), question])])
         except InputError as error:
             raise BackboneError(f"{error}; or set prompt to 'plain'") from error
-        return Frame(before, after)
+        return Frame(before, after, self.marks)
 
     def _make_following(self, question: str) -> list[int]:
-        if self.config.prompt == "plain":
-            return self.encode(f"\n{question}\n")
+        if self.config.prompt in ("plain", "bare"):
+            return self.encode(f"\n{question}\n" if self.config.prompt == "plain" else f"\n{question}")
         asked, answer = object(), object()
         try:
-            pieces = self.chat([Turn("user", [asked]), Turn("assistant", [answer]), Turn("user", [question])])
+            pieces = self._unmarked([Turn("user", [asked]), Turn("assistant", [answer]), Turn("user", [question])])
         except InputError as error:
             wrong = "the decoder's chat template drops earlier answers: set questions_per_context to 1"
             raise BackboneError(wrong) from error
@@ -160,6 +168,8 @@ class PromptTemplate:
         """
         if self.config.prompt == "plain":
             rendered = (self.tokenizer.bos_token or "") + "".join(f"{content}\n" for _, content in shape)
+        elif self.config.prompt == "bare":
+            rendered = "".join(f"{content}\n" if role == "assistant" else content for role, content in shape)
         else:
             messages = [{"role": "system" if r in SYSTEM else r, "content": content} for r, content in shape]
             try:
@@ -192,6 +202,17 @@ class PromptTemplate:
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long)
 
+    def _marks(self) -> tuple[Tensor, Tensor] | None:
+        """What stands on both sides of each memory."""
+        if self.config.memory_marks is None:
+            return None
+        ids = [self.tokenizer.convert_tokens_to_ids(mark) for mark in self.config.memory_marks]
+        for mark, number in zip(self.config.memory_marks, ids, strict=True):
+            if number is None or self.tokenizer.convert_ids_to_tokens(number) != mark:
+                raise BackboneError(f"the decoder's tokenizer has no token {mark!r}, which memory_marks names")
+        start, end = ids
+        return self._ids([start]), self._ids([end])
+
     def _end_id(self) -> int:
         """The token that ends an answer: what the chat template puts after an assistant's turn, else EOS."""
         if self.config.prompt == "chat":
@@ -215,14 +236,26 @@ def _asked(question: str) -> str:
     return question
 
 
-def _content(parts: Sequence[str | Piece], first: int) -> str:
-    """Marks of a message's parts, numbered from `first`, with line breaks between them."""
+def _content(parts: Sequence[str | Piece], first: int, bare: bool) -> str:
+    """Marks of a message's parts, numbered from `first`, with line breaks between them; if bare, after texts alone."""
     content = ""
-    for number, part in enumerate(parts):
-        both_memories = number and not isinstance(part, str) and not isinstance(parts[number - 1], str)
-        content += "\n" if number and not both_memories else ""
+    for number in range(len(parts)):
+        texts = [isinstance(part, str) for part in parts[max(0, number - 1) : number + 1]]  # the one before, this one
+        content += "\n" if number and (texts[0] if bare else any(texts)) else ""
         content += MARK.format(first + number)
     return content
+
+
+def marked(pieces: Sequence[Piece], marks: tuple[Tensor, Tensor] | None) -> list[Piece]:
+    """Pieces with marks on both sides of each that is no token ids."""
+    if marks is None:
+        return list(pieces)
+    start, end = marks
+    found: list[Piece] = []
+    for piece in pieces:
+        is_text = isinstance(piece, Tensor) and not piece.is_floating_point()
+        found += [piece] if is_text else [start, piece, end]
+    return found
 
 
 def memories_of(pieces: Sequence[Piece]) -> list[Memory]:

@@ -64,7 +64,9 @@ class DecoderBlocks(NoAlignment):
     def __init__(self, config: GmsaConfig, encoder_width: int, decoder_body: PreTrainedModel) -> None:
         super().__init__(config, encoder_width, decoder_body)
         start = config.entry_layer - config.lsa_layers if config.entry_layer else 0
-        self.blocks = take_layers(decoder_body, start, config.lsa_layers, keep_embeddings=False)
+        self.blocks = take_layers(
+            decoder_body, start, config.lsa_layers, keep_embeddings=False, keep_norm=config.final_norm
+        )
 
     def forward(self, merged: Tensor) -> Tensor:
         """See `Alignment`. No mask is needed: blocks are causal and padding is on the right, so no group sees it."""
@@ -87,7 +89,7 @@ class RandomBlocks(DecoderBlocks):
 
 
 class LinearMap(Alignment):
-    """One linear map."""
+    """One linear map: what the authors' release has as the alternative to LSA."""
 
     drawn = ("",)
 
@@ -108,3 +110,11 @@ class MultilayerPerceptron(LinearMap):
 
     def _map(self, encoder_width: int, width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(encoder_width, width), nn.GELU(), nn.Linear(width, width))
+
+
+class NormedPerceptron(LinearMap):
+    """LCLM's adapter (https://arxiv.org/abs/2606.09659): RMSNorm, then two linear maps with a GELU between them."""
+
+    def _map(self, encoder_width: int, width: int) -> nn.Module:
+        norm = nn.RMSNorm(encoder_width, eps=1e-6)
+        return nn.Sequential(norm, nn.Linear(encoder_width, width), nn.GELU(), nn.Linear(width, width))

@@ -58,11 +58,14 @@ def norm_name(body: nn.Module) -> str:
     return name
 
 
-def take_layers(body: PreTrainedModel, start: int, count: int, keep_embeddings: bool) -> PreTrainedModel:
+def take_layers(
+    body: PreTrainedModel, start: int, count: int, keep_embeddings: bool, keep_norm: bool = False
+) -> PreTrainedModel:
     """A copy of a body that has `count` of its layers, from number `start` on.
 
     Embeddings are shared with the original, not copied (or dropped, where only embedded input is ever fed). The final
     norm goes too, unless all layers are kept: the output of the lowest layers is the body's own hidden state `count`.
+    With `keep_norm` the final norm is put on that state.
 
     Raises:
         ConfigError: the body has fewer layers than asked for.
@@ -87,7 +90,7 @@ def take_layers(body: PreTrainedModel, start: int, count: int, keep_embeddings: 
     for module in taken.modules():  # blocks keep a reference to the config of the body they came from
         if isinstance(getattr(module, "config", None), type(body.config)):
             module.config = taken.config
-    if count < len(layers):
+    if count < len(layers) and not keep_norm:
         setattr(taken, norm_name(body), nn.Identity())
     if not keep_embeddings:
         taken.set_input_embeddings(None)

@@ -11,6 +11,7 @@ from gmsa.model.backbone import add_lora, body_of, layers_of, take_layers
 from gmsa.model.balanced import BalancedMerging
 from gmsa.model.merging import Merging, check_merge_size
 from gmsa.model.padding import embed_rows, pad_right
+from gmsa.model.ridge import RidgeMap, vocabulary_windows
 
 
 class Compressor(nn.Module):
@@ -27,7 +28,7 @@ class Compressor(nn.Module):
         self.config = config
         body = body_of(encoder_lm)
         count = len(layers_of(body)) if config.encoder_layers == "all" else int(config.encoder_layers)
-        self.encoder = take_layers(body, 0, count, keep_embeddings=True)
+        self.encoder = take_layers(body, 0, count, keep_embeddings=True, keep_norm=config.final_norm)
         width = body.config.hidden_size
         with torch.device(decoder_lm.device):  # where new weights go
             self.lsa: Alignment = kind_of(ALIGNMENT_KINDS, config.lsa)(config, width, body_of(decoder_lm))
@@ -37,6 +38,23 @@ class Compressor(nn.Module):
         self.sink_id = sink[0] if isinstance(sink, list) else sink
         if config.encoder_lora is not None:
             add_lora(self.encoder, config.encoder_lora)
+
+    @torch.no_grad()
+    def fit_alignment(self, embeddings: nn.Module, window_ids: Tensor | None = None) -> None:
+        """Find the alignment of a new model in closed form, where its kind has one (ridge.py); else nothing happens.
+
+        Args:
+            embeddings: of the decoder.
+            window_ids: (W, L) tokens to fit it on; None: the vocabulary, at random.
+        """
+        if not isinstance(self.lsa, RidgeMap):
+            return
+        weight: Tensor = embeddings.weight  # type: ignore[assignment]
+        if window_ids is None:
+            window_ids = vocabulary_windows(weight.shape[0], self.encoder.config.hidden_size)
+        window_ids = window_ids.to(weight.device)
+        states = torch.cat([self.encode(ids).flatten(0, 1) for ids in window_ids.split(16)])
+        self.lsa.fit(states, embeddings(window_ids).flatten(0, 1))
 
     def encode(self, window_ids: Tensor) -> Tensor:
         """States of the tokens of each window: (W, L) right-padded ids -> (W, L, encoder width)."""

@@ -313,7 +313,9 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
     decoder = load_backbone(decoder_name, attn_implementation=recipe.attn_implementation)
     encoder = load_backbone(encoder_name, attn_implementation=recipe.attn_implementation) if encoder_name else None
     config.decoder, config.encoder = decoder.pointer, encoder.pointer if encoder else None
-    return GmsaModel(config, decoder.model, encoder.model if encoder else None), decoder, encoder or decoder
+    model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
+    model.compressor.fit_alignment(model.get_input_embeddings())
+    return model, decoder, encoder or decoder
 
 
 def training_batches(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from tiny import BEGIN, LAYERS, WIDTH, ask, make_model, random_ids, windows_of
+from tiny import BEGIN, LAYERS, VOCABULARY, WIDTH, ask, make_model, random_ids, windows_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,8 +16,9 @@ from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, ConfigError, InputError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
-from gmsa.model.backbone import body_of, layers_of
+from gmsa.model.backbone import body_of, layers_of, norm_name
 from gmsa.model.merging import group_merge
+from gmsa.model.ridge import RidgeMap, vocabulary_windows
 
 Build = Callable[..., GmsaModel]
 LORA = {"r": 4, "alpha": 8, "dropout": 0.5}
@@ -59,6 +60,18 @@ def test_lsa_runs_over_the_groups(tiny_model: Build) -> None:
     torch.testing.assert_close(soft, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_encoder_and_lsa_may_end_in_the_final_norm(tiny_model: Build, family: str) -> None:
+    model = tiny_model(family, final_norm=True)
+    body = body_of(model.decoder)
+    norm = getattr(body, norm_name(body))
+    (ids,) = random_ids(13)
+    (soft,) = model.compress(*windows_of([ids]), 4)
+    groups = torch.stack([part.mean(dim=0) for part in norm(states_by_hand(model, ids)).split(4)])
+    expected = norm(model.decoder(inputs_embeds=groups[None], output_hidden_states=True).hidden_states[1][0])
+    torch.testing.assert_close(soft, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("lsa", ["linear", "mlp"])
 def test_simple_maps_in_place_of_lsa(tiny_model: Build, lsa: str) -> None:
     model = tiny_model(lsa=lsa)
@@ -72,6 +85,35 @@ def test_simple_maps_in_place_of_lsa(tiny_model: Build, lsa: str) -> None:
         expected = F.linear(F.gelu(F.linear(expected, weights["0.weight"], weights["0.bias"])),
                             weights["2.weight"], weights["2.bias"])  # fmt: skip
     torch.testing.assert_close(soft, expected)
+
+
+def test_ridge_finds_the_map_from_states_to_embeddings(tiny_model: Build) -> None:
+    model = tiny_model(lsa="ridge")
+    lsa = model.compressor.lsa
+    assert isinstance(lsa, RidgeMap)
+    torch.manual_seed(0)
+    states = torch.randn(4000, WIDTH) * torch.logspace(-2, 3, WIDTH) + 7  # of most unlike sizes
+    weight, bias = torch.randn(WIDTH, WIDTH) / states.std(0), torch.randn(WIDTH)
+    lsa.fit(states, states @ weight.T + bias)
+    torch.testing.assert_close(lsa(states), states @ weight.T + bias, rtol=0, atol=0.05)
+
+
+def test_ridge_is_fitted_where_a_model_is_new(tiny_model: Build) -> None:
+    model = tiny_model(lsa="ridge", encoder_layers=1)
+    ids = vocabulary_windows(VOCABULARY, WIDTH)[0]
+    embeddings = model.get_input_embeddings()
+
+    def distance() -> float:
+        with torch.no_grad():
+            (soft,) = model.compress(*windows_of([ids]), 1)
+            return float((soft - embeddings(ids)).pow(2).mean() / embeddings(ids).var())
+
+    before = distance()
+    model.compressor.fit_alignment(embeddings)
+    assert distance() < 0.9 < before  # of random weights little is linear
+    fitted = model.compressor.lsa.state_dict()["map.weight"].clone()
+    model.compressor.fit_alignment(embeddings)
+    assert torch.equal(model.compressor.lsa.state_dict()["map.weight"], fitted)  # no chance in it
 
 
 def test_random_lsa_differs_from_the_decoders_layers(tiny_model: Build) -> None:

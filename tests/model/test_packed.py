@@ -22,6 +22,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "held": {"lsa": "none", "entry_layer": 2},
     "aligned": {"entry_layer": 3},
     "balanced": {"merging": "balanced"},
+    "final norm": {"final_norm": True},
 }
 
 

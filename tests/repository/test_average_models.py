@@ -13,6 +13,7 @@ from gmsa import GMSA
 from gmsa.io.backbones import Backbone
 from gmsa.io.checkpoint import stored_parameters
 from gmsa.io.loading import GmsaModel
+from gmsa.train.bases import merge_in_bases, vocabulary_grams
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "average_models.py"
 
@@ -77,3 +78,54 @@ def test_what_cannot_be_averaged_is_one_line(
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path / "mean", f"{first}=1", f"{first}=2")
     assert "named twice" in capsys.readouterr().err
+
+
+# -- in bases of the vocabulary ----------------------------------------------------------------------------------------
+
+
+def test_each_matrix_counts_where_its_own_inputs_are() -> None:
+    first, second = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    apart = [torch.diag(torch.tensor([1e4, 0.0])), torch.diag(torch.tensor([0.0, 1e4]))]
+    found = merge_in_bases([first, second], apart, [0.5, 0.5])
+    torch.testing.assert_close(found, torch.tensor([[1.0, 20.0], [3.0, 40.0]]), rtol=0.01, atol=0.05)
+    alike = [torch.eye(2), torch.eye(2)]
+    torch.testing.assert_close(merge_in_bases([first, second], alike, [0.75, 0.25]), 0.75 * first + 0.25 * second)
+
+
+def test_the_least_squares_on_what_the_models_read() -> None:
+    torch.manual_seed(0)
+    matrices, inputs = [torch.randn(3, 4) for _ in range(2)], [torch.randn(4, 50), torch.randn(4, 50) * 3]
+    shares = [0.3, 0.7]
+    found = merge_in_bases(matrices, [x @ x.T for x in inputs], shares)
+
+    def error(matrix: torch.Tensor) -> float:
+        parts = zip(shares, matrices, inputs, strict=True)
+        return sum(share * float(((matrix - own) @ x).pow(2).sum()) for share, own, x in parts)
+
+    plain = shares[0] * matrices[0] + shares[1] * matrices[1]
+    assert error(found) < error(plain)
+    for _ in range(20):
+        assert error(found) < error(found + torch.randn(3, 4) * 0.1)
+
+
+def test_models_are_averaged_in_bases(
+    saved: Callable[..., GMSA], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = saved("first", 0.0), saved("second", 0.08)
+    grams = vocabulary_grams(first.model)
+    stored = stored_parameters(first.model)
+    assert {name for name, parameter in stored.items() if parameter.dim() == 2} == set(grams)
+    assert all(bool((gram.diagonal() > 0).all()) for gram in grams.values())
+    folders = [f"{tmp_path / name}=1" for name in ("first", "second")]
+    run(monkeypatch, tmp_path / "mean", *folders, "--bases")
+    mean = stored_parameters(GMSA.from_pretrained(tmp_path / "mean", dtype=torch.float32).model)
+    name = "decoder.model.layers.2.self_attn.q_proj.weight"
+    both = [stored_parameters(gmsa.model)[name].detach() for gmsa in (first, second)]
+    expected = merge_in_bases(both, [vocabulary_grams(gmsa.model)[name] for gmsa in (first, second)], [0.5, 0.5])
+    torch.testing.assert_close(mean[name].detach(), expected, rtol=1e-3, atol=1e-4)
+    assert float((expected - sum(both) / 2).abs().max()) > 1e-3  # another than the plain mean
+    vector = "compressor.encoder.layers.0.input_layernorm.weight"
+    torch.testing.assert_close(mean[vector], stored[vector] + 0.04)
+    run(monkeypatch, tmp_path / "same", f"{tmp_path / 'first'}=1", "--bases")
+    same = stored_parameters(GMSA.from_pretrained(tmp_path / "same", dtype=torch.float32).model)
+    torch.testing.assert_close(same[name], stored[name], rtol=1e-3, atol=1e-4)

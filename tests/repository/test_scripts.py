@@ -1,16 +1,22 @@
 """Scripts that take hours: what they call is there and understands them."""
 
+import importlib
 import json
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
+from gmsa import GMSA, GmsaConfig, GmsaModel
 from gmsa.cli.main import build_parser
 from gmsa.evaluate.methods import check_methods
+from gmsa.io.backbones import load_backbone
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -51,3 +57,69 @@ def test_what_cannot_be_joined_is_one_line(arguments: tuple[object, ...]) -> Non
     done = join(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+# -- merge_layers.py ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def merge_layers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("merge_layers")
+
+
+def test_a_diffusion_map_parts_what_is_apart(merge_layers: ModuleType) -> None:
+    torch.manual_seed(0)
+    states = torch.cat([torch.randn(20, 8), torch.randn(20, 8) + 6])
+    places = merge_layers.diffusion_map(states)
+    assert places.shape == (40, 2)
+    first, second = places[:20, 0].sign().unique().tolist(), places[20:, 0].sign().unique().tolist()
+    assert sorted(first + second) == [-1, 1]  # each cluster on its own side of the slowest way
+    # Turning the space, as another layer might, leaves the map, up to its direction.
+    turned = merge_layers.diffusion_map(states @ torch.linalg.qr(torch.randn(8, 8)).Q)
+    torch.testing.assert_close(turned.abs(), places.abs())
+
+
+def test_similarity_of_maps(merge_layers: ModuleType) -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(4000, 2), torch.randn(4000, 2)
+    assert merge_layers.similarity(one, one) == pytest.approx(1)
+    assert merge_layers.similarity(one, -one) == pytest.approx(1)  # directions mean nothing
+    assert merge_layers.similarity(one, other) < 0.05
+    assert 0.05 < merge_layers.similarity(one, one + 0.5 * other) < 0.9
+
+
+def test_the_most_similar_neighbours_become_their_weighted_mean(merge_layers: ModuleType) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(1, 1, bias=False) for _ in range(4)]
+    for number, layer in enumerate(layers):
+        torch.nn.init.constant_(layer.weight, 10.0**number)
+    a, b, c = torch.randn(500, 2), torch.randn(500, 2), torch.randn(500, 2)
+    maps = [a, b, b + 0.1 * c, c]  # the second and the third are alike
+    share = merge_layers.similarity(maps[1], maps[2])
+    merged, groups = merge_layers.merge(layers, maps, 3)
+    assert groups == [[0], [1, 2], [3]]
+    assert [float(layer.weight) for layer in merged] == pytest.approx([1, share * 10 + (1 - share) * 100, 1000])
+    assert [float(layer.weight) for layer in layers] == [1, 10, 100, 1000]  # as they were
+    assert merge_layers.merge(layers, maps, 1)[1] == [[0, 1, 2, 3]]
+
+
+def test_a_merged_backbone_encodes(
+    merge_layers: ModuleType, save_backbone: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "merged"
+    texts.write_text("".join(json.dumps({"text": f"{n}. The mill stands by the river."}) + "\n" for n in range(8)))
+    backbone = str(save_backbone("qwen3"))
+    command = [backbone, "2", "-o", str(out), "--texts", str(texts), "--length", "20", "--places", "6"]
+    merge_layers.main(command)
+    parts = capsys.readouterr().out.split()
+    assert len(parts) == 2
+    assert (parts[0][0], parts[-1][-1]) == ("0", "3")
+    encoder, decoder = load_backbone(str(out), dtype=torch.float32), load_backbone(backbone, dtype=torch.float32)
+    config = GmsaConfig(decoder=decoder.pointer, encoder=encoder.pointer, encoder_layers="all")
+    gmsa = GMSA(GmsaModel(config, decoder.model, encoder.model), decoder, encoder)
+    assert len(gmsa.compress("The mill stands.", 4)) == 4
+    for wrong, told in ((command, "exists already"), ([backbone, "5", "-o", f"{out}5", *command[4:]], "has 4 layers")):
+        with pytest.raises(SystemExit, match="2"):
+            merge_layers.main(wrong)
+        assert told in capsys.readouterr().err

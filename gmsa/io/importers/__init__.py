@@ -1,0 +1,1 @@
+"""Checkpoints of other projects become models: one file for each."""
