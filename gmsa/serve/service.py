@@ -35,7 +35,7 @@ from gmsa.serve.chat import split_question
 from gmsa.serve.errors import ApiError
 from gmsa.serve.metrics import Metrics
 from gmsa.serve.scheduler import Decoding, Scheduler
-from gmsa.serve.schemas import ChatRequest, CompletionRequest, Generation, MemoryPart
+from gmsa.serve.schemas import ChatRequest, CompletionRequest, Generation, MemoryPart, ToolMessage
 from gmsa.serve.settings import Settings
 from gmsa.store import MemoryStore, StoredMemory
 from gmsa.text import encode
@@ -292,14 +292,21 @@ class Service:
     def _plan(self, request: ChatRequest) -> list[tuple[str, list[Part]]]:
         """Each message's role and parts, long texts marked."""
         turns: list[tuple[str, list[Part]]] = []
+        after_tool = False
         for message in request.messages:
+            of_tool = isinstance(message, ToolMessage)
             given = message.parts()
-            last = message is request.messages[-1]
+            last = message is request.messages[-1] and not of_tool  # what a tool gave ends with no question
             parts: list[Part] = []
             for number, part in enumerate(given):
                 at_end = last and number == len(given) - 1
                 parts += [part] if isinstance(part, MemoryPart) else self._shorten(part, request, at_end)
-            turns.append((message.turn, parts))
+            # Some templates want turns to alternate: what tools give and the user says after it is one turn.
+            if turns and turns[-1][0] == message.turn and (of_tool or after_tool):
+                turns[-1][1].extend(parts)
+            else:
+                turns.append((message.turn, parts))
+            after_tool = of_tool
         return turns
 
     def _shorten(self, text: str, request: Generation, last: bool) -> list[Part]:
