@@ -272,17 +272,22 @@ class ResponseFormat(BaseModel):
     type: Literal["text"]
 
 
-class ChatRequest(Generation, Unsupported):
-    """Body of /v1/chat/completions."""
+class OpenChatRequest(Generation):
+    """Body of /v1/chat/completions where vLLM writes the answers: all its other fields pass through."""
 
     messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Limit = Field(None, description="the newer name of max_tokens")
-    response_format: ResponseFormat | None = None
 
     @property
     def most_tokens(self) -> int | None:
         """The longest answer asked for."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class ChatRequest(OpenChatRequest, Unsupported):
+    """Body of /v1/chat/completions."""
+
+    response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(Generation):
@@ -326,6 +331,11 @@ class RestoreRequest(BaseModel):
     check: bool = Field(False, description="compress what is restored again and say what is proven; far slower")
 
 
+def event(data: Any) -> str:
+    """One of a stream; in ASCII, as some clients take U+2028 for the end of a line."""
+    return f"data: {json.dumps(data)}\n\n"
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +344,12 @@ class PromptDetails(BaseModel):
 
     soft_tokens: int = Field(description="soft tokens read")
     origin_tokens: int = Field(description="tokens of the texts they stand for")
+    saved_tokens: int = Field(description="tokens that did not have to be read")
+
+    @classmethod
+    def of(cls, soft: int, origin: int) -> "PromptDetails":
+        """So many soft tokens that stand for so many."""
+        return cls(soft_tokens=soft, origin_tokens=origin, saved_tokens=origin - soft)
 
 
 class Usage(BaseModel):
