@@ -11,6 +11,11 @@ error makes the exit code 1.
 
 asks the idle server and, by turns, `GMSA.answer` in this process the same questions about the same memories, one at a
 time and several at once: how much of the engine's speed is left behind HTTP.
+
+    python benchmarks/serving_load.py http://127.0.0.1:8000 --prefix --output docs/results/serving-prefix.json
+
+times the first token of a first and of a second question on memories nobody has asked about: what the server has read
+of a memory is not read again.
 """
 
 import argparse
@@ -25,6 +30,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -206,6 +212,54 @@ async def measure_beside_api(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
+async def first_token(http: httpx.AsyncClient, memory: str, question: str) -> float:
+    """Seconds to the first token of a streamed answer about a memory."""
+    content = [{"type": "memory", "memory_id": memory}, {"type": "text", "text": question}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, "temperature": 0, "stream": True}
+    started, first = time.perf_counter(), 0.0
+    async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if not first and ('"finish_reason": "' in line or ('"content": "' in line and '"content": ""' not in line)):
+                first = time.perf_counter() - started
+    return first
+
+
+async def measure_prefix(options: argparse.Namespace) -> dict[str, object]:
+    """Time to the first token of a second question over that of the first, for users with a memory each, at once."""
+    base = options.text.read_text()
+    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    found: list[dict[str, object]] = []
+    async with httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600) as http:
+
+        async def remember(text: str) -> dict[str, Any]:
+            body = {"text": text, "merge_size": options.merge_size, "label": "load"}
+            return (await http.post("/v1/memories", json=body)).raise_for_status().json()
+
+        tokens = (await remember(base))["origin_tokens"]
+        length = round(len(base) * options.tokens / tokens)
+        text = base * (length // len(base) + 1)
+        for users in options.at_once:
+            rounds = []
+            for turn in range(options.rounds + 1):  # the first one warms up
+                made = [await remember(f"{turn} {users} {user} {text}"[:length]) for user in range(users)]
+                times = []
+                for question in QUESTIONS[:2]:
+                    asked = (first_token(http, memory["id"], question) for memory in made)
+                    times.append(await asyncio.gather(*asked))
+                rounds.append([statistics.median(seconds) for seconds in times])
+            first, second = (statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True))
+            ratio = statistics.median(later / earlier for earlier, later in rounds[1:])
+            row = {"users": users, "first": round(first, 3), "second": round(second, 3), "ratio": round(ratio, 3)}
+            found.append({**row, "origin_tokens": made[0]["origin_tokens"], "soft_tokens": made[0]["soft_tokens"]})
+    return {
+        "merge_size": options.merge_size,
+        "rounds": options.rounds,
+        "seconds_to_first_token": found,
+        "meta": {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
+    }
+
+
 def summary(values: list[float]) -> dict[str, float]:
     """How many, and percentiles."""
     cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
@@ -234,8 +288,19 @@ def main() -> int:
     beside.add_argument("--model", default="default", help="which the server runs, too")
     beside.add_argument("--dtype", help="which the server runs with")
     beside.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8], help="asked at once")
-    beside.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="with --beside-api and --prefix")
+    prefix = parser.add_argument_group("with --prefix")
+    prefix.add_argument("--prefix", action="store_true", help="ask twice about a memory, and time the first tokens")
+    prefix.add_argument("--tokens", type=int, default=4096, help="of the text")
+    prefix.add_argument("--merge-size", type=int, default=8)
+    prefix.add_argument("--at-once", type=int, nargs="+", default=[1, 4], help="users")
     options = parser.parse_args()
+    if options.prefix:
+        found = asyncio.run(measure_prefix(options))
+        write(options.output, found)
+        for row in found["seconds_to_first_token"]:  # type: ignore[attr-defined]
+            print("  ".join(f"{name} {value}" for name, value in row.items()))
+        return 0
     options.new_tokens = options.new_tokens or (64 if options.beside_api else 16)
     if options.beside_api:
         found = asyncio.run(measure_beside_api(options))

@@ -1,4 +1,4 @@
-"""A small server that speaks vLLM's completions API and runs an exported decoder under transformers."""
+"""A small server that speaks vLLM's completions and chat APIs and runs an exported decoder under transformers."""
 
 import base64
 import contextlib
@@ -29,6 +29,8 @@ class FakeVllm(ThreadingHTTPServer):
         self.names = [name]
         self.fault = ""
         self.seen: list[dict[str, Any]] = []
+        self.chats = False  # older servers take no prompt embeddings in chats
+        self.chats_seen: list[dict[str, Any]] = []
         self.gone = threading.Event()  # a client left in the middle
         self.go_on = threading.Event()  # what "holds" waits for
         self._sampling = threading.Lock()
@@ -49,9 +51,30 @@ class FakeVllm(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def embeds_of(self, messages: list[dict[str, Any]]) -> torch.Tensor:
+        """What vLLM reads for a chat: the template's tokens, prompt embeddings in place of what marks them."""
+        given: list[torch.Tensor] = []
+        rendered = []
+        for message in messages:
+            content = message.get("content") or ""
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            texts = []
+            for part in parts:
+                if part["type"] == "prompt_embeds":
+                    given.append(torch.load(io.BytesIO(base64.b64decode(part["data"])), weights_only=True))
+                texts.append(part["text"] if part["type"] == "text" else "<|pad|>")
+            rendered.append({"role": message["role"], "content": "\n".join(texts)})
+        ids = self.tokenizer.apply_chat_template(rendered, add_generation_prompt=True, return_dict=False)
+        table = self.decoder.get_input_embeddings().weight
+        rest = iter(given)
+        return torch.cat([next(rest) if i == self.tokenizer.pad_token_id else table[i : i + 1] for i in ids])
+
     @torch.no_grad()
     def write(self, body: dict[str, Any]) -> list[int]:
-        embeds = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"], validate=True)), weights_only=True)
+        if "messages" in body:
+            embeds = self.embeds_of(body["messages"])
+        else:
+            embeds = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"], validate=True)), weights_only=True)
         with self._sampling:
             torch.manual_seed(body.get("seed", 0))
             new = self.decoder.generate(
@@ -66,7 +89,7 @@ class FakeVllm(ThreadingHTTPServer):
     @property
     def answered(self) -> list[dict[str, Any]]:
         """Requests but for those that only try the server."""
-        return [body for body in self.seen if body["max_tokens"] > 1]
+        return [body for body in [*self.seen, *self.chats_seen] if body["max_tokens"] > 1]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -90,7 +113,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         fault = self.server.fault  # as it was when the request was seen to be there
-        self.server.seen.append(body)
+        if self.path.endswith("/chat/completions"):
+            if not self.server.chats:
+                self.reply(404, {"detail": "Not Found"})
+                return
+            self.server.chats_seen.append(body)
+        else:
+            self.server.seen.append(body)
         if fault == "disabled":
             message = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
             self.reply(400, {"error": {"message": message, "type": "BadRequestError", "code": 400}})
@@ -109,9 +138,13 @@ class Handler(BaseHTTPRequestHandler):
         else:
             tokens = self.server.write(body)
             text = self.server.tokenizer.decode(tokens, skip_special_tokens=True)
+            said: dict[str, Any] = {"text": text}
             usage = {"completion_tokens": len(tokens)}
-            choice = {"index": 0, "text": text, "token_ids": tokens, "finish_reason": self.reason(tokens, body)}
-            self.reply(200, {"choices": [choice], "usage": usage})
+            if "messages" in body:
+                said = {"message": {"role": "assistant", "content": text, "reasoning": "as it likes"}}
+                usage["prompt_tokens"] = len(self.server.embeds_of(body["messages"]))
+            choice = {"index": 0, **said, "token_ids": tokens, "finish_reason": self.reason(tokens, body)}
+            self.reply(200, {"id": "theirs", "model": body["model"], "choices": [choice], "usage": usage})
 
     def reason(self, tokens: list[int], body: dict[str, Any]) -> str:
         return "stop" if tokens[-1] in body["stop_token_ids"] else "length"
@@ -135,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
                 if fault == "marks":
                     text = "\u2028a\x85b"
                 choice = {
-                    "text": text,
+                    **({"index": 0, "delta": {"content": text}} if "messages" in body else {"text": text}),
                     "token_ids": [token],
                     "finish_reason": self.reason(tokens, body) if last else None,
                 }
@@ -149,7 +182,10 @@ class Handler(BaseHTTPRequestHandler):
                     return
                 while fault == "endless":
                     self.event({"choices": [{"text": "x", "finish_reason": None}]})
-            self.event({"choices": [], "usage": {"completion_tokens": len(tokens)}})
+            usage = {"completion_tokens": len(tokens)}
+            if "messages" in body:
+                usage["prompt_tokens"] = len(self.server.embeds_of(body["messages"]))
+            self.event({"choices": [], "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")
         except OSError:
             self.server.gone.set()

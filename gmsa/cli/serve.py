@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from gmsa.cli.common import DTYPES, Add, add_merge_size, count, size
+from gmsa.cli.common import DTYPES, Add, add_merge_size, count, note, size
 from gmsa.cli.store import store_path
 from gmsa.errors import CheckpointError, ConfigError, GmsaError, InputError
 
@@ -27,12 +27,7 @@ def add_commands(add: Add) -> None:
     """Hang the command on the command line."""
     made = add("serve", serve, "Serve a model to OpenAI clients and to a page in the browser.")
     made.add_argument("model", nargs="?", default="default", metavar="MODEL", help="folder or hub id (bundled model)")
-    made.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    made.add_argument("--port", type=port, default=8000, metavar="N", help="0 takes a free one (8000)")
-    key = made.add_mutually_exclusive_group()
-    key.add_argument("--api-key", metavar="KEY", help=f"what clients must send (default: {KEY_VARIABLE}, if set)")
-    key.add_argument("--api-key-file", metavar="FILE", help="the same, from a file")
-    key.add_argument("--anonymous", action="store_true", help="listen to other machines without a key")
+    add_address(made)
     made.add_argument(
         "--decoder",
         type=decoder,
@@ -69,6 +64,20 @@ def add_commands(add: Add) -> None:
     made.add_argument("--dtype", choices=DTYPES, help="of weights and compute")
 
 
+def add_address(command: argparse.ArgumentParser) -> None:
+    """The options that say where to listen, and to whom."""
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    command.add_argument("--port", type=port, default=8000, metavar="N", help="0 takes a free one (8000)")
+    key = command.add_mutually_exclusive_group()
+    key.add_argument("--api-key", metavar="KEY", help=f"what clients must send (default: {KEY_VARIABLE}, if set)")
+    key.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="the same, from a file; or a name and a key a line, each with memories of its own",
+    )
+    key.add_argument("--anonymous", action="store_true", help="listen to other machines without a key")
+
+
 def port(text: str) -> int:
     """A TCP port from the command line."""
     if not text.isdecimal() or int(text) > 65535:
@@ -102,9 +111,12 @@ def serve(options: argparse.Namespace) -> None:
     decoder_key = key_of(options.decoder_api_key, options.decoder_api_key_file, DECODER_KEY_VARIABLE)
     from gmsa.api import GMSA
     from gmsa.io.compressor import CompressorModel
+    from gmsa.serve import tracing
     from gmsa.serve.server import run
     from gmsa.serve.service import Service
 
+    if (line := tracing.set_up()) is not None:
+        note(line)
     gmsa = GMSA.from_pretrained(options.model, dtype=options.dtype)
     if not options.decoder:
         if isinstance(gmsa.model, CompressorModel):
@@ -146,19 +158,13 @@ def settings_of(options: argparse.Namespace) -> "Settings":
     """
     from gmsa.serve.settings import Settings
 
-    key = key_of(options.api_key, options.api_key_file, KEY_VARIABLE)
-    if options.anonymous:
-        key = None
-    elif key is None and not is_loopback(options.host):
-        raise ConfigError(
-            f"{options.host} lets other machines in: set --api-key, --api-key-file or {KEY_VARIABLE}, "
-            "or say --anonymous"
-        )
+    key, file = keys_of(options)
     name = Path(options.model).name or options.model
     return Settings(
         model_names=tuple(dict.fromkeys(options.served_name or [f"gmsa-{name}" if name == "default" else name])),
         store=store_path(options),
         api_key=key,
+        api_key_file=file,
         max_batch=options.max_batch or MAX_BATCH["vllm" if options.decoder else LOCAL],
         **{
             field: getattr(options, field)
@@ -168,6 +174,24 @@ def settings_of(options: argparse.Namespace) -> "Settings":
             )
         },
     )
+
+
+def keys_of(options: argparse.Namespace) -> tuple[str | None, Path | None]:
+    """The key for all, or the file of keys, as the options give them; both are None where everybody may ask.
+
+    Raises:
+        ConfigError: other machines could ask without a key, or the keys cannot be used. InputError: the file cannot.
+    """
+    from gmsa.serve.tenants import Keys
+
+    file = Path(options.api_key_file) if options.api_key_file else None
+    key = None if options.anonymous or file else key_of(options.api_key, None, KEY_VARIABLE)
+    if not (Keys(key, file).needed or options.anonymous or is_loopback(options.host)):
+        raise ConfigError(
+            f"{options.host} lets other machines in: set --api-key, --api-key-file or {KEY_VARIABLE}, "
+            "or say --anonymous"
+        )
+    return key, file
 
 
 def key_of(given: str | None, file: str | None, variable: str) -> str | None:

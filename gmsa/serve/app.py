@@ -2,34 +2,29 @@
 
 import asyncio
 import contextlib
-import json
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator
 from importlib import resources
-from itertools import groupby
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from fastapi import FastAPI, Path, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.types import Receive, Scope, Send
 
 from gmsa import __version__
 from gmsa.decode.checked import CheckedPiece
-from gmsa.serve.errors import ApiError, ClientGoneError, body_of, handle_errors, translate
+from gmsa.serve.answers import ChatForm, CompletionForm, JobStream, answer, proven, while_connected
+from gmsa.serve.errors import ApiError, handle_errors, translate
 from gmsa.serve.guard import Guard
+from gmsa.serve.responses import ResponseForm, ResponseObject, ResponseRequest
+from gmsa.serve.scheduler import Scheduler
 from gmsa.serve.schemas import (
-    AnswerMessage,
-    ChatChoice,
     ChatRequest,
     ChatResponse,
-    CompletionChoice,
     CompletionRequest,
     CompletionResponse,
     DeletedMemory,
     ErrorResponse,
-    Generation,
     Health,
     MadeMemory,
     MemoryId,
@@ -38,15 +33,14 @@ from gmsa.serve.schemas import (
     MemoryRequest,
     ModelList,
     ModelObject,
-    PromptDetails,
+    OpenChatRequest,
     RestoredMemory,
     RestoreRequest,
-    Usage,
+    event,
 )
-from gmsa.serve.service import Job, ReadyPrompt, Service
+from gmsa.serve.service import Service
 from gmsa.store import MemoryStore, StoredMemory
 
-T = TypeVar("T")
 WEB = resources.files("gmsa.serve") / "web"
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -57,6 +51,12 @@ PAGE = {
     "/sample.txt": ("sample.txt", "text/plain"),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
 }
+OFF: Any = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "auto_configure": False,
+}  # it would tell queries
 ERRORS = {
     400: "in good shape, but cannot be served",
     401: "no API key, or a wrong one",
@@ -99,6 +99,7 @@ def create_app(service: Service, hosts: frozenset[str] = frozenset()) -> FastAPI
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        telemetry=OFF,
         generate_unique_id_function=lambda route: route.name,
     )
     handle_errors(app)
@@ -106,8 +107,8 @@ def create_app(service: Service, hosts: frozenset[str] = frozenset()) -> FastAPI
     _add_memory_routes(app, service)
     _add_restoration(app, service)
     _add_system_routes(app, service)
-    app.add_middleware(Guard, settings=service.settings, metrics=service.metrics, hosts=hosts)
-    if service.settings.api_key is not None:
+    app.add_middleware(Guard, settings=service.settings, keys=service.keys, metrics=service.metrics, hosts=hosts)
+    if service.keys.needed:
         _describe_key(app)
     return app
 
@@ -196,20 +197,27 @@ def _describe_key(app: FastAPI) -> None:
 
 
 def _add_answer_routes(app: FastAPI, service: Service) -> None:
+    chat_request = ChatRequest if isinstance(service.scheduler, Scheduler) else OpenChatRequest
+
     @app.post(
         "/v1/chat/completions",
         response_model=ChatResponse,
         responses=documented(400, 404, 422, 429, 503, stream=True),
         tags=["answers"],
     )
-    async def chat(body: ChatRequest, request: Request) -> Response:
+    async def chat(body: chat_request, request: Request) -> Response:  # type: ignore[valid-type]
         """Answer the last message of a chat; memories and long texts stand in it as soft tokens."""
-        form = _ChatForm(_known_model(service, body.model))
+        asked: OpenChatRequest = body
+        model = _known_model(service, asked.model)
+        if not isinstance(service.scheduler, Scheduler):
+            from gmsa.serve import remote_chat  # needs httpx, which not every server has
 
-        async def prompts() -> list[ReadyPrompt]:
-            return [await service.chat_prompt(body)]
-
-        return await _answer(service, request, body, form, prompts)
+            if remote_chat.takes_chats(service):
+                return await remote_chat.relay(service, request, asked, model)
+            asked = remote_chat.closed(await request.json())
+        return await answer(
+            service, request, asked, ChatForm(model, asked.wants_usage), lambda: service.chat_prompts(asked)
+        )
 
     @app.post(
         "/v1/completions",
@@ -219,159 +227,19 @@ def _add_answer_routes(app: FastAPI, service: Service) -> None:
     )
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with a text, without a chat template; memories may be read before it."""
-        form = _CompletionForm(_known_model(service, body.model))
-        return await _answer(service, request, body, form, lambda: service.completion_prompts(body))
+        form = CompletionForm(_known_model(service, body.model), body.wants_usage)
+        return await answer(service, request, body, form, lambda: service.completion_prompts(body))
 
-
-class _ChatForm:
-    """How chats are put into words: OpenAI's chat.completion and its chunks."""
-
-    chunk = "chat.completion.chunk"
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.id = f"chatcmpl-{secrets.token_hex(12)}"
-        self.created = int(time.time())
-
-    def whole(self, texts: list[str], finishes: list[Any], usage: Usage) -> ChatResponse:
-        choices = [
-            ChatChoice(index=i, message=AnswerMessage(content=text), finish_reason=finish)
-            for i, (text, finish) in enumerate(zip(texts, finishes, strict=True))
-        ]
-        return ChatResponse(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
-
-    def opening(self, number: int) -> list[dict[str, Any]]:
-        return [self._choice(number, {"role": "assistant", "content": ""}, None)]
-
-    def part(self, number: int, text: str, finish: str | None) -> list[dict[str, Any]]:
-        said = [self._choice(number, {"content": text}, None)] if text else []
-        return said + ([self._choice(number, {}, finish)] if finish else [])
-
-    @staticmethod
-    def _choice(number: int, delta: dict[str, str], finish: str | None) -> dict[str, Any]:
-        return {"index": number, "delta": delta, "finish_reason": finish, "logprobs": None}
-
-
-class _CompletionForm(_ChatForm):
-    """The same for text_completion."""
-
-    chunk = "text_completion"
-
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
-        self.id = f"cmpl-{secrets.token_hex(12)}"
-
-    def whole(self, texts: list[str], finishes: list[Any], usage: Usage) -> CompletionResponse:  # type: ignore[override]
-        choices = [
-            CompletionChoice(index=i, text=text, finish_reason=finish)
-            for i, (text, finish) in enumerate(zip(texts, finishes, strict=True))
-        ]
-        return CompletionResponse(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
-
-    def opening(self, number: int) -> list[dict[str, Any]]:
-        return []
-
-    def part(self, number: int, text: str, finish: str | None) -> list[dict[str, Any]]:
-        if not text and not finish:
-            return []
-        return [{"index": number, "text": text, "finish_reason": finish, "logprobs": None}]
-
-
-async def _answer(
-    service: Service,
-    request: Request,
-    body: Generation,
-    form: _ChatForm,
-    make_prompts: Callable[[], Awaitable[list[ReadyPrompt]]],
-) -> Response:
-    """Answer a request, at once or as a stream; its place is given back at the end of either."""
-    job = service.admit()
-    streaming = False
-    try:
-        prompts = await _while_connected(request, make_prompts())
-        service.start_answers(job, prompts, body)
-        if body.stream:
-            streaming = True
-            return _JobStream(job, _chunks(job, body, form, prompts))
-        return JSONResponse(await _while_connected(request, _whole(job, form, prompts)))
-    finally:
-        if not streaming:
-            job.close()
-
-
-async def _whole(job: Job, form: _ChatForm, prompts: list[ReadyPrompt]) -> dict[str, Any]:
-    texts: list[list[str]] = [[] for _ in job.rows]
-    finishes: list[Any] = [None] * len(job.rows)
-    async for number, piece in job.pieces():
-        texts[number].append(piece.text)
-        finishes[number] = piece.finish
-    return form.whole(["".join(text) for text in texts], finishes, _usage(job, prompts)).model_dump()
-
-
-async def _chunks(job: Job, body: Generation, form: _ChatForm, prompts: list[ReadyPrompt]) -> AsyncIterator[str]:
-    head = {"id": form.id, "object": form.chunk, "created": form.created, "model": form.model}
-    if body.wants_usage:
-        head["usage"] = None  # type: ignore[assignment]  # as OpenAI does: null in all but the last
-    for number in range(len(job.rows)):
-        for choice in form.opening(number):
-            yield _event({**head, "choices": [choice]})
-    try:
-        async for number, piece in job.pieces():
-            for choice in form.part(number, piece.text, piece.finish):
-                yield _event({**head, "choices": [choice]})
-    except ApiError as error:  # the status is out already
-        yield _event(body_of(error.message, error.status, error.code))
-        return
-    if body.wants_usage:
-        yield _event({**head, "choices": [], "usage": _usage(job, prompts).model_dump()})
-    yield "data: [DONE]\n\n"
-
-
-def _usage(job: Job, prompts: list[ReadyPrompt]) -> Usage:
-    read, written = sum(map(len, prompts)), sum(len(row.tokens) for row in job.rows)
-    details = PromptDetails(
-        soft_tokens=sum(p.soft_tokens for p in prompts), origin_tokens=sum(p.origin_tokens for p in prompts)
+    @app.post(
+        "/v1/responses",
+        response_model=ResponseObject,
+        responses=documented(400, 404, 422, 429, 503, stream=True),
+        tags=["answers"],
     )
-    return Usage(
-        prompt_tokens=read, completion_tokens=written, total_tokens=read + written, prompt_tokens_details=details
-    )
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"  # in ASCII: some clients take U+2028 for the end of a line
-
-
-class _JobStream(StreamingResponse):
-    """A stream of events that closes its job however it ends, also if it never began."""
-
-    def __init__(self, job: Job, content: AsyncIterator[str]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.job.close()
-
-
-async def _while_connected(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives, or ClientGoneError as soon as the client closes its connection; the work is then cancelled."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    doing, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((doing, watching), return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
-        raise ClientGoneError
-    finally:
-        for task in (doing, watching):
-            task.cancel()
-        await asyncio.gather(doing, watching, return_exceptions=True)
+    async def respond(body: ResponseRequest, request: Request) -> Response:
+        """The same as a chat, in OpenAI's newer form, for text. Nothing is kept between requests."""
+        form, chat = ResponseForm(_known_model(service, body.model), body), body.chat()
+        return await answer(service, request, chat, form, lambda: service.chat_prompts(chat))
 
 
 # -- memories ----------------------------------------------------------------------------------------------------------
@@ -397,7 +265,7 @@ def _add_memory_routes(app: FastAPI, service: Service) -> None:
         job = service.admit(answers=False)
         try:
             work = service.remember(body.text, body.merge_size, body.label, body.metadata)
-            entry, _, there = await _while_connected(request, work)
+            entry, _, there = await while_connected(request, work)
         finally:
             job.close()
         spent = time.perf_counter() - job.started
@@ -446,17 +314,17 @@ def _add_restoration(app: FastAPI, service: Service) -> None:
         job = service.admit()
         streaming = False
         try:
-            memory = await _while_connected(request, service.load(id))
+            memory = await while_connected(request, service.load(id))
             pieces = service.checked(job, memory) if body.check else service.restored(job, memory)
             if body.stream:
                 streaming = True
-                return _JobStream(job, _restored_events(pieces))
+                return JobStream(job, _restored_events(pieces))
 
             async def whole() -> dict[str, Any]:
                 said = [piece async for piece in pieces]
-                return _proven(said) if body.check else {"text": "".join(said)}  # type: ignore[arg-type]
+                return proven(said) if body.check else {"text": "".join(said)}  # type: ignore[arg-type]
 
-            found = await _while_connected(request, whole())
+            found = await while_connected(request, whole())
             spent = time.perf_counter() - job.started
             return JSONResponse(RestoredMemory(id=id, seconds=round(spent, 4), **found).model_dump(exclude_none=True))
         finally:
@@ -464,23 +332,10 @@ def _add_restoration(app: FastAPI, service: Service) -> None:
                 job.close()
 
 
-def _proven(pieces: Sequence[CheckedPiece]) -> dict[str, Any]:
-    """A text of checked pieces, and what of it is in doubt."""
-    runs = [
-        (sure, "".join(piece.text for piece in run)) for sure, run in groupby(pieces, lambda piece: piece.confirmed)
-    ]
-    return {
-        "text": "".join(text for _, text in runs),
-        "soft_tokens": len(pieces),
-        "confirmed": sum(piece.confirmed for piece in pieces),
-        "in_doubt": [text for sure, text in runs if not sure],
-    }
-
-
 async def _restored_events(pieces: AsyncIterator[str] | AsyncIterator[CheckedPiece]) -> AsyncIterator[str]:
     try:
         async for piece in pieces:
-            yield _event(piece._asdict() if isinstance(piece, CheckedPiece) else {"text": piece})
+            yield event(piece._asdict() if isinstance(piece, CheckedPiece) else {"text": piece})
     except Exception as error:  # the status is out already
         yield f"data: {bytes(translate(error).body).decode()}\n\n"
         return

@@ -1,7 +1,6 @@
 """What a request must pass before any route sees it: host, key, size. It is also counted here."""
 
 import asyncio
-import hmac
 import ipaddress
 import time
 from urllib.parse import urlsplit
@@ -9,9 +8,10 @@ from urllib.parse import urlsplit
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gmsa.serve import errors
+from gmsa.serve import errors, tracing
 from gmsa.serve.metrics import Metrics
 from gmsa.serve.settings import Settings
+from gmsa.serve.tenants import TENANT, Keys
 
 # Without a key: a health check has none, and the page needs to load before it can ask for one. None tells anything
 # about memories or models.
@@ -31,8 +31,9 @@ HEADERS = [
 class Guard:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, hosts: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: Metrics, hosts: frozenset[str]) -> None:
         self.app = app
+        self.keys = keys
         self.settings = settings
         self.metrics = metrics
         self.hosts = hosts
@@ -60,12 +61,14 @@ class Guard:
                 raise HTTPException(413, self._too_large)
             return message
 
+        named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
-            refusal = self._refusal(scope)
-            if refusal is not None:
-                await refusal(scope, receive, counted)
-                return
-            await self.app(scope, limited, counted)
+            with tracing.request(scope["method"], named) as attributes:
+                try:
+                    await (self._refusal(scope) or self.app)(scope, limited, counted)
+                finally:
+                    attributes["http.route"] = getattr(scope.get("route"), "path", "none")
+                    attributes["http.response.status_code"] = status[0]
         except asyncio.CancelledError:  # the time to drain is over; what has begun to answer is cut off
             if status[0] == errors.CLIENT_GONE:
                 await errors.response(503, "the server is stopping", "unavailable")(scope, receive, counted)
@@ -76,23 +79,21 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
-        if self.settings.api_key is None:
+        if not self.keys.needed:
             # A page of another site could otherwise reach a server on this machine under a name of its own.
             if not self._is_known_host(headers.get("host", b"").decode("latin-1")):
                 return errors.response(421, "this server is not known by that name: see --host and --api-key")
-        elif scope["path"] not in OPEN_PATHS and not self._has_key(headers.get("authorization", b"")):
-            return errors.response(
-                401, "send the API key as 'Authorization: Bearer KEY'; it is missing or wrong", "invalid_api_key"
-            )
+        elif scope["path"] not in OPEN_PATHS:
+            name = self.keys.name(headers.get("authorization", b""))
+            if name is None:
+                return errors.response(
+                    401, "send the API key as 'Authorization: Bearer KEY'; it is missing or wrong", "invalid_api_key"
+                )
+            TENANT.set(name)
         length = headers.get("content-length", b"0")
         if not length.isdigit() or int(length) > self.settings.max_body:
             return errors.response(413, self._too_large, "body_too_large")
         return None
-
-    def _has_key(self, header: bytes) -> bool:
-        scheme, _, given = header.partition(b" ")
-        expected = (self.settings.api_key or "").encode()
-        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), expected)
 
     def _is_known_host(self, host: str) -> bool:
         try:

@@ -29,6 +29,9 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self.saved = Counter(
+            "gmsa_saved_tokens", "Tokens that did not have to be read, as soft tokens stood for them", registry=registry
+        )
         self.compressed = Counter("gmsa_compressed_tokens", "Tokens of texts compressed", registry=registry)
         self.compress_seconds = Counter("gmsa_compress_seconds", "Time spent compressing", registry=registry)
         self.memories = Counter(

@@ -1,6 +1,7 @@
 """A decoder behind vLLM: prompts travel as prompt embeddings, token ids and text come back.
 
-    RemoteDecoder     a server at one URL, started with `--enable-prompt-embeds`
+    RemoteDecoder     a server at one URL, started with `--enable-prompt-embeds`; by its chat route where that takes
+                      memories (vLLM 0.32 does), so that the server's own prefix cache and template are used
     LocalDecoder      a `vllm.LLM` in this process
 
 Both need a `GMSA` for what comes before the decoder; that of a compressor's folder will do. The decoder is the one that
@@ -25,8 +26,10 @@ import torch
 from torch import Tensor
 
 from gmsa.api import GMSA, Content
+from gmsa.decode.prompt import SYSTEM, Turn
 from gmsa.errors import ContextTooLongError, GmsaError, MemoryMismatchError, RemoteDecoderError
 from gmsa.io.export import decoder_fingerprint
+from gmsa.io.memory import Memory
 from gmsa.model.entry import check_enters_at_input
 
 try:
@@ -39,6 +42,7 @@ T = TypeVar("T")
 Finish = Literal["stop", "length"]
 NAMED = re.compile(r"gmsa-([0-9a-f]{16})")  # a served model named after the compressor it belongs to
 STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+PLACEHOLDER = "<prompt_embeds>"  # stands for them in vLLM, which refuses it in texts
 LOOK_TIMEOUT = 60.0  # a busy server is slow to say what it has
 # Shorter than servers keep idle connections, so that none is used that has just been closed.
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
@@ -49,7 +53,9 @@ class PassingError(RemoteDecoderError):
 
 
 class RefusedError(RemoteDecoderError):
-    """A request that is wrong itself."""
+    """A request that is wrong itself; `reason` is what the server says of it."""
+
+    reason = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class RemoteDecoder:
         self.url = base_url(url)
         self._wanted = model
         self.served: tuple[str, int | None] | None = None  # once it has been asked
+        self.chats: bool | None = None  # likewise: whether chat messages may hold memories, and read as they do here
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._client = httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(timeout, connect=5.0), limits=LIMITS)
         self._thread = contextlib.ExitStack()
@@ -153,7 +160,25 @@ class RemoteDecoder:
                 answer = await self._ask("POST", "completions", content=content, timeout=LOOK_TIMEOUT)
                 if not piece_of(answer).token_ids:
                     raise RemoteDecoderError(f"the decoder at {self.url} tells no token ids: use a newer vLLM")
+            if trial or self.chats is None:
+                self.chats = await self._takes_chats()
         return self.served
+
+    async def _takes_chats(self) -> bool:
+        """Whether a chat with a memory is read position for position as the model's own template has it."""
+        if self.gmsa.config.prompt != "chat":
+            return False
+        table = self.gmsa.model.get_input_embeddings().weight[:4]
+        turn = Turn("user", [table, "a"])
+        body = {"messages": self.chat_messages([turn]), "max_tokens": 1, "temperature": 0}
+        content = self.chat_request(body)
+        response = await self._client.post(f"{self.url}/v1/chat/completions", content=content, timeout=LOOK_TIMEOUT)
+        if response.status_code in (429, 503):
+            check_response(response, self.url)
+        if not response.is_success:
+            return False
+        expected = sum(map(len, self.gmsa.template.chat([turn])))
+        return bool(response.json()["usage"]["prompt_tokens"] == expected)
 
     async def _ask(self, method: str, path: str, **options: Any) -> Any:
         response = await self._client.request(method, f"{self.url}/v1/{path}", **options)
@@ -190,9 +215,19 @@ class RemoteDecoder:
             sampling: fields of the server's completions API (temperature, top_p, seed, stop, ...); greedy by default.
         """
         embeds = self.gmsa.prompt_embeddings(question, memories)
+        self._check_room(len(embeds), max_new_tokens)
+        route, content = "completions", b""
+        more = sampling | (STREAM if stream else {})
+        if self.chats:
+            contents: Any = [memories] if isinstance(memories, str | Memory) else memories
+            turn = Turn("user", [*contents, question])
+            fields = {"messages": self.chat_messages([turn]), "max_tokens": max_new_tokens, "return_token_ids": True}
+            route, content = "chat/completions", self.chat_request({**fields, **more})
+        else:
+            content = self.request(embeds, max_new_tokens, more)
         if not stream:
-            return self.complete(embeds, max_new_tokens=max_new_tokens, **sampling).text
-        pieces = self.stream(embeds, max_new_tokens=max_new_tokens, **sampling)
+            return self._whole(content, route).text
+        pieces = self._streamed(content, route)
 
         def texts() -> Iterator[str]:
             with contextlib.closing(pieces):
@@ -202,11 +237,12 @@ class RemoteDecoder:
 
     def complete(self, embeds: Tensor, *, max_new_tokens: int, **sampling: Any) -> RemotePiece:
         """The whole answer to a prompt (T, d), with its token ids where the server tells them (vLLM does)."""
-        content = self.request(embeds, max_new_tokens, sampling)
+        return self._whole(self.request(embeds, max_new_tokens, sampling), "completions")
 
+    def _whole(self, content: bytes, route: str) -> RemotePiece:
         async def ask() -> RemotePiece:
             with talking(self.url):
-                return piece_of(await self._ask("POST", "completions", content=content))
+                return piece_of(await self._ask("POST", route, content=content))
 
         return self.wait_for(ask)
 
@@ -215,10 +251,11 @@ class RemoteDecoder:
 
         The request is sent with the first `next`; closing the iterator ends it.
         """
-        content = self.request(embeds, max_new_tokens, sampling | STREAM)
+        return self._streamed(self.request(embeds, max_new_tokens, sampling | STREAM), "completions")
 
+    def _streamed(self, content: bytes, route: str) -> Generator[RemotePiece]:
         def pieces() -> Generator[RemotePiece]:
-            coming = self.pieces(content)
+            coming = self.pieces(content, route)
             try:
                 while True:
                     yield self.wait_for(coming.__anext__)
@@ -230,11 +267,23 @@ class RemoteDecoder:
 
         return pieces()
 
-    async def pieces(self, content: bytes) -> AsyncGenerator[RemotePiece]:
+    async def pieces(self, content: bytes, route: str = "completions") -> AsyncGenerator[RemotePiece]:
         """The pieces of a streaming answer to a request; closing the generator ends it."""
         finished = False
         with talking(self.url):
-            async with self._client.stream("POST", f"{self.url}/v1/completions", content=content) as response:
+            async with contextlib.aclosing(self.events(content, route)) as events:
+                async for event in events:
+                    if event.get("choices"):
+                        piece = piece_of(event)
+                        finished = finished or piece.finish is not None
+                        yield piece
+        if not finished:
+            raise self._broke_off()
+
+    async def events(self, content: bytes, route: str) -> AsyncGenerator[dict[str, Any]]:
+        """What the server sends of a streaming answer, as it sends it; closing the generator ends it."""
+        with talking(self.url):
+            async with self._client.stream("POST", f"{self.url}/v1/{route}", content=content) as response:
                 if response.is_error:
                     await response.aread()
                 check_response(response, self.url)
@@ -242,23 +291,94 @@ class RemoteDecoder:
                 async for part in response.aiter_bytes():
                     # At line feeds alone: text in an event may hold other marks that end lines for Python.
                     *lines, rest = (rest + part).split(b"\n")
-                    for piece in filter(None, map(read_line, lines)):
-                        finished = finished or piece.finish is not None
-                        yield piece
-        if not finished:
-            raise RemoteDecoderError(f"the decoder at {self.url} broke off in the middle of an answer: ask again")
+                    for event in filter(None, map(read_line, lines)):
+                        yield event
+
+    async def chat_events(self, content: bytes, stream: bool) -> AsyncGenerator[dict[str, Any]]:
+        """What the chat route sends, whole or as it is written."""
+        if not stream:
+            with talking(self.url):
+                yield await self._ask("POST", "chat/completions", content=content)
+            return
+        ended = False
+        async with contextlib.aclosing(self.events(content, "chat/completions")) as events:
+            async for event in events:
+                ended = ended or any(choice.get("finish_reason") for choice in event.get("choices") or ())
+                yield event
+        if not ended:
+            raise self._broke_off()
+
+    def _broke_off(self) -> RemoteDecoderError:
+        return RemoteDecoderError(f"the decoder at {self.url} broke off in the middle of an answer: ask again")
+
+    def chat_messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Turns as vLLM's chat route takes them, the model's own system prompt before them."""
+        said = [{"role": turn.role, "content": chat_content(self.gmsa, turn.parts)} for turn in turns]
+        return [*self.system_messages(turns[0].role), *said]
+
+    def system_messages(self, first_role: str) -> list[dict[str, Any]]:
+        """The model's own system prompt, if a chat that begins with this role gets it."""
+        prompt = self.gmsa.config.system_prompt
+        return [] if prompt is None or first_role in SYSTEM else [{"role": "system", "content": prompt}]
+
+    def chat_request(self, fields: dict[str, Any]) -> bytes:
+        """A request to the chat route; greedy but for what the fields say."""
+        assert self.served is not None
+        fixed = {"model": self.served[0], "temperature": 0, "stop_token_ids": sorted(self.gmsa.ends)}
+        return json.dumps({**fixed, **fields}).encode()
+
+    def _check_room(self, prompt: int, max_new_tokens: int) -> None:
+        limit = self.max_length
+        if limit is not None and prompt + max_new_tokens > limit:
+            raise ContextTooLongError(
+                f"{prompt} prompt positions + {max_new_tokens} new tokens exceed the {limit} that the decoder at "
+                f"{self.url} was started for: use a larger merge size, fewer documents, or fewer new tokens"
+            )
 
     def request(self, embeds: Tensor, max_new_tokens: int, sampling: dict[str, Any]) -> bytes:
         """A request for the answer to a prompt (T, d); greedy but for what `sampling` says."""
-        name, limit = self._model()
-        if limit is not None and len(embeds) + max_new_tokens > limit:
-            raise ContextTooLongError(
-                f"{len(embeds)} prompt positions + {max_new_tokens} new tokens exceed the {limit} that the decoder at "
-                f"{self.url} was started for: use a larger merge size, fewer documents, or fewer new tokens"
-            )
+        self._check_room(len(embeds), max_new_tokens)
+        name = self.model
         body = {"model": name, "prompt_embeds": encode_embeddings(embeds), "max_tokens": max_new_tokens}
         fixed = {"temperature": 0, "stop_token_ids": sorted(self.gmsa.ends), "return_token_ids": True}
         return json.dumps({**body, **fixed, **sampling}).encode()
+
+
+def chat_content(gmsa: GMSA, parts: Sequence[str | Memory | Tensor]) -> str | list[dict[str, Any]]:
+    """The parts of a turn as content of a chat message; memories that follow one another are one.
+
+    vLLM would read what spells a special token in a user's text as one: such a text goes as embeddings of its tokens.
+    """
+    if len(parts) == 1 and isinstance(parts[0], str) and not _spells_special(gmsa, parts[0]):
+        return parts[0]
+    content: list[dict[str, Any]] = []
+    soft: list[Tensor] = []
+
+    def flush() -> None:
+        if soft:
+            (embeds,), _ = gmsa.model.embed([soft])
+            content.append({"type": "prompt_embeds", "data": encode_embeddings(embeds)})
+            soft.clear()
+
+    for part in parts:
+        if not isinstance(part, str):
+            soft.append(part.soft_tokens if isinstance(part, Memory) else part)
+            continue
+        flush()
+        if _spells_special(gmsa, part):
+            soft.append(torch.tensor(gmsa.template.encode(part)))
+            flush()
+        else:
+            content.append({"type": "text", "text": part})
+    flush()
+    return content
+
+
+def _spells_special(gmsa: GMSA, text: str) -> bool:
+    if PLACEHOLDER in text:
+        return True
+    marked = gmsa.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return list(marked) != gmsa.template.encode(text)
 
 
 # -- what a server says ------------------------------------------------------------------------------------------------
@@ -332,26 +452,29 @@ def check_response(response: httpx.Response, url: str) -> None:
         reason = "it is a router that knows no prompt embeddings: put nginx in its place (docs/scale.md)"
     passing = status == 429 or status >= 500
     kind = PassingError if passing else RefusedError if status in (400, 413, 422) else RemoteDecoderError
-    raise kind(f"the decoder at {url} answers {status}: {reason}")
+    error = kind(f"the decoder at {url} answers {status}: {reason}")
+    if isinstance(error, RefusedError):
+        error.reason = reason
+    raise error
 
 
-def read_line(line: bytes) -> RemotePiece | None:
-    """What a line of a stream says of the answer, if anything; raises RemoteDecoderError if the server gave up."""
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """The event in a line of a stream, if there is one; raises RemoteDecoderError if the server gave up."""
     if not line.startswith(b"data:") or (data := line[5:].strip()) == b"[DONE]":
         return None
-    event = json.loads(data)
+    event: dict[str, Any] = json.loads(data)
     if "error" in event:
         raise RemoteDecoderError(f"the decoder gave up: {reason_of(event)}")
-    return piece_of(event) if event.get("choices") else None
+    return event
 
 
 def piece_of(event: dict[str, Any]) -> RemotePiece:
     """An answer, or a piece of one; raises RemoteDecoderError if the server gave up."""
     choice = event["choices"][0]
     tokens = (event.get("usage") or {}).get("completion_tokens") or 0
-    return RemotePiece(
-        choice["text"], tokens, tuple(choice.get("token_ids") or ()), finish_of(choice.get("finish_reason"))
-    )
+    said = choice.get("delta") or choice.get("message") or {}  # of the chat route
+    text = choice["text"] if "text" in choice else said.get("content") or ""
+    return RemotePiece(text, tokens, tuple(choice.get("token_ids") or ()), finish_of(choice.get("finish_reason")))
 
 
 def finish_of(reason: str | None) -> Finish | None:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,45 @@ from gmsa.decode.stream import TextPieces
 from gmsa.errors import GmsaError, RemoteDecoderError
 from gmsa.serve.metrics import Metrics
 from gmsa.serve.remote import NAMED, STREAM, PassingError, RefusedError, RemoteDecoder
+from gmsa.serve.tenants import TENANT
 
 log = logging.getLogger(__name__)
 TRIES = 2  # of a row that has no token yet
 PATIENCE = 5.0  # seconds that a row waits for the server to come back, and that new ones are let in meanwhile
 LOOK_EVERY = 1.0  # seconds between looks at the server
+
+
+@dataclass(eq=False)
+class Relay:
+    """A chat that is handed on to the server's chat route, and what comes back to whoever asked.
+
+    Attributes:
+        content: the request, as the server takes it.
+        stream: whether it asks for a stream.
+        emit: called with each event (the one answer, if it is no stream), with an error, and with None at the end.
+        listens: cleared when nobody does any more.
+        begun: whether something was emitted.
+    """
+
+    content: bytes
+    stream: bool
+    emit: Callable[[dict[str, Any] | Exception | None], None]
+    listens: bool = True
+    begun: bool = False
+
+    async def write(self, remote: RemoteDecoder) -> None:
+        """Ask, and hand on what is answered."""
+        async with contextlib.aclosing(remote.chat_events(self.content, self.stream)) as events:
+            async for event in events:
+                self.begun = True
+                self.emit(event)
+        self.end(None)
+
+    def end(self, error: Exception | None) -> None:
+        """Say how it ended, once."""
+        if self.listens:
+            self.listens = False
+            self.emit(error)
 
 
 class RemoteScheduler:
@@ -42,7 +77,7 @@ class RemoteScheduler:
         self.on_step: Callable[[int, int], None] = self.metrics.on_step
         self._tokenizer = copy.deepcopy(remote.gmsa.tokenizer)  # for this thread alone
         self._encoding = ThreadPoolExecutor(1, "gmsa-encode")
-        self._tasks: dict[Row, Future[None]] = {}
+        self._tasks: dict[Row | Relay, Future[None]] = {}
         self._watching: Future[None] | None = None
         self._places = asyncio.Semaphore(max_batch)
         self._begun = self._sent = 0  # rows; both are touched in the decoder's thread alone
@@ -78,7 +113,7 @@ class RemoteScheduler:
         rows = list(self._tasks)
         self.remote.close()
         for row in rows:
-            row.say(Piece("", len(row.tokens), finish="error"))
+            _fail(row, RemoteDecoderError("the server is stopping"))
         self._encoding.shutdown(cancel_futures=True)
 
     @property
@@ -98,17 +133,18 @@ class RemoteScheduler:
         limits = (positions, self.remote.served[1] if self.remote.served else None)
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def submit(self, row: Row) -> None:
-        """Queue a row."""
-        row.pieces = TextPieces(self._tokenizer, row.stops)
+    def submit(self, row: Row | Relay) -> None:
+        """Queue a row, or a chat to be handed on."""
+        if isinstance(row, Row):
+            row.pieces = TextPieces(self._tokenizer, row.stops)
         try:
-            task = self._tasks[row] = self.remote.portal.start_task_soon(self._answer, row)
-        except RuntimeError:  # it has ended
-            row.say(Piece("", 0, finish="error"))
+            task = self._tasks[row] = self.remote.portal.start_task_soon(self._answer, row, TENANT.get())
+        except RuntimeError as error:  # it has ended
+            _fail(row, error)
         else:
             task.add_done_callback(lambda _: self._tasks.pop(row, None))
 
-    def cancel(self, row: Row) -> None:
+    def cancel(self, row: Row | Relay) -> None:
         """Give up a row; its request is dropped. One that has ended keeps its connection, to be used again."""
         listened, row.listens = row.listens, False
         task = self._tasks.get(row)
@@ -122,44 +158,50 @@ class RemoteScheduler:
         self._sent += sent
         self.on_step(self._sent, self._begun - self._sent)
 
-    async def _answer(self, row: Row) -> None:
+    async def _answer(self, row: Row | Relay, tenant: str) -> None:
         self._count(begun=1)
+        failed: Exception = RemoteDecoderError("it was given up")
         try:
             async with self._places:
                 self._count(sent=1)
                 try:
-                    await self._try(row)
+                    await self._try(row, tenant)
                 finally:
                     self._count(sent=-1)
         except GmsaError as error:
-            log.error("an answer was given up: %s", error)
-        except Exception:
+            failed = error
+            if not (isinstance(row, Relay) and isinstance(error, RefusedError)):  # who asked is told
+                log.error("an answer was given up: %s", error)
+        except Exception as error:
+            failed = error
             log.exception("an answer was given up")
         finally:
             self._count(begun=-1)
-            row.say(Piece("", len(row.tokens), finish="error"))  # nothing where it has ended
+            _fail(row, failed)  # nothing where it has ended
 
-    async def _try(self, row: Row) -> None:
+    async def _try(self, row: Row | Relay, tenant: str) -> None:
         for tries_left in reversed(range(TRIES)):
             try:
                 await asyncio.wait_for(self._up.wait(), PATIENCE)
             except TimeoutError:
                 raise PassingError("no decoder can be reached") from None
             try:
-                return await self._write(row)
+                return await (row.write(self.remote) if isinstance(row, Relay) else self._write(row, tenant))
             except RemoteDecoderError as error:
                 if not row.listens:  # it was all there, or nobody is
                     return None
                 if not isinstance(error, RefusedError):
                     self._note(error)
-                if isinstance(error, RefusedError) or row.last >= 0 or not tries_left:
+                begun = row.begun if isinstance(row, Relay) else row.last >= 0
+                if isinstance(error, RefusedError) or begun or not tries_left:
                     raise
 
-    async def _write(self, row: Row) -> None:
+    async def _write(self, row: Row, tenant: str) -> None:
         @torch.no_grad()
         def request() -> bytes:
             (embeds,), _ = self.remote.gmsa.model.embed([row.prompt])
-            return self.remote.request(embeds, row.max_new_tokens, sampling_fields(row.sampling) | STREAM)
+            fields = sampling_fields(row.sampling) | salt(tenant) | STREAM
+            return self.remote.request(embeds, row.max_new_tokens, fields)
 
         content = await asyncio.get_running_loop().run_in_executor(self._encoding, request)
         async with contextlib.aclosing(self.remote.pieces(content)) as pieces:
@@ -203,6 +245,18 @@ class RemoteScheduler:
         if reason != self._reason and not (was_up and error is None):
             log.warning(reason)
         self._reason = reason
+
+
+def salt(tenant: str) -> dict[str, str]:
+    """What keeps the prefixes read for one name from being found, and timed, by another."""
+    return {"cache_salt": tenant} if tenant else {}
+
+
+def _fail(row: Row | Relay, error: Exception) -> None:
+    if isinstance(row, Relay):
+        row.end(error)
+    else:
+        row.say(Piece("", len(row.tokens), finish="error"))
 
 
 def sampling_fields(sampling: Sampling) -> dict[str, Any]:

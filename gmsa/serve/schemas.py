@@ -5,9 +5,20 @@ Fields not listed here are ignored, as OpenAI's clients send many, except those 
 (`Unsupported`). What clients send and mean nothing by is taken: no limit as -1, no stop as "", no content as null.
 """
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 from gmsa.text import HALF_SURROGATE
 
@@ -82,39 +93,78 @@ class MemoryPart(BaseModel):
 Part = Annotated[TextPart | MemoryPart, Field(discriminator="type")]
 
 
+class RefusalPart(BaseModel):
+    """What a model said instead of an answer."""
+
+    model_config = STRICT
+    type: Literal["refusal"]
+    refusal: AnyText
+
+    @property
+    def text(self) -> str:
+        """It is text like any other."""
+        return self.refusal
+
+
 class CalledFunction(BaseModel):
     """What an earlier answer called, and with what."""
 
     model_config = STRICT
     name: AnyText
-    arguments: AnyText = ""
+    arguments: AnyText | dict[str, Any] | None = ""
+    input: AnyText = Field("", description="of a custom tool")
+
+    def __str__(self) -> str:
+        given = self.input or self.arguments or ""
+        return f"{self.name}({given if isinstance(given, str) else json.dumps(given)})"
 
 
 class ToolCall(BaseModel):
     """A call of a tool in a chat's history."""
 
     model_config = STRICT
-    function: CalledFunction
+    function: CalledFunction | None = None
+    custom: CalledFunction | None = None
 
-
-Content = AnyText | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
+    def __str__(self) -> str:
+        return str(self.function or self.custom or "")
 
 
 class Message(BaseModel):
     """One turn of a chat."""
 
     model_config = STRICT
-    role: Literal["system", "developer", "user", "tool", "function"]
-    content: Content
+    role: Literal["system", "developer", "user"]
+    content: AnyText | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
 
     @property
     def turn(self) -> str:
-        """Whose turn it is for the model: what a tool said is given by the user."""
-        return "user" if self.role in ("tool", "function") else self.role
+        """Whose turn it is."""
+        return self.role
 
     def parts(self) -> list[str | MemoryPart]:
         """Texts and memories in order."""
         return _parts(self.content)
+
+
+class ToolMessage(BaseModel):
+    """What a tool gave; for the model, the user says it."""
+
+    model_config = STRICT
+    role: Literal["tool", "function"]
+    content: AnyText | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
+
+    @property
+    def turn(self) -> str:
+        """Whose turn it is."""
+        return "user"
+
+    def parts(self) -> list[str | MemoryPart]:
+        """Texts and memories in order; an empty text where there is nothing."""
+        return _parts(self.content) or [""]
+
+
+SaidPart = Annotated[TextPart | MemoryPart | RefusalPart, Field(discriminator="type")]
 
 
 class AssistantMessage(BaseModel):
@@ -122,8 +172,10 @@ class AssistantMessage(BaseModel):
 
     model_config = STRICT
     role: Literal["assistant"]
-    content: Content | None = None
+    content: AnyText | Annotated[list[SaidPart], Field(max_length=MAX_PARTS)] | None = None
+    refusal: AnyText | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = Field(None, description="read as text")
+    function_call: CalledFunction | None = Field(None, description="the older form of tool_calls")
 
     @property
     def turn(self) -> str:
@@ -132,16 +184,18 @@ class AssistantMessage(BaseModel):
 
     def parts(self) -> list[str | MemoryPart]:
         """Texts and memories in order, and calls of tools as text; an empty text where there is nothing."""
-        calls = [f"{call.function.name}({call.function.arguments})" for call in self.tool_calls or ()]
-        said = _parts(self.content) if self.content else []
-        return [*said, *calls] or [""]
+        calls = [*(self.tool_calls or ()), *([self.function_call] if self.function_call else [])]
+        said = [*_parts(self.content), *([self.refusal] if self.refusal else []), *map(str, calls)]
+        return [part for part in said if part] or [""]
 
 
-def _parts(content: str | list[TextPart | MemoryPart]) -> list[str | MemoryPart]:
-    return [content] if isinstance(content, str) else [p if isinstance(p, MemoryPart) else p.text for p in content]
+def _parts(content: str | Sequence[TextPart | MemoryPart | RefusalPart] | None) -> list[str | MemoryPart]:
+    if content is None or isinstance(content, str):
+        return [content] if content is not None else []
+    return [part if isinstance(part, MemoryPart) else part.text for part in content]
 
 
-AnyMessage = Annotated[Message | AssistantMessage, Field(discriminator="role")]
+AnyMessage = Annotated[Message | ToolMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class StreamOptions(BaseModel):
@@ -189,12 +243,24 @@ class Generation(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+def _no_tools(tools: list[Any], info: ValidationInfo) -> list[Any]:
+    """Tools may stand beside a choice of none, as agents send them with the last question."""
+    if tools and "none" not in (info.data.get("tool_choice"), info.data.get("function_call")):
+        raise ValueError('this model calls no tools: leave them out, or send "tool_choice": "none"')
+    return tools
+
+
+Tools = Annotated[list[Any], AfterValidator(_no_tools), WithJsonSchema({"type": "array", "maxItems": 0})]
+
+
 class Unsupported(BaseModel):
     """Options that change an answer and are not to be had here; anything but their neutral values is refused."""
 
     model_config = STRICT
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Any = None  # before the tools, which are looked at with it
+    function_call: Any = None
+    tools: Tools | None = None
+    functions: Tools | None = None
     logprobs: Off | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
@@ -206,17 +272,22 @@ class ResponseFormat(BaseModel):
     type: Literal["text"]
 
 
-class ChatRequest(Generation, Unsupported):
-    """Body of /v1/chat/completions."""
+class OpenChatRequest(Generation):
+    """Body of /v1/chat/completions where vLLM writes the answers: all its other fields pass through."""
 
     messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Limit = Field(None, description="the newer name of max_tokens")
-    response_format: ResponseFormat | None = None
 
     @property
     def most_tokens(self) -> int | None:
         """The longest answer asked for."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class ChatRequest(OpenChatRequest, Unsupported):
+    """Body of /v1/chat/completions."""
+
+    response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(Generation):
@@ -260,6 +331,11 @@ class RestoreRequest(BaseModel):
     check: bool = Field(False, description="compress what is restored again and say what is proven; far slower")
 
 
+def event(data: Any) -> str:
+    """One of a stream; in ASCII, as some clients take U+2028 for the end of a line."""
+    return f"data: {json.dumps(data)}\n\n"
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +344,12 @@ class PromptDetails(BaseModel):
 
     soft_tokens: int = Field(description="soft tokens read")
     origin_tokens: int = Field(description="tokens of the texts they stand for")
+    saved_tokens: int = Field(description="tokens that did not have to be read")
+
+    @classmethod
+    def of(cls, soft: int, origin: int) -> "PromptDetails":
+        """So many soft tokens that stand for so many."""
+        return cls(soft_tokens=soft, origin_tokens=origin, saved_tokens=origin - soft)
 
 
 class Usage(BaseModel):

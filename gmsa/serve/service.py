@@ -9,6 +9,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import contextvars
 import copy
 import os
 import random
@@ -31,12 +32,14 @@ from gmsa.decode.sampler import Sampling
 from gmsa.decode.stream import TextPieces
 from gmsa.errors import ContextTooLongError, InputError, MemoryFileError
 from gmsa.io.memory import Memory
+from gmsa.serve import tracing
 from gmsa.serve.chat import split_question
 from gmsa.serve.errors import ApiError
 from gmsa.serve.metrics import Metrics
 from gmsa.serve.scheduler import Decoding, Scheduler
-from gmsa.serve.schemas import ChatRequest, CompletionRequest, Generation, MemoryPart
+from gmsa.serve.schemas import CompletionRequest, Generation, MemoryPart, OpenChatRequest, ToolMessage
 from gmsa.serve.settings import Settings
+from gmsa.serve.tenants import TENANT, Keys, Stores
 from gmsa.store import MemoryStore, StoredMemory
 from gmsa.text import encode
 
@@ -86,12 +89,15 @@ class Job:
         self.service = service
         self.started = time.perf_counter()
         self.rows: list[Row] = []
+        self._prefilled: set[int] = set()
+        self._spans: list[int] = []  # when each row's prefill, then its decoding began
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._left = 0
         self._first = True
         self.closed = False
         self.checks = False
+        self.relay: Any = None
 
     def submit(self, prompt: ReadyPrompt, max_new_tokens: int, sampling: Sampling, stops: tuple[str, ...] = ()) -> None:
         """Queue one more answer; they are numbered in the order they were submitted."""
@@ -101,10 +107,16 @@ class Job:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
                 self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
 
+        self._spans.append(tracing.now())
         row = Row(prompt.pieces, max_new_tokens, emit, sampling, stops, shares=prompt.shares, key=prompt.key)
         self.rows.append(row)
         self._left += 1
         self.service.scheduler.submit(row)
+
+    def submit_relay(self, relay: Any) -> None:
+        """Queue a chat that is answered elsewhere (remote_chat.py)."""
+        self.relay = relay
+        self.service.scheduler.submit(relay)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Numbers of answers and what is new of them, until all have ended.
@@ -118,10 +130,19 @@ class Job:
             if piece.finish == "error":
                 raise given_up()
             self.note_first()
+            self._trace(number, piece)
             if piece.finish is not None:
                 self._left -= 1
                 metrics.tokens.labels("generated").inc(piece.tokens)
             yield number, piece
+
+    def _trace(self, number: int, piece: Piece) -> None:
+        if number not in self._prefilled:
+            self._prefilled.add(number)
+            read = sum(map(len, self.rows[number].prompt))
+            self._spans[number] = tracing.past("prefill", self._spans[number], prompt_tokens=read)
+        if piece.finish is not None:
+            tracing.past("decode", self._spans[number], new_tokens=piece.tokens, finish=piece.finish)
 
     def note_first(self) -> None:
         """There is something to show; only the first time counts."""
@@ -133,7 +154,7 @@ class Job:
         """Give up what is still running, and the place."""
         if not self.closed:
             self.closed = True
-            for row in self.rows:
+            for row in [*self.rows, *([self.relay] if self.relay else [])]:
                 self.service.scheduler.cancel(row)
             self.service.metrics.open.dec()
             self.service.open -= 1
@@ -159,7 +180,8 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.open = 0
-        self.store = MemoryStore(settings.store, max_bytes=settings.max_store)
+        self.keys = Keys(settings.api_key, settings.api_key_file)
+        self.stores = Stores(settings.store, settings.max_store)
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(gmsa.tokenizer)
         self.counter: PreTrainedTokenizerBase = copy.deepcopy(gmsa.encoder_tokenizer)
         self.restorer: PreTrainedTokenizerBase = copy.deepcopy(gmsa.tokenizer)  # the event loop's
@@ -171,6 +193,11 @@ class Service:
         self._checker = gmsa.share_weights() if decoding is None else None  # for that thread alone
         self.checks = 0
         self._stopping = False
+
+    @property
+    def store(self) -> MemoryStore:
+        """The memories of whoever asks."""
+        return self.stores.current()
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -188,7 +215,7 @@ class Service:
         for pool in (self.prompting, self.compressing, self.checking):
             pool.shutdown(cancel_futures=True)
         self.scheduler.stop()
-        self.store.close()
+        self.stores.close()
 
     def admit(self, answers: bool = True) -> Job:
         """A place for one request.
@@ -221,7 +248,8 @@ class Service:
         """
         size = merge_size or self.settings.merge_size
         # Looked up first, so that a text that is there does not wait behind one that is being compressed.
-        held = await self._prompting(lambda: self.store.find(text, self.gmsa.fingerprint, size))
+        with tracing.span("store", operation="find"):
+            held = await self._prompting(lambda: self.store.find(text, self.gmsa.fingerprint, size))
         pool = self.prompting if held is not None else self.compressing
         entry, memory, there = await self._in(pool, lambda: self._get_or_compress(text, size, label, metadata, held))
         self.metrics.memories.labels("found" if there else "made").inc()
@@ -241,32 +269,44 @@ class Service:
                 f"the text has more than {self.settings.max_context_tokens} tokens, the most this server compresses",
                 "text_too_long",
             )
-        started = time.perf_counter()
+        started, begun = time.perf_counter(), tracing.now()
         made = self.store.get_or_compress(self.gmsa, text, size, label=label, metadata=metadata)
-        if not made[2]:
+        if made[2]:
+            tracing.past("store", begun, operation="load")
+        else:
+            sizes = {name: getattr(made[0], name) for name in ("merge_size", "origin_tokens", "soft_tokens")}
+            tracing.past("compress", begun, **sizes)
             self.metrics.compressed.inc(made[0].origin_tokens)
             self.metrics.compress_seconds.inc(time.perf_counter() - started)
         return made
 
     async def load(self, id: str) -> Memory:
         """A stored memory that this model can read."""
-        return await self._prompting(lambda: self.store.load(id, self.gmsa.fingerprint))
+        with tracing.span("store", operation="load"):
+            return await self._prompting(lambda: self.store.load(id, self.gmsa.fingerprint))
 
     async def call_store(self, work: Callable[[MemoryStore], T]) -> T:
         """Do something with the store."""
-        return await self._prompting(lambda: work(self.store))
+        with tracing.span("store", operation="call"):
+            return await self._prompting(lambda: work(self.store))
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    async def chat_prompt(self, request: ChatRequest) -> ReadyPrompt:
+    async def chat_prompts(self, request: OpenChatRequest) -> list[ReadyPrompt]:
         """What the decoder reads for a chat; long texts are compressed, memories looked up."""
+        turns = await self.chat_turns(request)
+
+        def prompt() -> ReadyPrompt:
+            for part in (part for turn in turns for part in turn.parts if isinstance(part, str)):
+                self._check_fits(part)
+            return self._prompt(self.template.chat(join_tools(turns, request)))
+
+        return [await self._prompting(prompt)]
+
+    async def chat_turns(self, request: OpenChatRequest) -> list[Turn]:
+        """Each message as a turn; long texts are compressed, memories looked up."""
         plan = await self._prompting(lambda: self._plan(request))
-        turns = [Turn(role, [await self._resolve(part, request) for part in parts]) for role, parts in plan]
-        for turn in turns:
-            for part in turn.parts:
-                if isinstance(part, str):
-                    await self._prompting(lambda text=part: self._check_fits(text))  # type: ignore[misc]
-        return await self._prompting(lambda: self._prompt(self.template.chat(turns)))
+        return [Turn(role, [await self._resolve(part, request) for part in parts]) for role, parts in plan]
 
     async def completion_prompts(self, request: CompletionRequest) -> list[ReadyPrompt]:
         """What the decoder reads for each prompt of a completion request: memories, then text to go on with."""
@@ -289,12 +329,13 @@ class Service:
             for window in self.gmsa.windows(memory)
         ]
 
-    def _plan(self, request: ChatRequest) -> list[tuple[str, list[Part]]]:
+    def _plan(self, request: OpenChatRequest) -> list[tuple[str, list[Part]]]:
         """Each message's role and parts, long texts marked."""
         turns: list[tuple[str, list[Part]]] = []
         for message in request.messages:
             given = message.parts()
-            last = message is request.messages[-1]
+            # What a tool gave ends with no question.
+            last = message is request.messages[-1] and not isinstance(message, ToolMessage)
             parts: list[Part] = []
             for number, part in enumerate(given):
                 at_end = last and number == len(given) - 1
@@ -377,12 +418,13 @@ class Service:
             raise InputError("the prompt is empty")
         last = max((number for number, piece in enumerate(pieces) if isinstance(piece, Memory)), default=-1)
         begin = pieces[: last + 1]
+        read = tuple(p.digest if isinstance(p, Memory) else tuple(p.tolist()) for p in begin)
         return ReadyPrompt(
             tuple(piece.soft_tokens if isinstance(piece, Memory) else piece for piece in pieces),
             sum(map(len, memories)),
             sum(memory.origin_tokens for memory in memories),
             sum(map(len, begin)),
-            tuple(p.digest if isinstance(p, Memory) else tuple(p.tolist()) for p in begin) or None,
+            (TENANT.get(), *read) if read else None,  # what was read for one name is not found by another
         )
 
     # -- answers ---------------------------------------------------------------------------------------------------
@@ -397,11 +439,15 @@ class Service:
             raise InputError(f"at most {MAX_ANSWERS} answers per request: send fewer prompts or a smaller n")
         longest = [self._room(prompt, request.most_tokens) for prompt in prompts]
         for prompt, tokens in zip(prompts, longest, strict=True):
-            self.metrics.tokens.labels("text").inc(len(prompt) - prompt.soft_tokens)
-            self.metrics.tokens.labels("soft").inc(prompt.soft_tokens)
-            self.metrics.tokens.labels("origin").inc(prompt.origin_tokens)
+            self.note_read(len(prompt), prompt.soft_tokens, prompt.origin_tokens)
             for number in range(request.n or 1):
                 job.submit(prompt, tokens, sampling_of(request, number), request.stops())
+
+    def note_read(self, tokens: int, soft: int, origin: int) -> None:
+        """Count what a prompt is made of, and what its soft tokens save."""
+        for kind, number in (("text", tokens - soft), ("soft", soft), ("origin", origin)):
+            self.metrics.tokens.labels(kind).inc(max(number, 0))
+        self.metrics.saved.inc(max(origin - soft, 0))
 
     def _room(self, prompt: ReadyPrompt, asked: int | None) -> int:
         """How many new tokens an answer may have."""
@@ -409,6 +455,22 @@ class Service:
         if room < (asked or 1):
             raise self._too_long(str(len(prompt)), asked or 1)
         return asked or min(room, self.settings.max_new_tokens)
+
+    def check_turns_fit(self, turns: Sequence[Turn], new: int) -> None:
+        """The same for a chat that a template elsewhere is put around.
+
+        Raises:
+            ContextTooLongError: already without it, they and an answer of `new` tokens do not fit.
+        """
+        read = 0
+        for part in (part for turn in turns for part in turn.parts):
+            if isinstance(part, Memory):
+                read += len(part)
+            else:
+                self._check_fits(part)
+                read += count(self.tokenizer, part)
+        if read + new > self.max_prompt_tokens:
+            raise self._too_long(str(read), new)
 
     def _too_long(self, tokens: str, new: int) -> ContextTooLongError:
         return ContextTooLongError(
@@ -501,11 +563,29 @@ class Service:
 
     # -- threads ---------------------------------------------------------------------------------------------------
 
+    async def call_prompting(self, work: Callable[[], T]) -> T:
+        """Do something with tokenizers or embeddings."""
+        return await self._prompting(work)
+
     async def _prompting(self, work: Callable[[], T]) -> T:
         return await self._in(self.prompting, work)
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
+        return await asyncio.get_running_loop().run_in_executor(pool, contextvars.copy_context().run, work)
+
+
+def join_tools(turns: Sequence[Turn], request: OpenChatRequest) -> list[Turn]:
+    """What tools give and the user says after it as one turn, since some templates want turns to alternate."""
+    joined: list[Turn] = []
+    after_tool = False
+    for turn, message in zip(turns, request.messages, strict=True):
+        of_tool = isinstance(message, ToolMessage)
+        if joined and joined[-1].role == turn.role and (of_tool or after_tool):
+            joined[-1] = Turn(turn.role, [*joined[-1].parts, *turn.parts])
+        else:
+            joined.append(turn)
+        after_tool = of_tool
+    return joined
 
 
 def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Decoding:

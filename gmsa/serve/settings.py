@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gmsa.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -14,6 +12,7 @@ class Settings:
         model_names: what the model is called in requests; the first is the one reported.
         store: file of the memory store.
         api_key: what clients must send; None: everybody may do everything.
+        api_key_file: of keys in its place, one for each name (tenants.py).
         merge_size: of texts, where a request names none.
         auto_compress: compress texts of more tokens than this; 0: none.
         max_context_tokens: of one text to be compressed.
@@ -31,6 +30,7 @@ class Settings:
     model_names: tuple[str, ...] = ("gmsa",)
     store: Path = field(default_factory=lambda: Path("memories.sqlite"))
     api_key: str | None = None
+    api_key_file: Path | None = None
     merge_size: int = 4
     auto_compress: int = 0
     max_context_tokens: int = 131_072
@@ -43,8 +43,3 @@ class Settings:
     prefix_cache: int = 2**28
     accept_soft_tokens: bool = False
     drain_seconds: int = 30
-
-    def __post_init__(self) -> None:
-        key = self.api_key
-        if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
-            raise ConfigError("the API key must be printable ASCII without spaces around it, and not empty")

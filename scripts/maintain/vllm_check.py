@@ -3,9 +3,12 @@
     make vllm-check        sets up an environment with vLLM, runs this in it, writes docs/results/vllm.json
 
 Three ways to the same greedy tokens, in fp32: the exported decoder under transformers (the reference), a vLLM server
-asked by `RemoteDecoder`, and vLLM in this process by `LocalDecoder`. Answers of `GMSA.answer` must have the same text.
-And `gmsa serve --decoder vllm:URL`, which has the compressor alone, must say through OpenAI's client what `gmsa serve`
-says: texts, why they end, and usage.
+asked by `RemoteDecoder` (by its completions and by its chat route), and vLLM in this process by `LocalDecoder`. Answers
+of `GMSA.answer` must have the same text. And `gmsa serve --decoder vllm:URL`, which has the compressor alone, must say
+through OpenAI's client what `gmsa serve` says: texts, why they end, and what was read.
+
+A further question about a memory must be found in vLLM's prefix cache, by vLLM's own counter; how long its first token
+takes is measured against the first question's.
 
     python scripts/maintain/vllm_check.py --checks front --server http://127.0.0.1:8000    one check, against a server
 """
@@ -49,10 +52,13 @@ QUESTIONS = (
     "Continue the text.",
     "这段文字说了什么？ 🎉",
 )
-CHECKS = ("server", "in-process", "front")
+CHECKS = ("server", "prefix", "in-process", "front")
 LENGTHS = (60, 200, 700, 1800)  # characters
 MERGE_SIZES = (1, 2, 4, 8, 16)
-MAX_LENGTH = 2048
+MAX_LENGTH = 4096
+CONTEXTS = (2048, 8000)  # tokens of the texts behind the memories that the prefix cache is asked about
+PREFIX_SIZE = 4  # their merge size
+PREFIX_ROUNDS = 3
 
 
 @dataclass
@@ -126,6 +132,7 @@ def server(folder: Path, name: str, key: str) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--enable-prompt-embeds", "--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--enforce-eager"]
+    command += ["--enable-prefix-caching"]
     with process(command, f"http://127.0.0.1:{port}", {"VLLM_API_KEY": key}) as url:
         yield url
 
@@ -183,7 +190,8 @@ def ask(url: str, count: int, new_tokens: int) -> list[dict[str, Any]]:
         }
         said = client.chat.completions.create(**fields)
         (choice,) = said.choices
-        found = {"text": choice.message.content, "finish": choice.finish_reason, "usage": said.usage.model_dump()}
+        read = {"prompt_tokens": said.usage.prompt_tokens, "details": said.usage.prompt_tokens_details.soft_tokens}
+        found = {"text": choice.message.content, "finish": choice.finish_reason, "read": read}
         if number % 4 == 0:
             stream = client.chat.completions.create(**fields, stream=True)
             found["stream"] = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
@@ -196,6 +204,46 @@ def ask(url: str, count: int, new_tokens: int) -> list[dict[str, Any]]:
     ]
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(lambda case: answer(*case), cases))
+
+
+def check_prefix(gmsa: GMSA, url: str, key: str) -> dict[str, Any]:
+    """How much of a second question on a memory vLLM had read before, and how long its first token takes."""
+    text = "\n\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+    ids = gmsa.encoder_tokenizer(text, add_special_tokens=False)["input_ids"]
+    first, second = "What is this text about?", "Which numbers and dates are named?"
+
+    def hits() -> float:
+        said = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
+        found = [line for line in said.splitlines() if line.startswith("vllm:prefix_cache_hits_total")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+    found: dict[str, Any] = {}
+    with RemoteDecoder(gmsa, url, api_key=key) as remote:
+
+        def first_token(question: str, memory: Memory) -> float:
+            started = time.perf_counter()
+            answer = remote.answer(question, memory, max_new_tokens=2, stream=True)
+            next(answer)
+            spent = time.perf_counter() - started
+            list(answer)
+            return spent
+
+        first_token(first, gmsa.compress("A text to warm up with.", PREFIX_SIZE))
+        found["by"] = "chat" if remote.chats else "completions"
+        for length in CONTEXTS:
+            rounds = []
+            for number in range(PREFIX_ROUNDS):
+                start = number * 997 % max(1, len(ids) - length)
+                memory = gmsa.compress(gmsa.tokenizer.decode(ids[start : start + length]), PREFIX_SIZE)
+                cold = first_token(first, memory)
+                before = hits()
+                warm = first_token(second, memory)
+                row = {"first": round(cold, 3), "second": round(warm, 3), "ratio": round(warm / cold, 3)}
+                rounds.append({**row, "positions": len(memory), "hit": int(hits() - before)})
+            ratio = sorted(row["ratio"] for row in rounds)[len(rounds) // 2]
+            found[str(length)] = {"ratio": ratio, "rounds": rounds}
+    rows = [row for length in CONTEXTS for row in found[str(length)]["rounds"]]
+    return {**found, "prompts": len(rows), "equal": sum(row["hit"] > row["positions"] // 2 for row in rows)}
 
 
 def check_front(model: str, compressor: Path, url: str, key: str, count: int, new_tokens: int) -> dict[str, Any]:
@@ -215,7 +263,6 @@ def check_front(model: str, compressor: Path, url: str, key: str, count: int, ne
         "prompts": count,
         "equal": count - len(differing),
         "streams": sum("stream" in answer for answer in found),
-        "tokens": sum(answer["usage"]["completion_tokens"] for answer in found),
         "finish": {reason: sum(a["finish"] == reason for a in found) for reason in ("stop", "length")},
         "distinct": len({answer["text"] for answer in found}),
         "differing": differing,
@@ -250,7 +297,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
 
     gmsa = GMSA.from_pretrained(options.model, dtype="float32", device_map="cpu")
-    ends = sorted(gmsa._ends())
+    ends = sorted(gmsa.ends)
     new = options.new_tokens
     result: dict[str, Any] = {"model": options.model, "compressor": gmsa.fingerprint, "new_tokens": new}
     checks: dict[str, dict[str, Any]] = {}
@@ -258,7 +305,7 @@ def main() -> None:
         folder = Path(scratch) / "decoder"
         gmsa.export_decoder(folder)
         cases: list[Case] = []
-        if set(wanted) != {"front"}:
+        if {"server", "in-process"} & set(wanted):
             cases = make_cases(gmsa, options.prompts)
             model = reference(folder, cases, ends, new)
 
@@ -285,7 +332,7 @@ def main() -> None:
             result["prompt_positions"] = [min(len(c.embeds) for c in cases), max(len(c.embeds) for c in cases)]
             result["distinct_answers"] = len(set(texts))
         key = os.environ.get("GMSA_DECODER_API_KEY") or secrets.token_hex(8)
-        if {"server", "front"} & set(wanted):
+        if {"server", "prefix", "front"} & set(wanted):
             served = contextlib.nullcontext(options.server) if options.server else None
             url = stack.enter_context(served or server(folder, f"gmsa-{gmsa.fingerprint}", key))
         if "server" in wanted:
@@ -293,11 +340,21 @@ def main() -> None:
                 started = time.perf_counter()
                 pieces = list(pool.map(lambda case: remote.complete(case.embeds, max_new_tokens=new), cases))
                 compare("server", [cut(p.token_ids, ends) for p in pieces], time.perf_counter() - started)
+                compare_texts(
+                    "server, by chat",
+                    [remote.answer(c.question, c.memories, max_new_tokens=new).strip() for c in cases],
+                    texts,
+                )
+                if not remote.chats:
+                    sys.exit("the server takes no prompt embeddings in chats, or reads them unlike the model")
                 streamed = [
                     "".join(remote.answer(c.question, c.memories, max_new_tokens=new, stream=True)).strip()
                     for c in cases[:10]
                 ]
                 compare_texts("server, streamed", streamed, texts[:10])
+        if "prefix" in wanted:
+            checks["prefix"] = check_prefix(gmsa, url, key)
+            print("prefix", checks["prefix"], flush=True)
         if "front" in wanted:
             gmsa.export_compressor(Path(scratch) / "compressor")
             count = min(20, options.prompts)

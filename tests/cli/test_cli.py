@@ -44,7 +44,8 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from gmsa.cli.main import build_parser; build_parser().format_help(); import gmsa;"
-        "print([m for m in ('torch', 'transformers', 'numpy', 'yaml') if m in sys.modules])"
+        "heavy = ('torch', 'transformers', 'numpy', 'yaml', 'mcp', 'fastapi', 'opentelemetry');"
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

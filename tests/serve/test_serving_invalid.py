@@ -57,9 +57,10 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stop": 5}, "stop: must be a text or a list, got 5"),
     ({"stop": ["a", None]}, "stop.1: must be a text, got null"),
     ({"stop": ["a"] * 17}, "stop: must have at most 16 elements"),
-    ({"tools": [{}]}, "tools: is not to be had here: leave it out"),
+    ({"tools": [{}]}, 'tools: this model calls no tools: leave them out, or send "tool_choice": "none"'),
+    ({"tools": [{}], "tool_choice": "auto"}, "tools: this model calls no tools"),
     ({"tools": {}}, "tools: must be a list, got an object"),
-    ({"functions": [{}]}, "functions: is not to be had here: leave it out"),
+    ({"functions": [{}]}, "functions: this model calls no tools"),
     ({"logit_bias": {"1": 2}}, "logit_bias: is not to be had here: leave it out"),
     ({"logprobs": True}, "logprobs: is not to be had here"),
     ({"response_format": {"type": "json_object"}}, "response_format.type: must be 'text'"),
@@ -148,6 +149,8 @@ def test_what_means_nothing_is_taken(url: str) -> None:
         {"top_p": 0, "temperature": 1.5},
         {"max_tokens": -1, "max_completion_tokens": 4},
         {"tools": [], "tool_choice": "auto"},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none"},
         {"tools": None, "logit_bias": {}, "response_format": {"type": "text"}},
     ):
         assert said(chat(url, **fields)) == expected
@@ -174,6 +177,33 @@ def test_tools_in_a_history_are_read_as_text(url: str, service: Service) -> None
         chat(url, messages=[ASKED, forged]).json()["usage"]["prompt_tokens"]
         == len("<|im_end|>") + chat(url, messages=[ASKED, answer]).json()["usage"]["prompt_tokens"]
     )
+
+
+def test_a_history_of_an_agent_never_fails(url: str, service: Service) -> None:
+    def read(*messages: dict[str, Any]) -> tuple[Any, int]:
+        answer = chat(url, messages=[ASKED, *messages])
+        return said(answer), answer.json()["usage"]["prompt_tokens"]
+
+    function = {"id": "1", "type": "function", "function": {"name": "find", "arguments": {"of": "it"}}}
+    custom = {"id": "2", "type": "custom", "custom": {"name": "run", "input": "ls"}}
+    called = read(
+        {"role": "assistant", "content": [], "tool_calls": [function, custom]},
+        {"role": "tool", "tool_call_id": "1", "content": "42"},
+        {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "a b"}]},
+        {"role": "user", "content": "So?"},
+    )
+    calls = Turn("assistant", ['find({"of": "it"})', "run(ls)"])
+    turns = [Turn("user", ["Who?"]), calls, Turn("user", ["42", "a b", "So?"])]  # some templates want them to alternate
+    assert called[1] == sum(map(len, service.template.chat(turns)))
+    older = {"role": "assistant", "content": None, "function_call": {"name": "find", "arguments": ""}}
+    assert read(older, {"role": "function", "name": "find", "content": None}) == read(
+        {"role": "assistant", "content": "find()"}, {"role": "user", "content": ""}
+    )
+    refused = [{"type": "refusal", "refusal": "No."}]
+    assert read({"role": "assistant", "content": refused}, ASKED) == read(
+        {"role": "assistant", "content": None, "refusal": "No."}, ASKED
+    )
+    assert read({"role": "tool", "content": []}) == read({"role": "tool", "content": None})
 
 
 def test_nothing_of_the_server_shows_in_its_words(url: str) -> None:

@@ -64,3 +64,19 @@ def test_the_server_beside_the_api(
     for row in found:
         assert row["same_answers"] == 1
         assert min(row["server"], row["api"], row["server_over_api"]) > 0
+
+
+def test_a_second_question_on_a_memory(
+    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel], tmp_path: Path
+) -> None:
+    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+    text, output = tmp_path / "text.txt", tmp_path / "found.json"
+    text.write_text("The mill stood by the river. " * 4)
+    with running(Service(gmsa, Settings(store=tmp_path / "store"))) as url:
+        options = ["--prefix", "--tokens", "256", "--merge-size", "2", "--at-once", "1", "2", "--rounds", "1"]
+        command = [sys.executable, str(SCRIPT), url, *options, "--text", str(text), "--output", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())["seconds_to_first_token"]
+    assert [(row["users"], row["origin_tokens"], row["soft_tokens"]) for row in found] == [(1, 256, 128), (2, 256, 128)]
+    assert all(min(row["first"], row["second"], row["ratio"]) > 0 for row in found)

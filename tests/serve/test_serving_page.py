@@ -114,7 +114,9 @@ def test_from_a_text_to_answers(page: "sync_api.Page", make_gmsa: Callable[[], G
     assert text_of(page, "#original-said") != text_of(page, "#gmsa-said")
     for side in ("gmsa", "original"):
         assert re.fullmatch(r"first word \d+\.\d\d s · \d+ tokens? in \d+\.\d+ s", text_of(page, f"#{side}-times"))
-    assert "read 15 soft tokens" in text_of(page, "#gmsa-reads")
+    assert re.search(r"read 15 soft tokens and \d+ tokens of prompt, saved 14$", text_of(page, "#gmsa-reads"))
+    expect(page.locator("#saved")).to_have_text(re.compile(r"^\d+ prompt tokens saved since the server started$"))
+    expect(page.locator("#gmsa-doubt")).to_be_hidden()  # nothing was checked
 
 
 def test_a_check_says_what_is_proven(page: "sync_api.Page", make_gmsa: Callable[[], GMSA], service: Service) -> None:
@@ -133,6 +135,31 @@ def test_a_check_says_what_is_proven(page: "sync_api.Page", make_gmsa: Callable[
     assert page.evaluate("document.querySelector('#restored').textContent") == "".join(piece.text for piece in pieces)
     marked = page.evaluate("[...document.querySelectorAll('#restored mark')].map((e) => e.textContent)")
     assert marked == [piece.text for piece in pieces if not piece.confirmed]
+    page.get_by_label("Question").fill("Who?")
+    page.keyboard.press("Enter")
+    page.locator("#gmsa-times:not(:empty)").wait_for()
+    doubt = page.locator("#gmsa-doubt")
+    if marked:
+        sync_api.expect(doubt).to_have_text(re.compile(f"^In doubt: {len(marked)} of 15 soft tokens fail the check"))
+    else:
+        sync_api.expect(doubt).to_be_hidden()
+
+
+def test_an_answer_in_doubt_says_so(page: "sync_api.Page") -> None:
+    compress(page)
+    page.evaluate("""() => {
+        const pieces = [["The ", true], ["hero", false], ["n s", false], ["tood", true], [" by", false]];
+        const found = pieces.map(([text, confirmed]) => ({ text, confirmed }));
+        state.checks[state.memory.id] = { sure: 2, of: 5, doubts: doubtsOf(found) };
+    }""")
+    page.get_by_label("Question").fill("Who?")
+    page.keyboard.press("Enter")
+    said = (
+        "In doubt: 3 of 5 soft tokens fail the check (where it says “heron s”, “by”). What rests on them may be wrong."
+    )
+    sync_api.expect(page.locator("#gmsa-doubt")).to_have_text(said)
+    compress(page, "Another text of the same.")
+    sync_api.expect(page.locator("#gmsa-doubt")).to_be_hidden()  # it is of another memory
 
 
 def test_right_and_wrong_words_are_told_apart(page: "sync_api.Page") -> None:

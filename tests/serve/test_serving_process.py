@@ -23,6 +23,7 @@ from gmsa.io.loading import GmsaModel
 pytestmark = pytest.mark.slow
 
 TEXT = "The secret word is heron. It stood by the river."
+KNOWN = ("from-a-file", "from the environment", "given")
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +131,16 @@ def test_what_it_does_not_start_with(options: list[str], said: str, capsys: pyte
 def test_the_key_comes_from_option_file_or_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gmsa.cli.main import build_parser
     from gmsa.cli.serve import settings_of
+    from gmsa.serve.tenants import Keys
 
-    (tmp_path / "key").write_text("from a file\n")
+    (tmp_path / "key").write_text("from-a-file\n")
 
     def key(*options: str) -> str | None:
-        return settings_of(build_parser().parse_args(["serve", *options])).api_key
+        settings = settings_of(build_parser().parse_args(["serve", *options]))
+        keys = Keys(settings.api_key, settings.api_key_file)
+        known = [given for given in KNOWN if keys.name(f"Bearer {given}".encode()) == ""]
+        assert len(known) == keys.needed
+        return known[0] if known else None
 
     assert key() is None
     assert key("--host", "0.0.0.0", "--anonymous") is None
@@ -142,7 +148,7 @@ def test_the_key_comes_from_option_file_or_environment(tmp_path: Path, monkeypat
     assert key() == "from the environment"
     assert key("--anonymous") is None
     assert key("--api-key", "given") == "given"
-    assert key("--api-key-file", str(tmp_path / "key")) == "from a file"
+    assert key("--api-key-file", str(tmp_path / "key")) == "from-a-file"
 
 
 def test_a_port_that_is_taken(model: Path, tmp_path: Path) -> None:

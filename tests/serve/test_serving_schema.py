@@ -38,7 +38,7 @@ def test_the_description_holds(
             *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(tmp_path / "schemathesis.toml")),
             *("run", f"{url}/openapi.json", "--header", f"Authorization: Bearer {KEY}", "--checks", "all"),
             *("--max-examples", "8", "--seed", "1", "--workers", "1", "--suppress-health-check", "all", "--no-color"),
-            *("--generation-database", "none", "--request-timeout", "30"),
+            *("--generation-database", "none", "--request-timeout", "300", "--max-response-time", "300"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

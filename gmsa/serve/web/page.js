@@ -11,8 +11,8 @@ const SAMPLE_QUESTIONS = [
   "Who was the chief engineer of the Metropolitan Board of Works?",
 ];
 
-// What is shown: the memory in use, and the text it was made of as far as this page knows it.
-const state = { memory: null, text: null, shown: 0, restoring: null, asking: null };
+// What is shown: the memory in use, the text it was made of as far as this page knows it, and what checks found by id.
+const state = { memory: null, text: null, checks: {}, shown: 0, restoring: null, asking: null };
 
 // -- talking to the server ----------------------------------------------------------------------------------------
 
@@ -196,6 +196,7 @@ function use(memory, text) {
   $("original-reads").textContent = text === null
     ? "The server keeps no text: paste it above and compress to compare."
     : `reads all ${plural(memory.origin_tokens, "token")}`;
+  showDoubt();
   $("suggestions").hidden = !(text !== null && text === state.sample);
 }
 
@@ -221,6 +222,8 @@ async function restore(check) {
     const restored = pieces.map((piece) => piece.text).join("");
     const words = text === null ? null : showDifferences(text, restored);
     const sure = pieces.filter((piece) => piece.confirmed).length;
+    if (check) state.checks[memory.id] = { sure, of: pieces.length, doubts: doubtsOf(pieces) };
+    showDoubt();
     const proven = check ? ` · ${sure} of ${plural(pieces.length, "soft token")} confirmed` : "";
     const nothing = check ? (sure < pieces.length ? "; what is in doubt is marked" : "") : "; the text itself is not here to compare with";
     say("restore-status", words ? `${words} restored in ${spent}${proven}` : `Restored in ${spent}${proven}${nothing}`);
@@ -231,6 +234,29 @@ async function restore(check) {
     $("restore").disabled = $("check").disabled = false;
     $("stop-restore").hidden = true;
   }
+}
+
+// What runs of unconfirmed pieces say.
+function doubtsOf(pieces) {
+  const runs = [];
+  pieces.forEach((piece, i) => {
+    if (piece.confirmed) return;
+    if (i && !pieces[i - 1].confirmed) runs.push(runs.pop() + piece.text);
+    else runs.push(piece.text);
+  });
+  return runs.map((run) => run.trim()).filter((run) => run);
+}
+
+// An answer is no surer than what it was read from.
+function showDoubt() {
+  const found = state.checks[state.memory?.id];
+  const doubtful = found && found.sure < found.of;
+  $("gmsa-doubt").hidden = !doubtful || !$("gmsa-said").textContent;
+  if (!doubtful) return;
+  const shown = found.doubts.slice(0, 3).map((run) => `“${run}”`).join(", ") + (found.doubts.length > 3 ? ", …" : "");
+  const where = shown ? ` (where it says ${shown})` : "";
+  $("gmsa-doubt").textContent =
+    `In doubt: ${found.of - found.sure} of ${plural(found.of, "soft token")} fail the check${where}. What rests on them may be wrong.`;
 }
 
 // Each word with the white space before it.
@@ -297,12 +323,14 @@ async function ask(event) {
   say("ask-status", "Reading …");
   try {
     await answer("gmsa", { type: "memory", memory_id: memory.id }, question, stop.signal);
+    showDoubt();
     if (text !== null) await answer("original", { type: "text", text }, question, stop.signal);
     say("ask-status", "Both answers come from the same decoder, one after the other, so that their times compare.");
   } catch (error) {
     report("ask-status", error);
   } finally {
     if (state.asking === stop) state.asking = null;
+    refreshSaved();
     $("ask").disabled = false;
     $("stop-ask").hidden = true;
   }
@@ -331,9 +359,9 @@ async function answer(side, context, question, signal) {
     const until = seconds(((first ?? now) - started) / 1000);
     $(`${side}-times`).textContent = `first word ${until} · ${plural(usage.completion_tokens, "token")} in ${total}`;
     if (!said.textContent.trim()) said.textContent = "(nothing)";
-    const { soft_tokens: soft } = usage.prompt_tokens_details;
+    const { soft_tokens: soft, saved_tokens: saved } = usage.prompt_tokens_details;
     $(`${side}-reads`).textContent = soft
-      ? `read ${plural(soft, "soft token")} and ${plural(usage.prompt_tokens - soft, "token")} of prompt`
+      ? `read ${plural(soft, "soft token")} and ${plural(usage.prompt_tokens - soft, "token")} of prompt, saved ${number(saved)}`
       : `read ${plural(usage.prompt_tokens, "token")} in all`;
   } finally {
     said.classList.remove("busy");
@@ -351,6 +379,18 @@ async function refreshStored(more = false) {
     $("more").hidden = !page.has_more;
     say("stored-status", page.data.length ? "" : "None yet. A text that was compressed once is here to be asked again.");
     markStored();
+  } catch (error) {
+    report("stored-status", error);
+  }
+}
+
+// Prompt tokens that nobody had to read, of all requests since the server started.
+async function refreshSaved() {
+  try {
+    const saved = /^gmsa_saved_tokens_total (\S+)$/m.exec(await (await api("metrics")).text());
+    const total = Math.round(Number(saved?.[1] ?? 0));
+    $("saved").hidden = !total;
+    $("saved").textContent = `${plural(total, "prompt token")} saved since the server started`;
   } catch (error) {
     report("stored-status", error);
   }

@@ -1,0 +1,124 @@
+"""`gmsa mcp` through the protocol's own client: over standard streams and over HTTP."""
+
+import asyncio
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from mcp import Client
+from mcp.client.stdio import StdioServerParameters
+from mcp.client.streamable_http import streamable_http_client
+
+from gmsa import GMSA
+from gmsa.cli.main import main
+from gmsa.store import MemoryStore
+
+pytestmark = pytest.mark.slow
+TEXT = "The secret word is heron. It stood by the river."
+OPTIONS = ("--dtype", "float32", "--max-new-tokens", "6")
+
+
+async def use(client: Client, name: str, **arguments: Any) -> Any:
+    """What a tool gives; an AssertionError with its words if it fails."""
+    result = await client.call_tool(name, arguments)
+    assert not result.is_error, result.content
+    return result.structured_content
+
+
+async def refused(client: Client, name: str, **arguments: Any) -> str:
+    result = await client.call_tool(name, arguments)
+    assert result.is_error
+    return result.content[0].text
+
+
+@contextlib.asynccontextmanager
+async def over_http(url: str, key: str) -> AsyncIterator[Client]:
+    httpx2 = pytest.importorskip("httpx2")
+    async with (
+        httpx2.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=120) as http,
+        Client(streamable_http_client(f"{url}/mcp", http_client=http)) as client,
+    ):
+        yield client
+
+
+async def try_all(client: Client, model: str, store: Path) -> None:
+    """Each tool, and what it says when it cannot."""
+    gmsa = GMSA.from_pretrained(model, dtype="float32")
+    tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+    assert set(tools) == {"remember", "ask", "restore", "list", "forget"}
+    assert all(tool.description for tool in tools.values())
+    made = await use(client, "remember", text=TEXT, label="birds", metadata={"by": "me"})
+    assert (made["existing"], made["origin_tokens"]) == (False, len(TEXT))
+    assert (await use(client, "remember", text=TEXT))["existing"] is True
+    with MemoryStore(store, create=False) as kept:  # that of the command line
+        memory = kept.load(made["id"])
+        assert kept.entry(made["id"]).label == "birds"
+    asked = await use(client, "ask", question="Which word?", ids=[made["id"][:12]])
+    assert asked["answer"] == str(gmsa.answer("Which word?", memory, max_new_tokens=6))
+    assert (asked["soft_tokens"], asked["origin_tokens"]) == (made["soft_tokens"], made["origin_tokens"])
+    assert (await use(client, "restore", id=made["id"]))["text"] == str(gmsa.restore(memory))
+    proven = await use(client, "restore", id=made["id"], check=True)
+    assert proven["confirmed"] <= proven["soft_tokens"] == made["soft_tokens"]
+    assert (await use(client, "list", label="birds"))["memories"][0]["metadata"] == {"by": "me"}
+    assert (await use(client, "list", label="fish"))["memories"] == []
+    assert "no stored memory" in await refused(client, "ask", question="Who?", ids=["0" * 64])
+    assert "the question is empty" in await refused(client, "ask", question=" ", ids=[made["id"]])
+    assert "is no id" in await refused(client, "restore", id="../x")
+    assert (await use(client, "forget", id=made["id"]))["deleted"] is True
+    assert "no stored memory" in await refused(client, "forget", id=made["id"])
+
+
+def test_over_standard_streams(model: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    command = ["-m", "gmsa", "mcp", model, "--store", str(store), *OPTIONS]
+
+    async def talk() -> None:
+        async with Client(StdioServerParameters(command=sys.executable, args=command)) as client:
+            await try_all(client, model, store)
+
+    asyncio.run(talk())
+
+
+def test_over_http(model: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("ann key-of-ann\nben key-of-ben\n")
+    command = [sys.executable, "-m", "gmsa", "mcp", model, "--store", str(tmp_path / "store"), *OPTIONS]
+    command += ["--http", "--port", "0", "--api-key-file", str(tmp_path / "keys")]
+
+    async def talk(url: str) -> None:
+        async with over_http(url, "key-of-ann") as ann, over_http(url, "key-of-ben") as ben:
+            made = await use(ann, "remember", text=TEXT)
+            assert (await use(ben, "list"))["memories"] == []
+            for name, more in (("ask", {"ids": [made["id"]], "question": "Who?"}), ("forget", {"id": made["id"]})):
+                assert "no stored memory" in await refused(ben, name, **more)
+            assert (await use(ben, "remember", text=TEXT))["existing"] is False
+            await use(ben, "forget", id=made["id"])
+            await try_all_of(ann, made["id"])
+
+    async def try_all_of(client: Client, id: str) -> None:
+        await use(client, "forget", id=id)
+        await try_all(client, model, tmp_path / "store-tenants" / "ann.sqlite")
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            found = re.search(r"serving on (http://\S+)/mcp", process.stderr.readline())
+            assert found
+            asyncio.run(talk(found[1]))
+            body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+            for headers in ({}, {"Authorization": "Bearer guess"}):
+                assert httpx.post(f"{found[1]}/mcp", json=body, headers=headers).status_code == 401
+        finally:
+            process.kill()
+
+
+def test_what_it_does_not_start_with(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mcp", model, "--store", str(tmp_path / "s"), "--http", "--host", "0.0.0.0"]) == 1
+    assert "lets other machines in" in capsys.readouterr().err
+    assert main(["mcp", model, "--store", str(tmp_path)]) == 1
+    assert "is a folder: a memory store is a file" in capsys.readouterr().err
