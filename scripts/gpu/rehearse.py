@@ -70,7 +70,7 @@ def small(recipe: Recipe, folder: Path) -> Recipe:
         recipe,
         output=str(folder / "run"),
         init=None,
-        model={"decoder": str(backbone), "encoder_layers": 1, "window_size": 64, "encoder_sink": True},
+        model={**recipe.model, "decoder": str(backbone), "encoder_layers": 1, "window_size": 64, "encoder_sink": True},
         data=entries,
         lengths=[16, 32],
         tokens_per_batch=256,

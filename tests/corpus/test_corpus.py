@@ -25,7 +25,7 @@ from gmsa.corpus import Job, Record, Shard, ShardWorker, Totals, bad_rows, compr
 from gmsa.errors import CorpusError, InputError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
-from gmsa.io.parquet import FORMS, pack, unpack
+from gmsa.io.parquet import FORMS, group_sizes_of, pack, read_rows, to_parquet, unpack
 from gmsa.io.urls import Source
 
 TEXTS = [
@@ -126,6 +126,18 @@ def test_packing_keeps_shape_and_zeros(form: str) -> None:
     assert again.shape == (5, 8)
     assert not again[0].any()
     torch.testing.assert_close(again.float(), soft, rtol=1 / 100, atol=0.0 if form != "int8" else 1e4 / 60)
+
+
+def test_group_sizes_are_a_column_that_may_be_empty() -> None:
+    soft, sizes = torch.randn(3, 8), torch.tensor([2, 1, 5])
+    rows = [
+        {"source": "a", "place": n, "origin_tokens": 8, "soft_tokens": 3, **pack(soft, "int8", given)}
+        for n, given in enumerate((sizes, None))
+    ]
+    with_sizes, without = read_rows(bytes(to_parquet(rows, "int8", 3, "abc")))
+    assert group_sizes_of(with_sizes).tolist() == sizes.tolist()  # type: ignore[union-attr]
+    assert group_sizes_of(without) is None
+    assert torch.equal(unpack(with_sizes, "int8"), unpack(without, "int8"))
 
 
 # -- what goes in ------------------------------------------------------------------------------------------------------

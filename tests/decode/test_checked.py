@@ -180,9 +180,9 @@ def test_groups_of_like_weight_are_found_by_their_sizes(
     table.data.copy_(torch.randint(1, 257, table.shape, generator=torch.Generator().manual_seed(3)))
     gmsa = GMSA(model, tiny_backbone("llama"))
     memories = gmsa.compress(TEXTS, size)
+    assert memories[1].group_sizes is not None
+    assert len(set(memories[1].group_sizes.tolist())) > 2
     for number, memory in enumerate(memories):
-        assert memory.group_sizes is not None
-        assert len(set(memory.group_sizes.tolist())) > 1
         memory.save(tmp_path / f"{number}.safetensors")
     windows = [window for memory in memories for window in gmsa.windows(memory)]
     order = sorted(range(len(windows)), key=lambda n: -windows[n].origin_tokens)
