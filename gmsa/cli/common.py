@@ -226,7 +226,7 @@ def load(options: argparse.Namespace) -> "GMSA":
     from gmsa.decode.malloc import keep_freed_memory
 
     keep_freed_memory()
-    weights = getattr(options, "decoder_weights", "exact")
+    weights: Any = getattr(options, "decoder_weights", "exact")
     return GMSA.from_pretrained(options.model, dtype=options.dtype, decoder_weights=weights)
 
 

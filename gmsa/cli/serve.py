@@ -5,7 +5,7 @@ import ipaddress
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from gmsa.cli.common import DTYPES, Add, add_decoder_weights, add_merge_size, count, note, size
@@ -118,7 +118,7 @@ def serve(options: argparse.Namespace) -> None:
 
     if (line := tracing.set_up()) is not None:
         note(line)
-    weights = "exact" if options.decoder else options.decoder_weights
+    weights: Any = "exact" if options.decoder else options.decoder_weights
     gmsa = GMSA.from_pretrained(options.model, dtype=options.dtype, decoder_weights=weights)
     if not options.decoder:
         if isinstance(gmsa.model, CompressorModel):
