@@ -38,7 +38,7 @@ bench: $(VENV)/.installed-dev
 	@$(BIN)/gmsa pull
 	$(BIN)/python benchmarks/answering.py --output docs/results/answering.json --image docs/images/answering.png
 	$(BIN)/python benchmarks/compression.py --output docs/results/compression.json --image docs/images/compression.png
-	$(BIN)/python benchmarks/decoding.py --output docs/results/decoding.json
+	$(BIN)/python benchmarks/decoding.py --output docs/results/decoding.json --image docs/images/decoding.png
 	$(BIN)/python benchmarks/bytes.py --output docs/results/bytes.json
 	$(BIN)/python benchmarks/start.py --output docs/results/start.json
 

@@ -1,85 +1,88 @@
-r"""Milliseconds per token of an answer, one change at a time, and what 8-bit weights would add.
+r"""Tokens per second of an answer, one row and several, and what of the memory's bandwidth that is.
 
-python benchmarks/decoding.py --output docs/results/decoding.json
+python benchmarks/decoding.py --output docs/results/decoding.json --image docs/images/decoding.png
 
-Variants, all greedy on the same soft tokens, by turns in every round:
+Ways, all greedy on the same soft tokens, by turns in every round:
 - generate: transformers' own loop and cache;
-- loop: that of gmsa/decode/loop.py, with keys and values in buffers that have room;
-- packed: and with packed weights (gmsa/decode/cpu.py): what `GMSA.answer` does;
-- int8: in place of packed weights, 8 bits per weight and a scale per output channel (torch's `_weight_int8pack_mm`,
-  which rounds weights alone), where a step has at most 4 rows; above that it is slower than bf16.
+- modules: GMSA's loop (gmsa/decode/loop.py) over transformers' modules, weights as they are;
+- exact: what `GMSA.answer` does (gmsa/decode/cpu.py);
+- int8: the same with `decoder_weights="int8"`;
+- llama.cpp, with `--gguf FILE` of the same network and `xllamacpp` installed: it reads the question as text, one row.
 
-The last but one column tells whether the tokens are those of `generate`; with int8 they need not be. What int8 costs in
-accuracy is told by scoring a text given its own soft tokens with weights that were rounded in the same way.
+A way's bandwidth is the bytes of its weights times its steps per second; the memory's is that of a sum over 512 MB.
+Seconds are the processor's: on a machine that does other work, too, compare ways, not machines.
 """
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import measuring
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from transformers import GenerationConfig
 
 from gmsa import GMSA
-from gmsa.decode.cpu import PackedLinears
+from gmsa.decode.cpu import FastDecoder
 from gmsa.decode.loop import Loop, Row
 from gmsa.decode.sampler import Sampling
+from gmsa.errors import BackboneError
 from gmsa.evaluate.latency import QUESTION, text_of
 
-MOST_ROWS = 4  # of an int8 product
+READ_BYTES = 512 * 2**20
 
 
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> int8 values and one scale per output channel."""
-    scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-    return (weight.float() / scale).round().to(torch.int8), scale[:, 0].to(weight.dtype)
-
-
-class Int8Linears:
-    """The linear layers of a model with int8 weights, for few rows."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.linears = [m for m in model.modules() if type(m) is nn.Linear]
-        self.weights = [rounded(m.weight.detach()) for m in self.linears]
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within, the model computes with them."""
-        for linear, (weight, scale) in zip(self.linears, self.weights, strict=True):
-
-            def forward(
-                x: Tensor, linear: nn.Linear = linear, weight: Tensor = weight, scale: Tensor = scale
-            ) -> Tensor:
-                rows = x.flatten(0, -2)
-                if len(rows) > MOST_ROWS:
-                    return F.linear(x, linear.weight, linear.bias)
-                out = torch._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
-                return out if linear.bias is None else out + linear.bias
-
-            linear.forward = forward  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            for linear in self.linears:
-                del linear.forward
-
-
-class AsTheyAre:
-    """The linear layers of a model, as they are."""
+class AsItIs:
+    """A decoder, as it is."""
 
     def applied(self) -> contextlib.AbstractContextManager[None]:
-        """Within, the model computes with them."""
+        """Within, it computes as it does."""
         return contextlib.nullcontext()
 
 
-def run_length(gmsa: GMSA, soft_tokens: int, rows: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All variants with so many soft tokens and rows."""
-    memory = gmsa.compress(text_of(gmsa, soft_tokens), 1)
+class LlamaCpp:
+    """llama.cpp, one thread.
+
+    Args:
+        path: of a GGUF file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = 1024, 1, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        self.server = xllamacpp.Server(params)
+        self.nbytes = path.stat().st_size
+
+    def write(self, count: int) -> None:
+        """Write so many tokens after a question."""
+        asked = {"prompt": QUESTION, "max_tokens": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        answer = self.server.handle_completions(asked)
+        if isinstance(answer, dict) and "error" in answer:
+            raise SystemExit(f"llama.cpp: {answer['error']}")
+
+
+def bandwidth() -> float:
+    """Bytes per second that one thread reads from memory."""
+    numbers = torch.ones(READ_BYTES // 4)
+    device = numbers.device
+    best = 0.0
+    for _ in range(5):
+        started = measuring.now(device)
+        numbers.sum()
+        best = max(best, numbers.nbytes / (measuring.now(device) - started))
+    return best
+
+
+def run_rows(gmsa: GMSA, fast: dict[str, Any], rows: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All ways with so many rows."""
+    memory = gmsa.compress(text_of(gmsa, options.soft_tokens), 1)
     prompt = gmsa.template(QUESTION).around(memory.soft_tokens)
     device, count = gmsa.model.device, options.new_tokens
     written: dict[str, list[int]] = {}
@@ -100,12 +103,12 @@ def run_length(gmsa: GMSA, soft_tokens: int, rows: int, options: argparse.Namesp
         )
         new = gmsa.model.generate([prompt] * rows, stopping_criteria=[note], generation_config=settings)
         written["generate"] = new[0].tolist()
-        return {"per_token": (times[-1] - times[0]) / (len(times) - 1)}
+        return {"seconds": (times[-1] - times[0]) / (len(times) - 1)}
 
-    def loop(name: str, packed: Any) -> Callable[[], dict[str, float]]:
+    def loop(name: str) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
             asked = [Row(prompt, count, sampling=Sampling(min_new_tokens=count)) for _ in range(rows)]
-            loop = Loop(gmsa.model, gmsa.tokenizer, gmsa.ends, max_batch=rows, prefill_tokens=2**30, packed=packed)
+            loop = Loop(gmsa.model, gmsa.tokenizer, gmsa.ends, max_batch=rows, prefill_tokens=2**30, fast=fast[name])
             for row in asked:
                 loop.submit(row)
             loop.turn()
@@ -113,98 +116,102 @@ def run_length(gmsa: GMSA, soft_tokens: int, rows: int, options: argparse.Namesp
             while loop.busy:
                 loop.turn()
             written[name] = asked[0].tokens
-            return {"per_token": (measuring.now(device) - started) / (count - 2)}
+            return {"seconds": (measuring.now(device) - started) / (count - 2)}
 
         return run
 
-    decoder = gmsa.model.decoder
-    ways = {
-        "generate": generate,
-        "loop": loop("loop", AsTheyAre()),
-        "packed": loop("packed", PackedLinears(decoder)),
-    }
-    if decoder.device.type == "cpu" and decoder.dtype == torch.bfloat16:
-        ways["int8"] = loop("int8", Int8Linears(decoder))
+    ways = {"generate": generate, **{name: loop(name) for name in fast if name != "llama.cpp"}}
+    if "llama.cpp" in fast and rows == 1:
+        ways["llama.cpp"] = lambda: llama_cpp(fast["llama.cpp"], count, device)
     found = measuring.by_turns(ways, options.rounds)
-    base = found["generate"]["per_token"]
+    base = found["generate"]["seconds"]
+    kept = sum(weight.nbytes for weight in gmsa.model.decoder.parameters())
     return [
         {
-            "soft_tokens": soft_tokens,
             "rows": rows,
-            "variant": name,
-            "ms_per_token": round(1000 * figures["per_token"], 2),
-            "times_faster": round(base / figures["per_token"], 2),
-            "same_tokens": written[name] == written["generate"],
+            "way": name,
+            "tokens_per_second": round(rows / figures["seconds"], 1),
+            "times_faster": round(base / figures["seconds"], 2),
+            "read_bytes_per_second": (getattr(fast.get(name), "nbytes", 0) or kept) / figures["seconds"],
+            "same_tokens": written[name] == written["generate"] if name in written else None,
         }
         for name, figures in found.items()
     ]
 
 
-@torch.no_grad()
-def int8_accuracy(gmsa: GMSA, length: int) -> dict[str, Any]:
-    """Predicting a text from its soft tokens, with the decoder's weights as they are and rounded to 8 bits."""
-    text = text_of(gmsa, length)
-    memory = gmsa.compress(text, 4)
-    exact = gmsa.score(memory, text)
-    layers = [m for m in gmsa.model.decoder.modules() if type(m) is nn.Linear]
-    kept = [m.weight.detach().clone() for m in layers]
-    for layer in layers:
-        values, scale = rounded(layer.weight)
-        layer.weight.copy_(values.float() * scale.float()[:, None])
-    coarse = gmsa.score(memory, text)
-    for layer, weight in zip(layers, kept, strict=True):
-        layer.weight.copy_(weight)
-    scores = {"exact": exact, "int8": coarse}
-    return {
-        "tokens": exact.tokens,
-        "right": {name: score.right for name, score in scores.items()},
-        "nll_per_token": {name: round(score.nll / score.tokens, 4) for name, score in scores.items()},
-    }
+def llama_cpp(engine: LlamaCpp, count: int, device: torch.device) -> dict[str, float]:
+    """Seconds per token, from answers of two lengths."""
+    times = []
+    for length in (2, count + 2):
+        started = measuring.now(device)
+        engine.write(length)
+        times.append(measuring.now(device) - started)
+    return {"seconds": (times[1] - times[0]) / count}
 
 
 def report(results: dict[str, Any]) -> str:
     """The results as lines of text."""
-    rows: list[list[Any]] = [["soft tokens", "rows", "variant", "ms/token", "times faster", "same tokens"]]
+    top = results["bandwidth_bytes_per_second"]
+    rows: list[list[Any]] = [["rows", "way", "tokens/s", "times faster", "of the bandwidth", "same tokens"]]
     for row in results["rows"]:
-        sizes = [str(row["soft_tokens"]), str(row["rows"]), row["variant"]]
-        rows.append([*sizes, row["ms_per_token"], row["times_faster"], "yes" if row["same_tokens"] else "no"])
-    score = results["int8_accuracy"]
-    lines = [measuring.table(rows)]
-    for name in ("exact", "int8"):
-        lines.append(
-            f"{name} weights: {score['right'][name]} of {score['tokens']} right, {score['nll_per_token'][name]} nats"
-        )
-    return "\n".join(lines)
+        share = f"{row['read_bytes_per_second'] / top:.0%}"
+        same = {True: "yes", False: "no", None: "-"}[row["same_tokens"]]
+        rows.append([str(row["rows"]), row["way"], row["tokens_per_second"], row["times_faster"], share, same])
+    sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in results["bytes_on_top"].items())
+    return f"{measuring.table(rows)}\n{top / 1e9:.1f} GB/s are read from memory; on top of the decoder: {sizes}"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Tokens per second against rows, each way a line."""
+    picture, (axis,) = measuring.figure(1)
+    ways = list(dict.fromkeys(row["way"] for row in results["rows"]))
+    for way, colour in zip(ways, measuring.COLOURS, strict=False):
+        points = [(row["rows"], row["tokens_per_second"]) for row in results["rows"] if row["way"] == way]
+        axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=way)
+    axis.set(xlabel="rows written at once", ylabel="tokens per second", ylim=(0, None))
+    axis.set_xticks(sorted({row["rows"] for row in results["rows"]}))
+    axis.legend(frameon=False)
+    measuring.save(picture, path)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = measuring.parser_of(__doc__ or "")
-    parser.add_argument("--soft-tokens", type=measuring.positive, nargs="+", default=[512, 4096], metavar="N")
+    parser.add_argument("--soft-tokens", type=measuring.positive, default=64, metavar="N", help="default: 64")
     parser.add_argument("--new-tokens", type=measuring.positive, default=24, metavar="N", help="default: 24")
-    parser.add_argument("--rows", type=measuring.positive, nargs="+", default=[1, 8], metavar="N",
-                        help="of a batch; more than 1 at the shortest alone")  # fmt: skip
+    parser.add_argument("--rows", type=measuring.positive, nargs="+", default=[1, 2, 4, 8], metavar="N",
+                        help="of a batch")  # fmt: skip
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same network for llama.cpp")
     options = parser.parse_args(arguments)
-    if options.image:
-        parser.error("there is nothing to draw: --image does not apply")
     if options.quick:
-        options.soft_tokens, options.new_tokens, options.rows, options.rounds = [16], 4, [1], 1
+        options.soft_tokens, options.new_tokens, options.rows, options.rounds = 16, 4, [1, 2], 1
     return options
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table, write the file asked for."""
+    """Print the table, write the files asked for."""
     options = parse(arguments)
     gmsa = measuring.load(options)
+    decoder = gmsa.model.decoder
+    fast: dict[str, Any] = {"modules": AsItIs(), "exact": FastDecoder(decoder)}
+    with contextlib.suppress(BackboneError):  # not on this processor, or not for this family
+        fast["int8"] = FastDecoder(decoder, "int8")
+    if options.gguf:
+        fast["llama.cpp"] = LlamaCpp(options.gguf)
     rows = []
-    for number, soft_tokens in enumerate(options.soft_tokens):
-        for count in options.rows if number == 0 else options.rows[:1]:
-            print(f"{soft_tokens} soft tokens, {count} rows", file=sys.stderr)
-            rows += run_length(gmsa, soft_tokens, count, options)
-    accuracy = int8_accuracy(gmsa, 64 if options.quick else 512)
-    results = {"meta": measuring.meta(options, gmsa, "benchmarks/decoding.py"), "rows": rows, "int8_accuracy": accuracy}
+    for count in options.rows:
+        print(f"{count} rows", file=sys.stderr)
+        rows += run_rows(gmsa, fast, count, options)
+    results = {
+        "meta": measuring.meta(options, gmsa, "benchmarks/decoding.py"),
+        "bandwidth_bytes_per_second": bandwidth(),
+        "bytes_on_top": {name: way.nbytes for name, way in fast.items() if isinstance(way, FastDecoder)},
+        "rows": rows,
+    }
     print(report(results))
     measuring.write(options.output, results)
+    if options.image:
+        draw(results, options.image)
 
 
 if __name__ == "__main__":

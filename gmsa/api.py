@@ -26,7 +26,7 @@ from gmsa.decode.checked import (
     restored_groups,
     why_not,
 )
-from gmsa.decode.cpu import PackedLinears
+from gmsa.decode.cpu import DecoderWeights, FastDecoder
 from gmsa.decode.loop import Finish, Loop, PrefixStore, Row
 from gmsa.decode.prompt import Frame, Piece, PromptTemplate
 from gmsa.decode.sampler import Sampling
@@ -166,7 +166,13 @@ class GMSA:
         fingerprint: of the compressor; every memory it makes carries it.
     """
 
-    def __init__(self, model: GmsaNetwork, decoder: Backbone, encoder: Backbone | None = None) -> None:
+    def __init__(
+        self,
+        model: GmsaNetwork,
+        decoder: Backbone,
+        encoder: Backbone | None = None,
+        decoder_weights: DecoderWeights = "exact",
+    ) -> None:
         self.model = model.eval()
         self.config: GmsaConfig = model.config
         self.tokenizer: PreTrainedTokenizerBase = decoder.tokenizer
@@ -175,7 +181,7 @@ class GMSA:
         self.template = PromptTemplate(self.tokenizer, self.config)
         self.fingerprint = checkpoint.compressor_fingerprint(model.compressor)
         self.timings = Timings()
-        self.packed = PackedLinears(model.decoder)
+        self.fast = FastDecoder(model.decoder, decoder_weights)
 
     @classmethod
     def from_pretrained(
@@ -188,6 +194,7 @@ class GMSA:
         dtype: str | torch.dtype | None = None,
         device_map: Any = None,
         attn_implementation: str | None = None,
+        decoder_weights: DecoderWeights = "exact",
         trust_remote_code: bool = False,
     ) -> "GMSA":
         """Load a model.
@@ -197,6 +204,7 @@ class GMSA:
             dtype: of weights and compute; None: bf16 where the processor multiplies it fast, else fp32.
             device_map: as in transformers, e.g. "cuda"; None: the GPU if there is one.
             attn_implementation: "sdpa", "eager", "flash_attention_2"; None: the backbone's default.
+            decoder_weights: "exact", or "int8": writing reads half the bytes and is nearly as good (docs/speed.md).
 
         Raises:
             CheckpointError, BackboneError: something is missing or damaged; the message says what to do.
@@ -212,7 +220,7 @@ class GMSA:
             device_map=device_map or ("cuda" if torch.cuda.is_available() else None),
             trust_remote_code=trust_remote_code,
         )
-        return cls(model, decoder, encoder)
+        return cls(model, decoder, encoder, decoder_weights)
 
     def save_pretrained(self, folder: str | Path, *, form: str = "exact", **kwargs: Any) -> None:
         """Write what training changed; see `GmsaModel.save_pretrained`."""
@@ -230,7 +238,7 @@ class GMSA:
     def drop_decoder(self) -> None:
         """Let go of the decoder, all but its token embeddings: what remains compresses and embeds prompts."""
         drop_decoder(self.model.decoder)
-        self.packed = PackedLinears(self.model.decoder)  # the one before holds on to the layers
+        self.fast = FastDecoder(self.model.decoder)  # the one before holds on to the layers
 
     @property
     def shares_tokenizer(self) -> bool:
@@ -331,7 +339,7 @@ class GMSA:
         other.tokenizer, other.encoder_tokenizer = copy.deepcopy((self.tokenizer, self.encoder_tokenizer))
         other.template = PromptTemplate(other.tokenizer, self.config)
         other.timings = Timings()
-        other.packed = PackedLinears(other.model.decoder)
+        other.fast = FastDecoder(other.model.decoder, self.fast.weights)
         return other
 
     def compile(self) -> None:
@@ -499,7 +507,7 @@ class GMSA:
         started = time.perf_counter()
         *pieces, _ = self.template.restore().around(*self._pieces(contents))
         self._check_length(pieces, 1)
-        with self.packed.applied():
+        with self.fast.applied():
             (embeds,), (soft,) = self._embedded([pieces])
             batch = Batch(body_of(self.model.decoder), 1, len(embeds), self.model.entry)
             batch.extend([embeds], [soft])
@@ -676,7 +684,7 @@ class GMSA:
         self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None] = lambda: None
     ) -> Iterator[list[CheckedGroup | None]]:
         """Windows of one merge size, restored and checked group by group."""
-        with self.packed.applied():
+        with self.fast.applied():
             yield from restored_groups(
                 self.model,
                 [self._on_device(self._restoring(window)) for window in windows],
@@ -848,7 +856,7 @@ class GMSA:
             max_batch=batch_size,
             prefill_tokens=PREFILL_TOKENS,
             prefixes=PrefixStore(KEPT_PREFIXES),
-            packed=self.packed,
+            fast=self.fast,
         )
 
     def run(self, rows: Sequence[Row], batch_size: int) -> None:
@@ -898,7 +906,7 @@ class GMSA:
                 **{"do_sample": False, **options},
             )
             try:
-                with self.packed.applied():
+                with self.fast.applied():
                     prompts = [self._on_device(row.prompt) for row in part]
                     written = self.model.generate(prompts, generation_config=configuration).tolist()
             except (TypeError, ValueError, LookupError, ArithmeticError) as error:

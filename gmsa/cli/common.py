@@ -76,6 +76,13 @@ def add_common(command: argparse.ArgumentParser) -> None:
     add_json(command)
 
 
+def add_decoder_weights(command: argparse._ActionsContainer) -> None:
+    """The option of commands that write text."""
+    command.add_argument(
+        "--decoder-weights", choices=["exact", "int8"], default="exact", help="int8: write faster on a CPU (exact)"
+    )
+
+
 def add_merge_size(command: argparse.ArgumentParser) -> None:
     """The option that says how much texts are compressed."""
     command.add_argument("--merge-size", type=merge_size, default=4, metavar="N", help="tokens per soft token (4)")
@@ -219,7 +226,8 @@ def load(options: argparse.Namespace) -> "GMSA":
     from gmsa.decode.malloc import keep_freed_memory
 
     keep_freed_memory()
-    return GMSA.from_pretrained(options.model, dtype=options.dtype)
+    weights: Any = getattr(options, "decoder_weights", "exact")
+    return GMSA.from_pretrained(options.model, dtype=options.dtype, decoder_weights=weights)
 
 
 def describe(memories: "list[Memory]") -> dict[str, Any]:

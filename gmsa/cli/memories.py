@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gmsa.cli.common import (
     Add,
     add_common,
+    add_decoder_weights,
     add_encoding,
     add_merge_size,
     check_output,
@@ -50,6 +51,7 @@ def add_commands(add: Add) -> None:
         "--check", action="store_true", help="compress what is restored again to tell what is right: exact, but slower"
     )
     add_place(command)
+    add_decoder_weights(command)
     add_common(command)
 
     command = add("ask", ask, "Answer a question from texts or memory files.")
@@ -62,6 +64,7 @@ def add_commands(add: Add) -> None:
     add_place(command)
     add_merge_size(command)
     command.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (128)")
+    add_decoder_weights(command)
     add_common(command)
 
 

@@ -5,10 +5,10 @@ import ipaddress
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from gmsa.cli.common import DTYPES, Add, add_merge_size, count, note, size
+from gmsa.cli.common import DTYPES, Add, add_decoder_weights, add_merge_size, count, note, size
 from gmsa.cli.store import store_path
 from gmsa.errors import CheckpointError, ConfigError, GmsaError, InputError
 
@@ -62,6 +62,7 @@ def add_commands(add: Add) -> None:
     made.add_argument("--accept-soft-tokens", action="store_true", help="take memory files in requests")
     made.add_argument("--drain-seconds", type=count, default=30, metavar="N", help="to end after SIGTERM (30)")
     made.add_argument("--dtype", choices=DTYPES, help="of weights and compute")
+    add_decoder_weights(made)
 
 
 def add_address(command: argparse.ArgumentParser) -> None:
@@ -117,7 +118,8 @@ def serve(options: argparse.Namespace) -> None:
 
     if (line := tracing.set_up()) is not None:
         note(line)
-    gmsa = GMSA.from_pretrained(options.model, dtype=options.dtype)
+    weights: Any = "exact" if options.decoder else options.decoder_weights
+    gmsa = GMSA.from_pretrained(options.model, dtype=options.dtype, decoder_weights=weights)
     if not options.decoder:
         if isinstance(gmsa.model, CompressorModel):
             raise CheckpointError(f"{options.model} holds the compressor alone: name a decoder with --decoder vllm:URL")

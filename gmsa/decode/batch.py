@@ -31,14 +31,16 @@ class Places:
     Attributes:
         starts: of each row.
         even: the start all rows have; None: they differ.
+        soft: whether there are soft tokens among what is read.
     """
 
     def __init__(self) -> None:
         self.set([])
 
-    def set(self, starts: list[int]) -> None:
+    def set(self, starts: list[int], soft: bool = False) -> None:
         """For the next forward pass."""
         self.starts = starts
+        self.soft = soft
         self.even = starts[0] if len(set(starts)) == 1 else None
 
 
@@ -191,7 +193,7 @@ class Batch:
         )
         entry = self.entry or EntryLayers(self.body, 0)
         with entry.hold(embeds, marks) as padded:  # on the right: no real token sees it
-            states = self._forward(counts, inputs_embeds=padded)
+            states = self._forward(counts, any(bool(row.any()) for row in marks), inputs_embeds=padded)
         self._advance(counts)
         rows = torch.arange(len(counts), device=states.device)
         return states[rows, torch.tensor(counts, device=states.device) - 1]
@@ -199,7 +201,7 @@ class Batch:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Read each row's next token: (B,) ids -> states (B, d)."""
-        states = self._forward([1] * len(self), input_ids=tokens[:, None])
+        states = self._forward([1] * len(self), False, input_ids=tokens[:, None])
         self._advance([1] * len(self))
         return states[:, 0]
 
@@ -245,10 +247,10 @@ class Batch:
         self._advance([self.drafted] * len(self) if counts is None else counts)
         self.drafted = 0
 
-    def _forward(self, counts: Sequence[int], **given: Tensor) -> Tensor:
+    def _forward(self, counts: Sequence[int], soft: bool, **given: Tensor) -> Tensor:
         """States (B, Q, d) of the next Q = max(counts) tokens of each row."""
         self.drafted = 0
-        self.places.set(list(self.lengths))
+        self.places.set(list(self.lengths), soft)
         width = max(counts)
         device = next(iter(given.values())).device
         first = torch.tensor(self.positions, device=device)

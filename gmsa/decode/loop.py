@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gmsa.decode.batch import Batch, CachedStates
-from gmsa.decode.cpu import PackedLinears
+from gmsa.decode.cpu import FastDecoder
 from gmsa.decode.sampler import Sampler, Sampling
 from gmsa.decode.stream import TextPieces
 from gmsa.model.backbone import body_of, head_logits
@@ -148,7 +148,7 @@ class Loop:
         max_batch: rows written together, those whose prompt is being read included.
         prefill_tokens: of prompts, read per turn, padding included.
         prefixes: beginnings that rows share.
-        packed: the decoder's weights as the CPU likes them.
+        fast: the decoder as the CPU likes it.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Loop:
         max_batch: int = 8,
         prefill_tokens: int = 512,
         prefixes: PrefixStore | None = None,
-        packed: PackedLinears | None = None,
+        fast: FastDecoder | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -168,7 +168,7 @@ class Loop:
         self.max_batch = max_batch
         self.prefill_tokens = prefill_tokens
         self.prefixes = prefixes or PrefixStore(0)
-        self.packed = packed or PackedLinears(model.decoder)
+        self.fast = fast or FastDecoder(model.decoder)
         self.reading_seconds = self.writing_seconds = 0.0
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []  # as they stand in the batch
@@ -199,7 +199,7 @@ class Loop:
     def turn(self) -> None:
         """Do one turn. What it raises leaves rows to be ended by `fail`."""
         started = time.perf_counter()
-        with self.packed.applied():
+        with self.fast.applied():
             self._drop_unheard()
             self._read_prompts()
             read = time.perf_counter()

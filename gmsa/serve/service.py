@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -99,11 +99,28 @@ class Job:
         self.checks = False
         self.relay: Any = None
 
-    def submit(self, prompt: ReadyPrompt, max_new_tokens: int, sampling: Sampling, stops: tuple[str, ...] = ()) -> None:
-        """Queue one more answer; they are numbered in the order they were submitted."""
+    def submit(
+        self,
+        prompt: ReadyPrompt,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stops: tuple[str, ...] = (),
+        whole: bool = False,
+    ) -> None:
+        """Queue one more answer; they are numbered in the order they were submitted.
+
+        Args:
+            whole: shown when it has ended: two pieces will do, and each wakes the event loop beside the decoder.
+        """
         number = len(self.rows)
+        held: list[str] = []
 
         def emit(piece: Piece) -> None:
+            if whole and piece.finish is None and piece.tokens > 1:
+                held.append(piece.text)
+                return
+            if held:
+                piece = replace(piece, text="".join([*held, piece.text]))
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
                 self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
 
@@ -441,7 +458,7 @@ class Service:
         for prompt, tokens in zip(prompts, longest, strict=True):
             self.note_read(len(prompt), prompt.soft_tokens, prompt.origin_tokens)
             for number in range(request.n or 1):
-                job.submit(prompt, tokens, sampling_of(request, number), request.stops())
+                job.submit(prompt, tokens, sampling_of(request, number), request.stops(), whole=not request.stream)
 
     def note_read(self, tokens: int, soft: int, origin: int) -> None:
         """Count what a prompt is made of, and what its soft tokens save."""
@@ -595,7 +612,7 @@ def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Decoding:
         gmsa.ends,
         max_batch=settings.max_batch,
         prefixes=PrefixStore(settings.prefix_cache),
-        packed=gmsa.packed,
+        fast=gmsa.fast,
     )
     return Scheduler(loop, on_step=metrics.on_step)
 

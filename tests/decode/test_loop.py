@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, random_ids
-from torch import Tensor
 from transformers import GenerationConfig
 
 from gmsa import GMSA, Memory
 from gmsa.api import DRAWING_ELSEWHERE, SEARCHING, PrefixCache
-from gmsa.decode.cpu import PackedLinears
 from gmsa.decode.loop import Row
 from gmsa.decode.sampler import Sampling
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError
@@ -389,56 +387,6 @@ def test_the_first_piece_does_not_wait_for_the_last(gmsa: GMSA, positions_read: 
     assert len(positions_read) < 10
     assert len(list(stream)) > 20
     assert len(positions_read) == 100
-
-
-# -- packed weights ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bf16_decoder(tiny_backbone: Callable[..., Backbone]) -> Any:
-    decoder = tiny_backbone("llama").model.bfloat16()
-    if not PackedLinears(decoder)._linears:
-        pytest.skip("this processor has no bf16 products, or torch no oneDNN")
-    return decoder
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (3, 7)])
-@torch.no_grad()
-def test_packed_weights_compute_the_same(bf16_decoder: Any, shape: tuple[int, int]) -> None:
-    ids = torch.randint(0, 256, shape)
-    plain = bf16_decoder(ids).logits
-    packed = PackedLinears(bf16_decoder)
-    assert packed.nbytes == 0
-    with packed.applied():
-        with packed.applied():  # two streams at once
-            assert torch.equal(bf16_decoder(ids).logits, plain)
-        assert torch.equal(bf16_decoder(ids).logits, plain)
-    linears = [m for m in bf16_decoder.modules() if isinstance(m, torch.nn.Linear)]
-    assert packed.nbytes == sum(m.weight.nbytes for m in linears)
-    assert not any("forward" in vars(m) for m in linears)  # nothing of it stays on the model
-
-
-@torch.no_grad()
-def test_changed_weights_are_packed_anew(bf16_decoder: Any) -> None:
-    ids = torch.randint(0, 256, (1, 5))
-    packed = PackedLinears(bf16_decoder)
-    with packed.applied():
-        before: Tensor = bf16_decoder(ids).logits
-    weight = bf16_decoder.model.layers[1].mlp.up_proj.weight
-    weight.mul_(-1.5)
-    with packed.applied():
-        after = bf16_decoder(ids).logits
-    assert not torch.equal(after, before)
-    assert torch.equal(after, bf16_decoder(ids).logits)
-    bf16_decoder.float()  # another dtype altogether
-    with packed.applied():
-        assert torch.equal(bf16_decoder(ids).logits, bf16_decoder(ids).logits)
-
-
-def test_gradients_flow_past_packed_weights(bf16_decoder: Any) -> None:
-    with PackedLinears(bf16_decoder).applied():
-        bf16_decoder(torch.randint(0, 256, (1, 5))).logits.sum().backward()
-    assert bf16_decoder.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
 # -- memories and texts in any order -----------------------------------------------------------------------------------
