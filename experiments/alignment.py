@@ -2,7 +2,7 @@
 
 The decoder is the default backbone as it is, the encoder its lowest 8 layers. Arms: what the paper starts from (the
 decoder's lowest block), drawn weights, nothing, and least squares from states to embeddings in closed form
-(gmsa/model/ridge.py), fitted on random tokens of the vocabulary or on as many tokens of texts.
+(gmsa/model/ridge.py), fitted on random tokens of the vocabulary, so many in a row, or on as many tokens of texts.
 
     python experiments/alignment.py --texts text_dev.jsonl.gz --fit text_train.jsonl.gz
 """
@@ -18,7 +18,7 @@ from gmsa.decode.prompt import PromptTemplate
 from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import read_rows
-from gmsa.model.ridge import WINDOW, vocabulary_windows
+from gmsa.model.ridge import vocabulary_windows
 from gmsa.text import encode
 from gmsa.train.evaluation import RestorationProbe
 
@@ -27,18 +27,23 @@ ARMS = {
     "random": "LSA: a drawn block",
     "linear": "a drawn linear map",
     "none": "nothing: states as they are",
-    "ridge": "least squares on the vocabulary",
+    "ridge of 1": "least squares on the vocabulary, words alone",
+    "ridge of 2": "least squares on the vocabulary, 2 words in a row",
+    "ridge of 4": "least squares on the vocabulary, 4 words in a row",
+    "ridge of 8": "least squares on the vocabulary, 8 words in a row",
+    "ridge of 64": "least squares on the vocabulary, 64 words in a row",
     "ridge on texts": "least squares on texts",
 }
 SIZES = (1, 2, 4)
+LENGTH = 64  # tokens of a text
 
 
 def windows_of(path: str, backbone: Backbone, count: int) -> torch.Tensor:
-    """The first tokens of `count` texts: (count, WINDOW)."""
+    """The first tokens of `count` texts: (count, LENGTH)."""
     found: list[list[int]] = []
     for row in read_rows(path):
-        ids = encode(backbone.tokenizer, row["text"])[:WINDOW] if "text" in row else []
-        found += [ids] if len(ids) == WINDOW else []
+        ids = encode(backbone.tokenizer, row["text"])[:LENGTH] if "text" in row else []
+        found += [ids] if len(ids) == LENGTH else []
         if len(found) == count:
             break
     return torch.tensor(found)
@@ -53,13 +58,13 @@ def measure(arm: str, backbone: str, texts: str, fit: str, count: int, layers: i
     config = GmsaConfig(decoder=loaded.pointer, lsa=kind, **fields)
     model = GmsaModel(config, loaded.model).eval()
     embeddings = model.get_input_embeddings()
-    windows = None
-    if arm != kind:
-        vocabulary = vocabulary_windows(len(loaded.tokenizer), model.compressor.encoder.config.hidden_size)
-        windows = windows_of(fit, loaded, len(vocabulary))
-    model.compressor.fit_alignment(embeddings, windows)
+    sizes = len(loaded.tokenizer), model.compressor.encoder.config.hidden_size
+    if arm.endswith("texts"):
+        model.compressor.fit_alignment(embeddings, windows_of(fit, loaded, len(vocabulary_windows(*sizes, LENGTH))))
+    elif kind == "ridge":
+        model.compressor.fit_alignment(embeddings, vocabulary_windows(*sizes, int(arm.split()[-1])))
     template = PromptTemplate(loaded.tokenizer, config)
-    probe = RestorationProbe.from_file(loaded.tokenizer, template, 256, texts, count, WINDOW, SIZES)
+    probe = RestorationProbe.from_file(loaded.tokenizer, template, 256, texts, count, LENGTH, SIZES)
     return probe.accuracy(model)["token_accuracy"]
 
 
@@ -79,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = measure(arm, options.model, options.texts, options.fit, options.n, options.layers)
         rows.append({"arm": arm, "name": name, "n": options.n, "accuracy": found})
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in found.values())} |", flush=True)
-    meta = {"command": "python experiments/alignment.py", "backbone": options.model}
+    meta = {"command": f"python experiments/alignment.py -n {options.n}", "backbone": options.model}
     options.output.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
 
 

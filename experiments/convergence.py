@@ -5,7 +5,7 @@ no LSA, randomly initialised LSA, appended tokens, no throwaway first token} x {
 first}; at rates 4 and 8 alone also the final norm on encoder and LSA (the authors' release), and an encoder of merged
 layers in place of the lowest 8, written before by
 
-    python scripts/merge_layers.py smollm2-135m-instruct 8 -o runs/merged-layers --texts TEXTS
+    python scripts/merge_layers.py smollm2-135m-instruct 9 -o runs/merged-layers --texts TEXTS
 
     python experiments/convergence.py                  # trains what is missing, then reports; 80 minutes on 2 cores
     python experiments/convergence.py --report-only
@@ -35,7 +35,7 @@ MODELS = {
 }
 ALONE = {  # without the curriculum
     "final-norm": ["model.final_norm=true"],
-    "merged-layers": ["model.encoder=runs/merged-layers", "model.encoder_layers=all"],
+    "merged-layers": ["model.encoder=runs/merged-layers", "model.encoder_layers=8"],
 }
 NAMES = {
     "mean+lsa": "group merging + LSA",

@@ -2,7 +2,8 @@
 
     python scripts/merge_layers.py BACKBONE LAYERS -o FOLDER --texts FILE.jsonl
 
-The folder is an encoder (`model.encoder: FOLDER`, `model.encoder_layers: all`) in place of the lowest layers. Each
+The folder is an encoder (`model.encoder: FOLDER`) in place of the lowest layers; taken whole (`encoder_layers: all`) it
+ends in the backbone's final norm, so make one layer more than `encoder_layers` says. Each
 layer's states of the same tokens are embedded by a diffusion map; layers are as similar as their maps tell of each
 other (mutual information over the mean of both entropies). The two neighbours that are most similar, S, become one
 layer of weights S * lower + (1 - S) * upper, until so many are left.

@@ -53,7 +53,8 @@ class Compressor(nn.Module):
         if window_ids is None:
             window_ids = vocabulary_windows(weight.shape[0], self.encoder.config.hidden_size)
         window_ids = window_ids.to(weight.device)
-        states = torch.cat([self.encode(ids).flatten(0, 1) for ids in window_ids.split(16)])
+        batches = window_ids.split(max(1, 1024 // window_ids.shape[1]))
+        states = torch.cat([self.encode(ids).flatten(0, 1) for ids in batches])
         self.lsa.fit(states, embeddings(window_ids).flatten(0, 1))
 
     def encode(self, window_ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gmsa.model.alignment import LinearMap
 
 RIDGE = 1e-3  # added to the diagonal, where every state has variance 1
-WINDOW = 64  # tokens in a row: states at layer K have a context
+WINDOW = 2  # tokens in a row: longer rows of random words are a context that no text is (experiments/alignment.py)
 PER_DIMENSION = 8  # tokens for each dimension of a state
 
 
@@ -29,7 +29,7 @@ class RidgeMap(LinearMap):
         self.map.get_parameter("bias").copy_(middle - mean @ weight)
 
 
-def vocabulary_windows(size: int, width: int) -> Tensor:
-    """Tokens of a vocabulary of that size at random, the same at every call: (W, `WINDOW`), enough for a width."""
+def vocabulary_windows(size: int, width: int, length: int = WINDOW) -> Tensor:
+    """Tokens of a vocabulary of that size at random, the same at every call: (W, length), enough for a width."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, size, (-(-PER_DIMENSION * width // WINDOW), WINDOW), generator=generator)
+    return torch.randint(0, size, (-(-PER_DIMENSION * width // length), length), generator=generator)

@@ -17,7 +17,8 @@ from gmsa.model.ridge import vocabulary_windows
 
 RIDGE = 1e-3  # of the inputs' mean variance: where no model has inputs, the matrices' mean is taken
 MERGE_SIZE = 4
-TOGETHER = 8  # windows
+LENGTH = 64  # of a text of random words
+TOGETHER = 8  # texts
 
 
 def merge_in_bases(matrices: Sequence[Tensor], grams: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -55,7 +56,7 @@ def vocabulary_grams(model: GmsaNetwork) -> dict[str, Tensor]:
             found[stored] = torch.zeros(module.in_features, module.in_features)
             hooks.append(module.register_forward_pre_hook(_adder(found[stored])))
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    windows = vocabulary_windows(*embeddings.shape).to(embeddings.device)
+    windows = vocabulary_windows(*embeddings.shape, length=LENGTH).to(embeddings.device)
     try:
         for ids in windows.split(TOGETHER):
             memories = model.compress(ids, torch.ones_like(ids), torch.arange(len(ids)), MERGE_SIZE)

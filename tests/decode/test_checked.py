@@ -45,7 +45,12 @@ def soft_of(model: GmsaModel, rows: Sequence[Tensor], size: int) -> list[Tensor]
 @pytest.mark.parametrize(
     ("family", "fields"),
     [(family, {"encoder_sink": True}) for family in CHECKABLE]
-    + [("llama", {"lsa": "none"}), ("llama", {"lsa": "mlp"}), ("llama", {"lsa_layers": 2})],
+    + [
+        ("llama", {"lsa": "none"}),
+        ("llama", {"lsa": "mlp"}),
+        ("llama", {"lsa_layers": 2}),
+        ("llama", {"final_norm": True}),
+    ],
 )
 @pytest.mark.parametrize("size", [1, 3, 8])
 @torch.no_grad()

@@ -28,6 +28,7 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Modu
     yield importlib.import_module
     for name in ("shared", "measuring", "windows", "memory_form", "cost_model", "store_file", "folder_store"):
         sys.modules.pop(name, None)
+    sys.modules.pop("alignment", None)
 
 
 @pytest.fixture
@@ -208,6 +209,20 @@ def test_cost_model(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     for row in passes:
         assert row["ratio"] == pytest.approx(row["measured_seconds"] / row["predicted_seconds"], rel=0.05)
         assert sum(row["share_of_time"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_alignment(
+    experiment: Callable[[str], ModuleType], save_backbone: Callable[..., Path], data: dict[str, str], tmp_path: Path
+) -> None:
+    """The map that is fitted on the texts themselves is the one that makes embeddings of their states."""
+    module, output = experiment("alignment"), tmp_path / "found.json"
+    arguments = ["--texts", data["texts"], "--fit", data["texts"], "--model", str(save_backbone("llama"))]
+    module.main([*arguments, "--layers", "2", "-n", "2", "-o", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["arm"] for row in rows] == list(module.ARMS)
+    for row in rows:
+        assert list(row["accuracy"]) == ["1", "2", "4"]
+        assert all(0 <= value <= 1 for value in row["accuracy"].values())
 
 
 def test_store_file(experiment: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "linear": {"lsa": "linear"},
     "ridge": {"lsa": "ridge"},
     "final-norm": {"final_norm": True},
-    "merged-layers": {"encoder": "runs/merged-layers", "encoder_layers": "all"},
+    "merged-layers": {"encoder": "runs/merged-layers", "encoder_layers": 8},
     "lsa-3": {"lsa_layers": 3},
     "lsa-5": {"lsa_layers": 5},
     "encoder-16": {"encoder_layers": 16},
