@@ -215,7 +215,7 @@ async def measure_beside_api(options: argparse.Namespace) -> dict[str, object]:
 async def first_token(http: httpx.AsyncClient, memory: str, question: str) -> float:
     """Seconds to the first token of a streamed answer about a memory."""
     content = [{"type": "memory", "memory_id": memory}, {"type": "text", "text": question}]
-    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, "temperature": 0, "stream": True}
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1, "temperature": 0, "stream": True}
     started, first = time.perf_counter(), 0.0
     async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
         answer.raise_for_status()

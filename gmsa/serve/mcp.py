@@ -4,7 +4,7 @@ The store is that of the server and the command line. One thing is done at a tim
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import anyio.to_thread
@@ -43,12 +43,7 @@ def make_server(load: Callable[[], GMSA], stores: Stores, merge_size: int, max_n
     """
     server = MCPServer("gmsa", version=__version__, instructions=INSTRUCTIONS, log_level="WARNING")
     one_at_a_time = anyio.CapacityLimiter(1)
-    loaded: list[GMSA] = []
-
-    def model() -> GMSA:
-        if not loaded:
-            loaded.append(load())
-        return loaded[0]
+    model = cache(load)
 
     def tool(work: Callable[P, T]) -> Callable[P, T]:
         """Offer a function as a tool, in a thread of its own; what it cannot do the agent is told in one line."""

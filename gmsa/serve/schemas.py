@@ -250,7 +250,7 @@ def _no_tools(tools: list[Any], info: ValidationInfo) -> list[Any]:
     return tools
 
 
-Tools = Annotated[list[Any], AfterValidator(_no_tools), WithJsonSchema({"type": "array", "maxItems": 0})]
+Tools = Annotated[list[Any], AfterValidator(_no_tools), WithJsonSchema({"type": "array", "items": {}, "maxItems": 0})]
 
 
 class Unsupported(BaseModel):
