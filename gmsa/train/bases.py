@@ -56,7 +56,8 @@ def vocabulary_grams(model: GmsaNetwork) -> dict[str, Tensor]:
             found[stored] = torch.zeros(module.in_features, module.in_features)
             hooks.append(module.register_forward_pre_hook(_adder(found[stored])))
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    windows = vocabulary_windows(*embeddings.shape, length=LENGTH).to(embeddings.device)
+    size, width = embeddings.shape
+    windows = vocabulary_windows(size, width, LENGTH).to(embeddings.device)
     try:
         for ids in windows.split(TOGETHER):
             memories = model.compress(ids, torch.ones_like(ids), torch.arange(len(ids)), MERGE_SIZE)
