@@ -320,7 +320,7 @@ def main() -> None:
             }
             print(name, checks[name], flush=True)
 
-        texts = [gmsa.tokenizer.decode(case.expected, skip_special_tokens=True).strip() for case in cases]
+        texts = [gmsa.tokenizer.decode(case.expected, skip_special_tokens=True) for case in cases]
 
         def compare_texts(name: str, found: list[str], of: list[str]) -> None:
             checks[name] = {"prompts": len(of), "equal": sum(a == b for a, b in zip(found, of, strict=True))}
@@ -346,8 +346,7 @@ def main() -> None:
                 if not remote.chats:
                     sys.exit("the server takes no prompt embeddings in chats, or reads them unlike the model")
                 streamed = [
-                    "".join(remote.answer(c.question, c.memories, max_new_tokens=new, stream=True)).strip()
-                    for c in cases[:10]
+                    "".join(remote.answer(c.question, c.memories, max_new_tokens=new, stream=True)) for c in cases[:10]
                 ]
                 compare_texts("server, streamed", streamed, texts[:10])
         if "prefix" in wanted:
