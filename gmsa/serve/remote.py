@@ -214,26 +214,34 @@ class RemoteDecoder:
             stream: yield the answer piece by piece; dropping the iterator ends the request.
             sampling: fields of the server's completions API (temperature, top_p, seed, stop, ...); greedy by default.
         """
-        embeds = self.gmsa.prompt_embeddings(question, memories)
-        self._check_room(len(embeds), max_new_tokens)
-        route, content = "completions", b""
-        more = sampling | (STREAM if stream else {})
-        if self.chats:
-            contents: Any = [memories] if isinstance(memories, str | Memory) else memories
-            turn = Turn("user", [*contents, question])
-            fields = {"messages": self.chat_messages([turn]), "max_tokens": max_new_tokens, "return_token_ids": True}
-            route, content = "chat/completions", self.chat_request({**fields, **more})
-        else:
-            content = self.request(embeds, max_new_tokens, more)
         if not stream:
-            return self._whole(content, route).text
-        pieces = self._streamed(content, route)
+            return self.ask(question, memories, max_new_tokens=max_new_tokens, **sampling).text
+        pieces = self._streamed(*self._question(question, memories, max_new_tokens, sampling | STREAM))
 
         def texts() -> Iterator[str]:
             with contextlib.closing(pieces):
                 yield from (piece.text for piece in pieces if piece.text)
 
         return texts()
+
+    def ask(
+        self, question: str, memories: Content | Sequence[Content], *, max_new_tokens: int = 128, **sampling: Any
+    ) -> RemotePiece:
+        """The whole answer to a question, with its token ids; arguments as for `answer`."""
+        return self._whole(*self._question(question, memories, max_new_tokens, sampling))
+
+    def _question(
+        self, question: str, memories: Content | Sequence[Content], max_new_tokens: int, sampling: dict[str, Any]
+    ) -> tuple[bytes, str]:
+        """The request that asks a question, and the route it goes to."""
+        embeds = self.gmsa.prompt_embeddings(question, memories)
+        self._check_room(len(embeds), max_new_tokens)  # the server has been asked now what it takes
+        if not self.chats:
+            return self.request(embeds, max_new_tokens, sampling), "completions"
+        contents: Any = [memories] if isinstance(memories, str | Memory) else memories
+        messages = self.chat_messages([Turn("user", [*contents, question])])
+        fields = {"messages": messages, "max_tokens": max_new_tokens, "return_token_ids": True}
+        return self.chat_request({**fields, **sampling}), "chat/completions"
 
     def complete(self, embeds: Tensor, *, max_new_tokens: int, **sampling: Any) -> RemotePiece:
         """The whole answer to a prompt (T, d), with its token ids where the server tells them (vLLM does)."""
