@@ -99,20 +99,24 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
         sizes = size.to(hidden.device)
     else:
         sizes = torch.full((batch,), check_merge_size(size), device=hidden.device)
-    if bool((sizes < 1).any()):
-        raise ConfigError(f"merge_size must be a whole number >= 1, got {int(sizes.min())}")
-
     return merge_groups(hidden, mask, *even_groups(mask, sizes))
 
 
 def even_groups(mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Groups of `sizes` (B,) real tokens each, the last maybe shorter; as `GroupMerging.groups` returns them."""
+    counts = count_groups(mask, sizes)
     place = mask.long().cumsum(dim=1) - 1  # of each real token among those of its row
-    return torch.div(place, sizes[:, None], rounding_mode="floor"), count_groups(mask, sizes)
+    return torch.div(place, sizes[:, None], rounding_mode="floor"), counts
 
 
 def count_groups(mask: Tensor, sizes: Tensor) -> Tensor:
-    """(B,) ceil(L_i / size_i)."""
+    """(B,) ceil(L_i / size_i).
+
+    Raises:
+        ConfigError: a merge size below 1.
+    """
+    if bool((sizes < 1).any()):
+        raise ConfigError(f"merge_size must be a whole number >= 1, got {int(sizes.min())}")
     return torch.div(mask.long().sum(dim=1) + sizes - 1, sizes, rounding_mode="floor")
 
 

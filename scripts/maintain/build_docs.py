@@ -220,10 +220,12 @@ def server_routes() -> str:
     """Every route with what it takes and gives, from the description that the server serves as /openapi.json."""
     from gmsa.serve.app import create_app
     from gmsa.serve.metrics import Metrics
+    from gmsa.serve.scheduler import Scheduler
     from gmsa.serve.settings import Settings
 
+    own = object.__new__(Scheduler)  # that of a decoder in the server itself
     with tempfile.TemporaryDirectory() as folder:
-        service: Any = SimpleNamespace(settings=Settings(store=Path(folder)), metrics=Metrics())
+        service: Any = SimpleNamespace(settings=Settings(store=Path(folder)), metrics=Metrics(), scheduler=own)
         described = create_app(service).openapi()  # describing loads no model
     schemas = described["components"]["schemas"]
     parts, shown = [], set()
