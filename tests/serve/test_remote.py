@@ -41,14 +41,6 @@ def gmsa(tiny_backbone: Callable[..., Backbone], trained_model: Callable[..., Gm
     return GMSA(trained_model("llama", system_prompt=""), tiny_backbone("llama"))
 
 
-@pytest.fixture(scope="module")
-def folders(gmsa: GMSA, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    parts = tmp_path_factory.mktemp("parts")
-    gmsa.export_decoder(parts / "decoder")
-    gmsa.export_compressor(parts / "compressor")
-    return parts / "decoder", parts / "compressor"
-
-
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_scheduler, "LOOK_EVERY", 0.1)

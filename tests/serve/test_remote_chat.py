@@ -34,14 +34,6 @@ def gmsa(tiny_backbone: Callable[..., Backbone], trained_model: Callable[..., Gm
     return GMSA(trained_model("llama", system_prompt="Be brief."), tiny_backbone("llama"))
 
 
-@pytest.fixture(scope="module")
-def folders(gmsa: GMSA, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    parts = tmp_path_factory.mktemp("parts")
-    gmsa.export_decoder(parts / "decoder")
-    gmsa.export_compressor(parts / "compressor")
-    return parts / "decoder", parts / "compressor"
-
-
 @pytest.fixture
 def fake(gmsa: GMSA, folders: tuple[Path, Path]) -> Iterator[FakeVllm]:
     with serving_fake(FakeVllm(folders[0], gmsa.tokenizer, f"gmsa-{gmsa.fingerprint}")) as fake:
