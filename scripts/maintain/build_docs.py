@@ -222,10 +222,12 @@ def server_routes() -> str:
     from gmsa.serve.metrics import Metrics
     from gmsa.serve.scheduler import Scheduler
     from gmsa.serve.settings import Settings
+    from gmsa.serve.tenants import Keys
 
     own = object.__new__(Scheduler)  # that of a decoder in the server itself
     with tempfile.TemporaryDirectory() as folder:
-        service: Any = SimpleNamespace(settings=Settings(store=Path(folder)), metrics=Metrics(), scheduler=own)
+        settings = Settings(store=Path(folder))
+        service: Any = SimpleNamespace(settings=settings, keys=Keys(), metrics=Metrics(), scheduler=own)
         described = create_app(service).openapi()  # describing loads no model
     schemas = described["components"]["schemas"]
     parts, shown = [], set()
