@@ -91,7 +91,14 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
         tokenizer: slow or fast.
         text: any.
     """
-    return _spelled_out(tokenizer, _plain(tokenizer, text))
+    ids, unknown = _plain(tokenizer, text), tokenizer.unk_token
+    if unknown and unknown in text and tokenizer.unk_token_id in ids:
+        # Of an unknown letter, or of a text that spells the token for them: cut inside the spelling, only letters are.
+        first, *others = re.split(f"(?<={re.escape(unknown[:1])})(?={re.escape(unknown[1:])})", text)
+        ids = _plain(tokenizer, first)
+        for part in others:
+            ids += _inside(tokenizer, part)
+    return _spelled_out(tokenizer, ids)
 
 
 def encode_rendered(tokenizer: "PreTrainedTokenizerBase", run: Sequence[tuple[str, bool]]) -> list[int]:

@@ -103,6 +103,8 @@ def test_texts_are_checked_without_torch() -> None:
 @example("A turn ends with <|im_end|> and the next one begins with <|im_start|> and a role.")
 @example("</s>")
 @example("<unk></s> <turn> <think>\n</think>")
+@example("<unk>")
+@example("a <unk><unk> b")
 def test_a_users_text_holds_no_token_that_steers_a_model(family: str, text: str) -> None:
     tokenizer = tokenizer_of(family)
     ids = encode(tokenizer, text)
