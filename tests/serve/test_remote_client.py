@@ -13,7 +13,7 @@ from fake_vllm import FakeVllm, serving
 from transformers import AutoModelForCausalLM
 
 from gmsa import GMSA, Memory
-from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, RemoteDecoderError
+from gmsa.errors import ConfigError, ContextTooLongError, InputError, MemoryMismatchError, RemoteDecoderError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.serve.remote import LocalDecoder, RemoteDecoder, encode_embeddings
@@ -238,3 +238,20 @@ def test_without_vllm_it_says_so(gmsa: GMSA, folders: tuple[Path, Path], monkeyp
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     with pytest.raises(RemoteDecoderError, match="vLLM is not installed"):
         LocalDecoder(gmsa, folders[0])
+
+
+def test_soft_tokens_that_enter_above_the_input_go_to_no_other_engine(
+    tiny_model: Callable[..., GmsaModel], tiny_backbone: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    """It would answer from them, and wrongly."""
+    gmsa = GMSA(tiny_model("llama", encoder_layers=2, entry_layer=3), tiny_backbone("llama"))
+    memory = gmsa.compress(TEXTS[0], 2)
+    for way in (
+        lambda: RemoteDecoder(gmsa, "http://127.0.0.1:9"),
+        lambda: LocalDecoder(gmsa, tmp_path),
+        lambda: gmsa.export_decoder(tmp_path / "decoder"),
+        lambda: gmsa.prompt_embeddings(QUESTION, memory),
+    ):
+        with pytest.raises(ConfigError, match=r"enter the decoder at layer 3; .*use GMSA.answer"):
+            way()
+    assert not (tmp_path / "decoder").exists()
