@@ -1,12 +1,13 @@
 """Fixtures: tiny backbones and models on disk, and a GMSA home of each test's own. Nothing is downloaded."""
 
+import contextlib
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # likewise
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,29 @@ def tiny_model(tiny_backbone: Callable[..., Backbone]) -> Callable[..., GmsaMode
         return GmsaModel(config, decoder.model, encoder.model if encoder else None).eval()
 
     return build
+
+
+@pytest.fixture(scope="module")
+def serve_tiny(
+    tiny_backbone: Callable[..., Backbone],
+    tiny_model: Callable[..., GmsaModel],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., str]]:
+    """serve_tiny(**settings) -> the address of a server over an untrained model."""
+    from server import running
+
+    from gmsa.serve.service import Service
+    from gmsa.serve.settings import Settings
+
+    with contextlib.ExitStack() as stack:
+
+        def serve(**settings: Any) -> str:
+            torch.manual_seed(0)
+            gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+            made = Settings(store=tmp_path_factory.mktemp("store") / "s", **settings)
+            return stack.enter_context(running(Service(gmsa, made)))
+
+        yield serve
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from gmsa.cli.common import DTYPES, Add, add_merge_size, count, packages, size
+from gmsa.cli.common import DTYPES, Add, add_merge_size, count, load, packages, size
 from gmsa.cli.serve import add_address, keys_of
 from gmsa.cli.store import add_place, store_path
 
@@ -27,20 +27,14 @@ def mcp(options: argparse.Namespace) -> None:
         import uvicorn
         from mcp.server import MCPServer  # noqa: F401
     key, file = keys_of(options)
-    from gmsa.api import GMSA
-    from gmsa.decode.malloc import keep_freed_memory
     from gmsa.serve.mcp import http_app, make_server
     from gmsa.serve.server import Announced, listen
     from gmsa.serve.settings import Settings
     from gmsa.serve.tenants import Keys, Stores
 
-    def load() -> GMSA:
-        keep_freed_memory()
-        return GMSA.from_pretrained(options.model, dtype=options.dtype)
-
     stores = Stores(store_path(options), options.max_store)
     try:
-        server = make_server(load, stores, options.merge_size, options.max_new_tokens)
+        server = make_server(lambda: load(options), stores, options.merge_size, options.max_new_tokens)
         if options.http:
             app = http_app(server, Settings(max_body=options.max_body), Keys(key, file), options.host)
             config = uvicorn.Config(app, options.host, options.port, log_level="warning", ws="none", access_log=False)

@@ -25,6 +25,7 @@ from gmsa.model.alignment import DecoderBlocks
 from gmsa.model.backbone import body_of, head_logits
 from gmsa.model.compressor import Compressor
 from gmsa.model.gmsa import GmsaNetwork
+from gmsa.model.merging import GroupMerging
 
 # A group is confirmed where its soft token is off by less than this share of the memory's norm. With the default model
 # in bf16 right ones are off by 0.008 at most (0.13 after an error further up), wrong ones by 0.098 or more.
@@ -107,7 +108,7 @@ def why_not(model: GmsaNetwork, one_tokenizer: bool) -> str | None:
     present = [body for body in bodies if body is not None]
     if not one_tokenizer:
         return "encoder and decoder have different tokenizers"
-    if model.config.merging == "appended":
+    if not isinstance(model.compressor.merging, GroupMerging):
         return "appended tokens do not tell which tokens a soft token stands for"
     if not all(map(attends_to_all, present)):
         return "its backbone has local attention"

@@ -1,9 +1,8 @@
 """The file of a memory store: one SQLite file for several threads and processes, readable by its owner alone.
 
 A row of `memories` has the facts of one memory as JSON, and copies of some to search by; its soft tokens are rows of
-`chunks`, a megabyte each, since a memory may be larger than SQLite's largest value (and its group sizes, if any, one
-more, at the place -1). Facts and chunks have a SHA-256:
-SQLite itself serves most flipped bytes without complaint.
+`chunks`, a megabyte each, since a memory may be larger than SQLite's largest value; its group sizes, if any, are one
+more, at the place -1. Facts and chunks have a SHA-256: SQLite itself serves most flipped bytes without complaint.
 
 A change is one transaction, on disk when it returns. Processes that read never wait for one that writes, and what is
 deleted is overwritten. Not covered: Windows, and file systems without POSIX locks (most network mounts).

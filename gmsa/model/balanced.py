@@ -44,6 +44,11 @@ class BalancedMerging(GroupMerging):
         counts = count_groups(mask, sizes)
         return balanced_groups(self.token_weights[ids].long(), mask, counts), counts
 
+    def group_sizes(self, ids: Tensor, mask: Tensor, sizes: Tensor) -> list[Tensor]:
+        """See `Merging`."""
+        groups, _ = self.groups(ids, mask, sizes)
+        return [torch.bincount(row[real]) for row, real in zip(groups, mask.bool(), strict=True)]
+
 
 def balanced_groups(weights: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
     """Cut each row where its groups weigh about the same.

@@ -8,7 +8,6 @@ from gmsa.config import ALIGNMENT_KINDS, MERGING_KINDS, GmsaConfig, kind_of
 from gmsa.errors import InputError
 from gmsa.model.alignment import Alignment
 from gmsa.model.backbone import add_lora, body_of, layers_of, take_layers
-from gmsa.model.balanced import BalancedMerging
 from gmsa.model.merging import Merging, check_merge_size
 from gmsa.model.padding import embed_rows, pad_right
 from gmsa.model.ridge import RidgeMap, vocabulary_windows
@@ -110,16 +109,13 @@ class Compressor(nn.Module):
         return self.lsa(merged), mask
 
     def group_sizes(self, window_ids: Tensor, window_mask: Tensor, merge_size: int) -> list[Tensor] | None:
-        """How many tokens each soft token stands for, of each window (M,); None: as many as the merge size says.
+        """How many tokens each soft token stands for; see `Merging.group_sizes`.
 
         Args:
             window_ids, window_mask, merge_size: as for `forward`.
         """
-        if not isinstance(self.merging, BalancedMerging):
-            return None
         sizes = window_ids.new_full((len(window_ids),), check_merge_size(merge_size))
-        groups, _ = self.merging.groups(window_ids, window_mask, sizes)
-        return [torch.bincount(row[real]) for row, real in zip(groups, window_mask.bool(), strict=True)]
+        return self.merging.group_sizes(window_ids, window_mask, sizes)
 
 
 def rates_of(merge_size: int | Tensor) -> int:

@@ -48,6 +48,15 @@ class Merging(nn.Module):
         """
         raise NotImplementedError
 
+    def group_sizes(self, ids: Tensor, mask: Tensor, sizes: Tensor) -> list[Tensor] | None:
+        """How many tokens each soft token stands for, of each window (M,); None: as many as the merge size says.
+
+        Args:
+            ids, mask: (W, L).
+            sizes: (W,) merge sizes.
+        """
+        return None
+
 
 class GroupMerging(Merging):
     """The paper's: one pass of the encoder serves every merge size."""

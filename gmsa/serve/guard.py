@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import time
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
@@ -61,29 +62,28 @@ class Guard:
                 raise HTTPException(413, self._too_large)
             return message
 
-        named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
+        route = "none"
         try:
-            with tracing.request(scope["method"], named) as attributes:
+            with tracing.request(scope["method"], headers) as attributes:
                 try:
-                    await (self._refusal(scope) or self.app)(scope, limited, counted)
+                    await (self._refusal(scope["path"], headers) or self.app)(scope, limited, counted)
                 finally:
-                    attributes["http.route"] = getattr(scope.get("route"), "path", "none")
-                    attributes["http.response.status_code"] = status[0]
+                    route = getattr(scope.get("route"), "path", "none")
+                    attributes |= {"http.route": route, "http.response.status_code": status[0]}
         except asyncio.CancelledError:  # the time to drain is over; what has begun to answer is cut off
             if status[0] == errors.CLIENT_GONE:
                 await errors.response(503, "the server is stopping", "unavailable")(scope, receive, counted)
         finally:
-            route = getattr(scope.get("route"), "path", "none")
             self.metrics.requests.labels(route, str(status[0])).inc()
             self.metrics.duration.labels(route).observe(time.perf_counter() - started)
 
-    def _refusal(self, scope: Scope) -> ASGIApp | None:
-        headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
+    def _refusal(self, path: str, headers: Mapping[str, bytes]) -> ASGIApp | None:
         if not self.keys.needed:
             # A page of another site could otherwise reach a server on this machine under a name of its own.
             if not self._is_known_host(headers.get("host", b"").decode("latin-1")):
                 return errors.response(421, "this server is not known by that name: see --host and --api-key")
-        elif scope["path"] not in OPEN_PATHS:
+        elif path not in OPEN_PATHS:
             name = self.keys.name(headers.get("authorization", b""))
             if name is None:
                 return errors.response(

@@ -41,13 +41,14 @@ def set_up() -> str | None:
 
 
 @contextlib.contextmanager
-def request(method: str, headers: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def request(method: str, headers: Mapping[str, bytes]) -> Iterator[dict[str, Any]]:
     """A span around a request, within the caller's trace if its headers name one; yields its attributes to fill in."""
     attributes: dict[str, Any] = {"http.request.method": method}
     if trace is None:
         yield attributes
         return
-    tracer, parent = trace.get_tracer("gmsa"), propagate.extract(headers)
+    given = {name: value.decode("latin-1") for name, value in headers.items()}
+    tracer, parent = trace.get_tracer("gmsa"), propagate.extract(given)
     with tracer.start_as_current_span("request", parent, trace.SpanKind.SERVER) as made:
         try:
             yield attributes

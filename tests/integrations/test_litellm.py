@@ -16,14 +16,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import torch
-from server import running
-
-from gmsa import GMSA
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
-from gmsa.serve.service import Service
-from gmsa.serve.settings import Settings
 
 LITELLM = os.environ.get("GMSA_LITELLM") or shutil.which("litellm")
 pytestmark = [
@@ -35,17 +27,8 @@ TEXT = "The secret word is heron. It stood by the river, and nobody asked it why
 
 
 @pytest.fixture(scope="module")
-def url(
-    tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[str]:
-    torch.manual_seed(0)
-    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
-    store = tmp_path_factory.mktemp("store") / "s"
-    names = ("gmsa-default",)
-    with running(Service(gmsa, Settings(model_names=names, store=store, api_key="ours", auto_compress=64))) as address:
-        yield address
+def url(serve_tiny: Callable[..., str]) -> str:
+    return serve_tiny(model_names=("gmsa-default",), api_key="ours", auto_compress=64)
 
 
 @pytest.fixture(scope="module")

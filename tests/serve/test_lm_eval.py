@@ -6,15 +6,7 @@ from pathlib import Path
 import httpx
 import jinja2
 import pytest
-import torch
 import yaml
-from server import running
-
-from gmsa import GMSA
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
-from gmsa.serve.service import Service
-from gmsa.serve.settings import Settings
 
 TASK = yaml.safe_load((Path(__file__).parents[2] / "examples/lm-eval/gmsa_qa.yaml").read_text())
 ROW = {"input": "Herons stand by rivers. " * 10, "prompt": "Who stands there?", "answer": ["herons"]}
@@ -22,16 +14,11 @@ SETTINGS = {"model": "gmsa", "max_tokens": 4, "temperature": 0, "stop": ["\n"], 
 
 
 @pytest.mark.parametrize("route", ["chat/completions", "completions"])
-def test_the_context_is_compressed_and_the_question_stays_text(
-    route: str, tmp_path: Path, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
-) -> None:
-    torch.manual_seed(0)
-    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+def test_the_context_is_compressed_and_the_question_stays_text(route: str, serve_tiny: Callable[..., str]) -> None:
     text = jinja2.Template(TASK["doc_to_text"]).render(ROW)
     given = {"prompt": [text]} if route == "completions" else {"messages": [{"role": "user", "content": text}]}
-    settings = Settings(store=tmp_path / "s", max_prompt_tokens=512, merge_size=4, auto_compress=64)
-    with running(Service(gmsa, settings)) as address:
-        said = httpx.post(f"{address}/v1/{route}", json={**SETTINGS, **given}, timeout=60).json()
+    address = serve_tiny(max_prompt_tokens=512, merge_size=4, auto_compress=64)
+    said = httpx.post(f"{address}/v1/{route}", json={**SETTINGS, **given}, timeout=60).json()
     details = said["usage"]["prompt_tokens_details"]
     assert details["soft_tokens"] == 60
     assert details["origin_tokens"] == len(ROW["input"])  # without the question

@@ -1,36 +1,22 @@
 """/v1/responses through OpenAI's own client: it says what a chat says."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import torch
-from server import running
 
-from gmsa import GMSA
 from gmsa.decode.batch import Batch
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
-from gmsa.serve.service import Service
-from gmsa.serve.settings import Settings
 
 NEW = 8
 TEXT = "The secret word is heron. It stood by the river."
 
 
 @pytest.fixture(scope="module")
-def client(
-    tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[openai.OpenAI]:
-    torch.manual_seed(0)
-    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
-    settings = Settings(store=tmp_path_factory.mktemp("store") / "s", max_prompt_tokens=400, auto_compress=64)
-    with running(Service(gmsa, settings)) as url:
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+def client(serve_tiny: Callable[..., str]) -> openai.OpenAI:
+    url = serve_tiny(max_prompt_tokens=400, auto_compress=64)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 def chat(client: openai.OpenAI, *messages: dict[str, Any]) -> Any:

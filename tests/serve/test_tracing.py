@@ -1,22 +1,16 @@
 """Spans of a request, as OpenTelemetry's own exporter in memory receives them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import httpx
 import pytest
-import torch
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from server import eventually, running
+from server import eventually
 
-from gmsa import GMSA
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 from gmsa.serve import tracing
-from gmsa.serve.service import Service
-from gmsa.serve.settings import Settings
 
 SECRET = "xylophone quartz"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -32,16 +26,8 @@ def exporter() -> InMemorySpanExporter:
 
 
 @pytest.fixture(scope="module")
-def url(
-    tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[str]:
-    torch.manual_seed(0)
-    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
-    settings = Settings(store=tmp_path_factory.mktemp("store") / "s", max_prompt_tokens=256, auto_compress=32)
-    with running(Service(gmsa, settings)) as address:
-        yield address
+def url(serve_tiny: Callable[..., str]) -> str:
+    return serve_tiny(max_prompt_tokens=256, auto_compress=32)
 
 
 def spans_of(exporter: InMemorySpanExporter) -> list[ReadableSpan]:
