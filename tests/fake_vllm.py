@@ -33,6 +33,9 @@ class FakeVllm(ThreadingHTTPServer):
         self.chats_seen: list[dict[str, Any]] = []
         self.gone = threading.Event()  # a client left in the middle
         self.go_on = threading.Event()  # what "holds" waits for
+        self.lists = threading.Event()  # what a look at the models waits for
+        self.lists.set()
+        self.asked_for_models = threading.Event()
         self._sampling = threading.Lock()
         self._connections: list[socket.socket] = []
 
@@ -100,6 +103,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        self.server.asked_for_models.set()
+        self.server.lists.wait(20)
         if self.headers.get("Authorization") != "Bearer secret":
             self.reply(401, {"error": "Unauthorized"})
         elif self.server.fault == "no-openai":

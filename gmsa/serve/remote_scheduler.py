@@ -220,9 +220,11 @@ class RemoteScheduler:
     async def _watch(self) -> None:
         self.metrics.decoder_up.set(self._up.is_set())
         while True:
+            was_up = self._up.is_set()
             try:
-                await self.remote.look(trial=not self._up.is_set())
-                self._note(None)
+                await self.remote.look(trial=not was_up)
+                if self._up.is_set() == was_up:  # else a row failed meanwhile, and this look wrote no token
+                    self._note(None)
             except GmsaError as error:
                 self._note(error)
             except Exception as error:

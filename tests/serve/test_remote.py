@@ -229,7 +229,10 @@ def test_a_decoder_that_goes_away_and_comes_back(
 
 
 @pytest.mark.parametrize("fault", ["busy", "hangs-up", "dies-first"])
-def test_a_row_that_has_no_token_yet_is_sent_once_more(fake: FakeVllm, serve: Callable[..., str], fault: str) -> None:
+def test_a_row_that_has_no_token_yet_is_sent_once_more(
+    fake: FakeVllm, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(remote_scheduler, "PATIENCE", 20.0)
     url = serve(fake.url)
     expected = chat(url, asking()).json()["choices"]
     fake.fault = fault
@@ -241,6 +244,26 @@ def test_a_row_that_has_no_token_yet_is_sent_once_more(fake: FakeVllm, serve: Ca
     assert len(fake.answered) == 3
     assert metric(url, "gmsa_decoder_failures_total") >= 1
     assert http.get(f"{url}/health").status_code == 200
+
+
+def test_a_look_that_began_before_a_row_failed_does_not_call_the_decoder_back(
+    fake: FakeVllm, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_scheduler, "PATIENCE", 20.0)
+    url = serve(fake.url)
+    assert http.get(f"{url}/health").status_code == 200
+    fake.lists.clear()
+    fake.asked_for_models.clear()
+    assert fake.asked_for_models.wait(20)
+    fake.fault = "busy"
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat, url, asking())
+        eventually(lambda: metric(url, "gmsa_decoder_failures_total") == 1)
+        fake.lists.set()
+        eventually(lambda: metric(url, "gmsa_decoder_failures_total") >= 2)  # a look that asked for a token
+        assert len(fake.answered) == 1  # and no second try of the row
+        fake.fault = ""
+        assert answer.result().status_code == 200
 
 
 @pytest.mark.parametrize("fault", ["breaks-off", "gives-up"])

@@ -172,7 +172,10 @@ def test_a_refusal_is_told_in_the_servers_words(url: str, fake: FakeVllm) -> Non
 
 
 @pytest.mark.parametrize("fault", ["busy", "hangs-up", "dies-first"])
-def test_what_has_no_token_yet_is_sent_once_more(url: str, fake: FakeVllm, fault: str) -> None:
+def test_what_has_no_token_yet_is_sent_once_more(
+    url: str, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(remote_scheduler, "PATIENCE", 20.0)
     expected = chat(url, stream=True).text
     fake.fault = fault
     with ThreadPoolExecutor(1) as pool:
