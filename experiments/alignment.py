@@ -2,7 +2,7 @@
 
 The decoder is the default backbone as it is, the encoder its lowest 8 layers. Arms: what the paper starts from (the
 decoder's lowest block), drawn weights, nothing, and least squares from states to embeddings in closed form
-(gmsa/model/ridge.py), fitted on random tokens of the vocabulary, so many in a row, or on as many tokens of texts.
+(gmsa/model/alignment.py), fitted on random tokens of the vocabulary, so many in a row, or on as many tokens of texts.
 
     python experiments/alignment.py --texts text_dev.jsonl.gz --fit text_train.jsonl.gz
 """
@@ -18,7 +18,7 @@ from gmsa.decode.prompt import PromptTemplate
 from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import read_rows
-from gmsa.model.ridge import vocabulary_windows
+from gmsa.model.alignment import vocabulary_windows
 from gmsa.text import encode
 from gmsa.train.evaluation import RestorationProbe
 

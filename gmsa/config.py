@@ -16,13 +16,13 @@ ALIGNMENT_KINDS = {
     "mlp": "gmsa.model.alignment.MultilayerPerceptron",
     "norm-mlp": "gmsa.model.alignment.NormedPerceptron",
     "linear": "gmsa.model.alignment.LinearMap",
-    "ridge": "gmsa.model.ridge.RidgeMap",
+    "ridge": "gmsa.model.alignment.RidgeMap",
     "none": "gmsa.model.alignment.NoAlignment",
 }
 MERGING_KINDS = {
     "mean": "gmsa.model.merging.GroupMerging",
     "balanced": "gmsa.model.balanced.BalancedMerging",
-    "appended": "gmsa.model.appended.AppendedTokens",
+    "appended": "gmsa.model.merging.AppendedTokens",
 }
 PROMPTS = ("chat", "plain", "bare")
 # What training may change. `lsa` stands for everything between encoder and decoder that has weights.
@@ -45,7 +45,7 @@ class GmsaConfig(PreTrainedConfig):
             "appended": learnable tokens after the context (TCP-AE, ICAE).
         lsa: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks, fresh weights),
             "mlp", "linear" or "none"; the paper's ablations. "norm-mlp": LCLM's adapter.
-            "ridge": a linear map that starts as the least squares from states to embeddings (model/ridge.py).
+            "ridge": a linear map that starts as the least squares from states to embeddings (model/alignment.py).
         lsa_layers: how many blocks, for "decoder" and "random" (paper: 1).
         entry_layer: so many of the decoder's lowest layers leave soft tokens alone (model/entry.py). 0, as in the
             paper: they enter at its input. Else encoder_layers, or with lsa_layers added where LSA is "decoder" or

@@ -6,11 +6,10 @@ from transformers import PreTrainedModel
 
 from gmsa.config import ALIGNMENT_KINDS, MERGING_KINDS, GmsaConfig, kind_of
 from gmsa.errors import InputError
-from gmsa.model.alignment import Alignment
+from gmsa.model.alignment import Alignment, RidgeMap, vocabulary_windows
 from gmsa.model.backbone import add_lora, body_of, layers_of, take_layers
 from gmsa.model.merging import Merging, check_merge_size
-from gmsa.model.padding import embed_rows, pad_right
-from gmsa.model.ridge import RidgeMap, vocabulary_windows
+from gmsa.model.windows import embed_rows, pad_right
 
 
 class Compressor(nn.Module):
@@ -40,7 +39,7 @@ class Compressor(nn.Module):
 
     @torch.no_grad()
     def fit_alignment(self, embeddings: nn.Module, window_ids: Tensor | None = None) -> None:
-        """Find the alignment of a new model in closed form, where its kind has one (ridge.py); else nothing happens.
+        """Find the alignment of a new model in closed form, where its kind has one; else nothing happens.
 
         Args:
             embeddings: of the decoder.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gmsa.config import GmsaConfig
 from gmsa.errors import ConfigError
 from gmsa.model.backbone import layers_of
-from gmsa.model.padding import pad_left, pad_right
+from gmsa.model.windows import pad_left, pad_right
 
 
 class EntryLayers:

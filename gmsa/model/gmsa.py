@@ -22,7 +22,7 @@ from gmsa.model.backbone import QKV_NAMES, add_lora, body_of, head_logits
 from gmsa.model.compressor import Compressor, rates_of
 from gmsa.model.entry import EntryLayers
 from gmsa.model.losses import cross_entropy_in_chunks
-from gmsa.model.padding import embed_rows, pad_left
+from gmsa.model.windows import embed_rows, pad_left
 
 
 class GmsaNetwork(PreTrainedModel):

@@ -1,6 +1,7 @@
 """Losses on target tokens alone (paper section 3), without ever holding the logits of all of them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ def cross_entropy_in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy, and how many tokens are predicted right.
 
-    The gradient with respect to `hidden` is computed chunk by chunk along with the loss, so nothing is computed twice
-    and no logits are kept for the backward pass. For a frozen LM head: weights inside `logits_of` get no gradient.
+    For a frozen LM head: weights inside `logits_of` get no gradient.
 
     Args:
         hidden: (N, d) states that predict the labels.
@@ -29,41 +29,31 @@ def cross_entropy_in_chunks(
         loss: mean over the N tokens.
         correct: number of tokens whose label has the highest logit.
     """
-    return _ChunkedCrossEntropy.apply(hidden, labels, logits_of)
+
+    def of_chunk(states: Tensor, wanted: Tensor, needed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        with torch.set_grad_enabled(needed):
+            states = states.detach().requires_grad_(needed)
+            logits = logits_of(states)
+        logged = F.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+        loss, correct = -logged.gather(1, wanted[:, None]).sum(), (logged.argmax(-1) == wanted).sum()
+        if not needed:
+            return loss, correct, None
+        of_logits = logged.exp_()  # the gradient is softmax minus one-hot: made in place, not by passes over it
+        of_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+        return loss, correct, torch.autograd.grad(logits, states, of_logits.to(logits.dtype))[0]
+
+    return ChunkedLoss.apply(hidden, labels, CHUNK, of_chunk)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        needed = ctx.needs_input_grad[0]
-        loss, correct = hidden.new_zeros((), dtype=torch.float32), labels.new_zeros(())
-        gradients = []
-        for states, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            with torch.set_grad_enabled(needed):
-                states = states.detach().requires_grad_(needed)
-                logits = logits_of(states)
-            logged = F.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            loss -= logged.gather(1, wanted[:, None]).sum()
-            correct += (logged.argmax(-1) == wanted).sum()
-            if needed:  # the gradient is softmax minus one-hot: made in place, instead of by passes of autograd's own
-                of_logits = logged.exp_()
-                of_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-                gradients.append(torch.autograd.grad(logits, states, of_logits.to(logits.dtype))[0])
-        if needed:
-            ctx.save_for_backward(torch.cat(gradients) / len(labels))
-        ctx.mark_non_differentiable(correct)
-        return loss / len(labels), correct
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None
+def frozen_head_loss(hidden: Tensor, labels: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """`cross_entropy_in_chunks` for a head that is one frozen matrix (V, d), in chunks that can be compiled."""
+    size = CUDA_CHUNK if hidden.device.type == "cuda" else 2 * CHUNK
+    with torch.autocast(hidden.device.type, enabled=False):
+        return ChunkedLoss.apply(hidden, labels, size, partial(ChunkedLoss.frozen_head, head=head.detach()))
 
 
 def frozen_head_chunk(
-    states: Tensor, labels: Tensor, head: Tensor, needed: bool
+    states: Tensor, labels: Tensor, needed: bool, head: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Summed loss, right predictions, and the gradient of the sum by the states; compiled, a few passes over logits."""
     logits = (states.to(head.dtype) @ head.T).float()
@@ -77,36 +67,35 @@ def frozen_head_chunk(
     return loss, right, (logged.exp() - hot.float()).to(head.dtype) @ head
 
 
-class FrozenHeadLoss(torch.autograd.Function):
-    """`cross_entropy_in_chunks` for a head that is one frozen matrix, in chunks that can be compiled.
+class ChunkedLoss(torch.autograd.Function):
+    """Mean loss of states (N, d), and right predictions.
 
-    `apply(hidden (N, d), labels (N,), head (V, d))` -> mean loss, right predictions.
+    The gradient with respect to the states is computed chunk by chunk along with the loss, so nothing is computed twice
+    and no logits are kept for the backward pass.
     """
 
-    chunk = staticmethod(frozen_head_chunk)  # exchanged for a compiled one by `packed.compile_blocks`
+    frozen_head = staticmethod(frozen_head_chunk)  # exchanged for a compiled one by `packed.compile_blocks`
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, size: int, of_chunk: Callable[..., Any]) -> Any:
+        """Chunks of `size` tokens by `of_chunk`: (states, labels, whether a gradient is needed), as above."""
         needed = ctx.needs_input_grad[0]
-        size = CUDA_CHUNK if hidden.device.type == "cuda" else 2 * CHUNK
         loss, correct = hidden.new_zeros((), dtype=torch.float32), labels.new_zeros(())
         gradients: list[Tensor] = []
-        with torch.autocast(hidden.device.type, enabled=False):
-            for states, wanted in zip(hidden.detach().split(size), labels.split(size), strict=True):
-                one, right, gradient = FrozenHeadLoss.chunk(states, wanted, head.detach(), needed)
-                loss, correct = loss + one, correct + right
-                gradients += [gradient] if gradient is not None else []
+        for states, wanted in zip(hidden.detach().split(size), labels.split(size), strict=True):
+            one, right, gradient = of_chunk(states, wanted, needed)
+            loss, correct = loss + one, correct + right
+            gradients += [gradient] if gradient is not None else []
         if needed:
             ctx.save_for_backward((torch.cat(gradients) / len(labels)).to(hidden.dtype))
         ctx.mark_non_differentiable(correct)
         return loss / len(labels), correct
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         """See the class."""
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None
+        return gradient * gradients[0].to(gradient.dtype), None, None, None
 
 
 def distilled(

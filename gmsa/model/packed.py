@@ -9,7 +9,7 @@ For one backbone with rotary positions, group merging, one merge size per row, f
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from gmsa.model.alignment import DecoderBlocks, NoAlignment
 from gmsa.model.backbone import body_of, head_logits, layers_of, norm_name
 from gmsa.model.gmsa import GmsaNetwork
-from gmsa.model.losses import FrozenHeadLoss, frozen_head_chunk
+from gmsa.model.losses import ChunkedLoss, frozen_head_chunk, frozen_head_loss
 from gmsa.model.merging import GroupMerging
 
 ON_CPU, ON_CUDA = "gmsa_packed_cpu", "gmsa_packed_cuda"
@@ -110,11 +110,10 @@ def why_not(model: GmsaNetwork) -> str | None:
             return "its attention is local"
         if getattr(body.config, "model_type", "") not in PLAIN:
             return f"{body.config.model_type} does more around its blocks"
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+    ends = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    if getattr(ends[-1], "bias", None) is not None:
         return "its head has a bias"
-    trained = [p for p in (*model.decoder.get_input_embeddings().parameters(),) if p.requires_grad]
-    head = model.get_output_embeddings()
-    trained += [p for p in head.parameters() if p.requires_grad] if head is not None else []
+    trained = any(p.requires_grad for part in ends for p in part.parameters())
     return "its embeddings or its head are trained" if trained else None
 
 
@@ -320,7 +319,7 @@ def packed_forward(model: GmsaNetwork, batch: PackedBatch, keep_logits: bool = F
         correct = (logits.detach().argmax(-1) == batch.labels).sum()
         loss = F.cross_entropy(logits.float(), batch.labels)
         return {"loss": loss, "correct": correct, "labels": batch.labels, "logits": logits}
-    loss, correct = FrozenHeadLoss.apply(final, batch.labels, model.get_output_embeddings().weight)  # type: ignore[union-attr]
+    loss, correct = frozen_head_loss(final, batch.labels, model.get_output_embeddings().weight)  # type: ignore[union-attr,arg-type]
     return {"loss": loss, "correct": correct, "labels": batch.labels}
 
 
@@ -351,32 +350,28 @@ def _run(
     return getattr(body, norm_name(body))(hidden[0]) if norm else hidden[0]
 
 
-@contextlib.contextmanager
-def packed_attention(model: GmsaNetwork) -> Iterator[None]:
+def packed_attention(model: GmsaNetwork) -> contextlib.AbstractContextManager[None]:
     """Within, the model's blocks attend within lines and can do nothing else."""
     name = ON_CUDA if model.device.type == "cuda" else ON_CPU
-    before = [part.config._attn_implementation for part in _bodies(model)]
-    for part in _bodies(model):
-        part.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        for part, own in zip(_bodies(model), before, strict=True):
-            part.config._attn_implementation = own
+    return _holding([part.config for part in _bodies(model)], "_attn_implementation", name)
+
+
+def uncompiled(model: GmsaNetwork) -> contextlib.AbstractContextManager[None]:
+    """Within, blocks run as they are written: other shapes and caches would be compiled anew in the midst of a run."""
+    return _holding([block for part in _bodies(model) for block in layers_of(part)], "_compiled_call_impl", None)
 
 
 @contextlib.contextmanager
-def uncompiled(model: GmsaNetwork) -> Iterator[None]:
-    """Within, blocks run as they are written: other shapes and caches would be compiled anew in the midst of a run."""
-    blocks = [block for part in _bodies(model) for block in layers_of(part)]
-    compiled = [block._compiled_call_impl for block in blocks]
-    for block in blocks:
-        block._compiled_call_impl = None  # type: ignore[assignment]
+def _holding(things: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Within, an attribute of each of these has this value."""
+    before = [getattr(thing, name) for thing in things]
+    for thing in things:
+        setattr(thing, name, value)
     try:
         yield
     finally:
-        for block, own in zip(blocks, compiled, strict=True):
-            block._compiled_call_impl = own  # type: ignore[assignment]
+        for thing, own in zip(things, before, strict=True):
+            setattr(thing, name, own)
 
 
 def _bodies(model: GmsaNetwork) -> list[Any]:
@@ -399,4 +394,4 @@ def compile_blocks(model: GmsaNetwork, packed: bool = True) -> None:
             block.compile(dynamic=True)
     if packed:
         CausalAttention.gradients = staticmethod(torch.compile(attention_gradients, dynamic=True))
-        FrozenHeadLoss.chunk = staticmethod(torch.compile(frozen_head_chunk, dynamic=True))
+        ChunkedLoss.frozen_head = staticmethod(torch.compile(frozen_head_chunk, dynamic=True))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gmsa.io.checkpoint import stored_name, stored_parameters
+from gmsa.model.alignment import vocabulary_windows
 from gmsa.model.gmsa import GmsaNetwork
-from gmsa.model.ridge import vocabulary_windows
 
 RIDGE = 1e-3  # of the inputs' mean variance: where no model has inputs, the matrices' mean is taken
 MERGE_SIZE = 4

@@ -15,7 +15,7 @@ from gmsa.errors import BackboneError, ConfigError
 from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of, layers_of
-from gmsa.model.padding import positions
+from gmsa.model.windows import positions
 
 Build = Callable[..., GmsaModel]
 family = pytest.mark.parametrize("family", FAMILIES)

@@ -16,9 +16,9 @@ from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, ConfigError, InputError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
+from gmsa.model.alignment import RidgeMap, vocabulary_windows
 from gmsa.model.backbone import body_of, layers_of, norm_name
 from gmsa.model.merging import group_merge
-from gmsa.model.ridge import RidgeMap, vocabulary_windows
 
 Build = Callable[..., GmsaModel]
 LORA = {"r": 4, "alpha": 8, "dropout": 0.5}

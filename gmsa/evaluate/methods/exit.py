@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gmsa.api import GMSA
 from gmsa.evaluate.methods.base import Models, from_hub, require
 from gmsa.evaluate.methods.sentences import SentenceMethod
-from gmsa.model.padding import pad_left, positions
+from gmsa.model.windows import pad_left, positions
 from gmsa.text import encode, encode_rendered
 
 BASE = "google/gemma-2b-it"
