@@ -1,8 +1,8 @@
 """The configuration of a model: what the encoder, the merging, the alignment and the decoder are."""
 
 import importlib
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -69,67 +69,41 @@ class GmsaConfig(PreTrainedConfig):
 
     model_type = "gmsa"
 
-    def __init__(
-        self,
-        decoder: dict[str, Any] | None = None,
-        encoder: dict[str, Any] | None = None,
-        encoder_layers: int | str = 8,
-        encoder_lora: dict[str, Any] | None = None,
-        decoder_lora: dict[str, Any] | None = None,
-        encoder_sink: bool = True,
-        merging: str = "mean",
-        lsa: str = "decoder",
-        lsa_layers: int = 1,
-        entry_layer: int = 0,
-        final_norm: bool = False,
-        window_size: int | None = 512,
-        max_appended: int = 512,
-        prompt: str = "chat",
-        system_prompt: str | None = None,
-        memory_marks: list[str] | None = None,
-        restore_instruction: str = RESTORE_INSTRUCTION,
-        trained: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.decoder = decoder
-        self.encoder = encoder
-        self.encoder_layers = encoder_layers
-        self.encoder_lora = encoder_lora
-        self.decoder_lora = decoder_lora
-        self.encoder_sink = encoder_sink
-        self.merging = merging
-        self.lsa = lsa
-        self.lsa_layers = lsa_layers
-        self.entry_layer = entry_layer
-        self.final_norm = final_norm
-        self.window_size = window_size
-        self.max_appended = max_appended
-        self.prompt = prompt
-        self.system_prompt = system_prompt
-        self.memory_marks = memory_marks
-        self.restore_instruction = restore_instruction
-        self.trained = sorted(trained or [])
+    decoder: dict[str, Any] | None = None
+    encoder: dict[str, Any] | None = None
+    encoder_layers: int | str = 8
+    encoder_lora: dict[str, Any] | None = None
+    decoder_lora: dict[str, Any] | None = None
+    encoder_sink: bool = True
+    merging: str = "mean"
+    lsa: str = "decoder"
+    lsa_layers: int = 1
+    entry_layer: int = 0
+    final_norm: bool = False
+    window_size: int | None = 512
+    max_appended: int = 512
+    prompt: str = "chat"
+    system_prompt: str | None = None
+    memory_marks: list[str] | None = None
+    restore_instruction: str = RESTORE_INSTRUCTION
+    trained: list[str] = field(default_factory=list)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.trained = sorted(self.trained or [])
         self.check()
-        super().__init__(**kwargs)
+        super().__post_init__(**kwargs)
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, if the choices cannot work."""
-
-        def one_of(field: str, allowed: Iterable[str]) -> None:
-            if getattr(self, field) not in allowed:
-                raise ConfigError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-
-        def whole(field: str, least: int) -> None:
-            setattr(self, field, check_whole(field, getattr(self, field), least))
-
-        one_of("merging", MERGING_KINDS)
-        one_of("lsa", ALIGNMENT_KINDS)
-        one_of("prompt", PROMPTS)
-        whole("lsa_layers", 1)
-        whole("max_appended", 1)
-        whole("entry_layer", 0)
-        if self.encoder_layers != "all":
-            whole("encoder_layers", 1)
+        for name, allowed in (("merging", MERGING_KINDS), ("lsa", ALIGNMENT_KINDS), ("prompt", PROMPTS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        least = {"encoder_layers": 1, "lsa_layers": 1, "entry_layer": 0, "window_size": 1, "max_appended": 1}
+        instead = {"encoder_layers": "all", "window_size": None}  # of a number
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if name not in instead or value != instead[name]:
+                setattr(self, name, check_whole(name, value, lowest))
         if self.entry_layer:
             if self.final_norm:
                 raise ConfigError("entry_layer needs states as the decoder's layers have them: set final_norm to false")
@@ -142,15 +116,13 @@ class GmsaConfig(PreTrainedConfig):
                     f"entry_layer must be {wanted}, where {self.encoder_layers} encoder layers and {blocks} blocks of "
                     f"LSA end, or 0, the decoder's input; got {self.entry_layer!r}"
                 )
-        if self.window_size is not None:
-            whole("window_size", 1)
         if self.merging == "appended" and (self.window_size is None or self.window_size > self.max_appended):
             # At merge size 1 a window needs as many appended tokens as it has tokens.
             raise ConfigError("max_appended must be at least window_size where merging is 'appended'")
-        for field in ("encoder_lora", "decoder_lora"):
-            lora = getattr(self, field)
+        for name in ("encoder_lora", "decoder_lora"):
+            lora = getattr(self, name)
             if lora is not None and not (isinstance(lora, dict) and {"r", "alpha"} <= set(lora)):
-                raise ConfigError(f"{field} needs at least the keys 'r' and 'alpha'")
+                raise ConfigError(f"{name} needs at least the keys 'r' and 'alpha'")
         if self.lsa == "ridge" and self.encoder is not None:
             raise ConfigError("lsa 'ridge' needs an encoder and a decoder of one backbone: leave encoder out")
         marks = self.memory_marks
@@ -164,7 +136,7 @@ class GmsaConfig(PreTrainedConfig):
 
 
 # What a configuration says of the model itself, not of when and by what it was written.
-SETTINGS = [name for name in inspect.signature(GmsaConfig).parameters if name != "kwargs"]
+SETTINGS = list(GmsaConfig.__annotations__)
 
 
 def kind_of(kinds: Mapping[str, str], name: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from gmsa.errors import ConfigError
+from gmsa.errors import ConfigError, check_whole
 from gmsa.train.log import tell
 
 # Where a recipe says nothing. Anything else TrainingArguments knows may stand in `trainer:`, too, but for OURS.
@@ -48,95 +48,44 @@ LEAST = {
 
 # Not a recipe's to set: why, and what says so instead.
 OURS = {
-    "output is the folder of a run": ("output_dir",),
-    "tokens_per_batch or rows_per_batch makes the batches": (
-        "per_device_train_batch_size",
-        "auto_find_batch_size",
-        "dataloader_drop_last",
-        "train_sampling_strategy",
-        "group_by_length",
-        "length_column_name",
-    ),
-    "batches are made whole, there are no columns": ("remove_unused_columns", "label_names"),
-    "trainer.max_steps says how long a run is": ("num_train_epochs",),
-    "evaluate says on what and how often": (
-        "do_eval",
-        "eval_strategy",
-        "eval_steps",
-        "eval_delay",
-        "eval_on_start",
-        "eval_accumulation_steps",
-        "eval_do_concat_batches",
-        "eval_use_gather_object",
-        "per_device_eval_batch_size",
-        "batch_eval_metrics",
-        "prediction_loss_only",
-        "include_for_metrics",
-        "bf16_full_eval",
-        "fp16_full_eval",
-    ),
-    "a run trains": ("do_train", "do_predict"),
-    "trainer.save_steps says how often; a checkpoint holds all that a run is resumed from": (
-        "save_strategy",
-        "save_only_model",
-        "save_safetensors",
-        "enable_jit_checkpoint",
-    ),
-    "trainer.logging_steps says how often": ("logging_strategy",),
-    "the last model is the run's": ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-    "--resume goes on from the newest checkpoint, with the batches that would have come next": (
-        "resume_from_checkpoint",
-        "overwrite_output_dir",
-        "ignore_data_skip",
-    ),
-    "trained weights are fp32, and what is computed is bf16 or, with trainer.bf16: false, fp32": ("fp16",),
-    "compile compiles block by block": ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-    "its name here is trainer.gradient_checkpointing": (
-        "activation_checkpointing",
-        "activation_checkpointing_kwargs",
-        "gradient_checkpointing_kwargs",
-    ),
-    "the losses are the paper's and those of train/objectives.py": (
-        "label_smoothing_factor",
-        "neftune_noise_alpha",
-        "average_tokens_across_devices",
-        "use_liger_kernel",
-        "liger_kernel_config",
-        "use_cache",
-    ),
-    "a loss that is not finite ends the run": ("logging_nan_inf_filter",),
-    "the progress bar stands where stderr is a terminal": ("disable_tqdm",),
-    "batches are drawn by trainer.seed": ("data_seed",),
-    "push the model when it is trained: GMSA.from_pretrained(...).push_to_hub(...)": (
-        "push_to_hub",
-        "hub_token",
-        "hub_private_repo",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_always_push",
-        "hub_revision",
-    ),
-    "torchrun or accelerate launch say which processes and devices share a run (docs/training.md)": (
-        "use_cpu",
-        "accelerator_config",
-        "parallelism_config",
-        "ddp_find_unused_parameters",
-        "fsdp",
-        "fsdp_config",
-        "deepspeed",
-        "local_rank",
-    ),
+    "output is the folder of a run": "output_dir",
+    "tokens_per_batch or rows_per_batch makes the batches": """
+        per_device_train_batch_size auto_find_batch_size dataloader_drop_last train_sampling_strategy group_by_length
+        length_column_name""",
+    "batches are made whole, there are no columns": "remove_unused_columns label_names",
+    "trainer.max_steps says how long a run is": "num_train_epochs",
+    "evaluate says on what and how often": """
+        do_eval eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_do_concat_batches
+        eval_use_gather_object per_device_eval_batch_size batch_eval_metrics prediction_loss_only include_for_metrics
+        bf16_full_eval fp16_full_eval""",
+    "a run trains": "do_train do_predict",
+    "trainer.save_steps says how often; a checkpoint holds all that a run is resumed from": """
+        save_strategy save_only_model save_safetensors enable_jit_checkpoint""",
+    "trainer.logging_steps says how often": "logging_strategy",
+    "the last model is the run's": "load_best_model_at_end metric_for_best_model greater_is_better",
+    "--resume goes on from the newest checkpoint, with the batches that would have come next": """
+        resume_from_checkpoint overwrite_output_dir ignore_data_skip""",
+    "trained weights are fp32, and what is computed is bf16 or, with trainer.bf16: false, fp32": "fp16",
+    "compile compiles block by block": "torch_compile torch_compile_backend torch_compile_mode",
+    "its name here is trainer.gradient_checkpointing": """
+        activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing_kwargs""",
+    "the losses are the paper's and those of train/objectives.py": """
+        label_smoothing_factor neftune_noise_alpha average_tokens_across_devices use_liger_kernel liger_kernel_config
+        use_cache""",
+    "a loss that is not finite ends the run": "logging_nan_inf_filter",
+    "the progress bar stands where stderr is a terminal": "disable_tqdm",
+    "batches are drawn by trainer.seed": "data_seed",
+    "push the model when it is trained: GMSA.from_pretrained(...).push_to_hub(...)": """
+        push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
+    "torchrun or accelerate launch say which processes and devices share a run (docs/training.md)": """
+        use_cpu accelerator_config parallelism_config ddp_find_unused_parameters fsdp fsdp_config deepspeed local_rank
+        """,
 }
-REFUSED = {name: reason for reason, names in OURS.items() for name in names}
+REFUSED = {name: reason for reason, names in OURS.items() for name in names.split()}
 
-WORDS: dict[Any, str] = {
-    bool: "true or false",
-    str: "a text",
-    int: "a whole number",
-    dict: "key: value pairs",
-}
+WORDS: dict[Any, str] = {bool: "true or false", str: "a text", int: "a whole number", dict: "key: value pairs"}
 
-# What recipes said before there was `trainer:`, by what it is called there.
+# What recipes called settings before there was `trainer:`, where it is not their name there.
 MOVED = {
     "steps": "max_steps",
     "accumulate": "gradient_accumulation_steps",
@@ -147,13 +96,6 @@ MOVED = {
     "keep": "save_total_limit",
     "log_every": "logging_steps",
     "workers": "dataloader_num_workers",
-    **{
-        name: name
-        for name in (
-            *("learning_rate", "warmup_steps", "weight_decay", "bf16"),
-            *("gradient_checkpointing", "seed", "report_to"),
-        )
-    },
 }
 
 # Annotation of every field; those of ours are refused before it matters.
@@ -179,13 +121,18 @@ def trainer_settings(given: Any) -> dict[str, Any]:
 
 def _checked(name: str, value: Any) -> Any:
     """A value of the kind that it must be of."""
-    where, kind, may_be_none = f"trainer: {name}", *_kind(name)
+    where, (kind, may_be_none) = f"trainer: {name}", _kind(name)
     if name in LEAST:
-        if type(value) is not int or value < LEAST[name]:
-            raise ConfigError(f"{where} must be a whole number >= {LEAST[name]}, got {value!r}")
-    elif kind is float and not (value is None and may_be_none):
-        return _bounded(name, number(where, value))
-    elif kind in WORDS and type(value) is not kind and not (value is None and may_be_none):
+        return check_whole(where, value, LEAST[name])
+    if value is None and may_be_none:
+        return value
+    if kind is float:
+        value = number(where, value)
+        if name in ("learning_rate", "max_grad_norm") and not value > 0:
+            raise ConfigError(f"{where} must be above 0, got {value!r}")
+        if name in ("weight_decay", "warmup_steps") and not value >= 0:
+            raise ConfigError(f"{where} must be 0 or more, got {value!r}")
+    elif kind in WORDS and type(value) is not kind:
         raise ConfigError(f"{where} must be {WORDS[kind]}, got {value!r}")
     return value
 
@@ -201,14 +148,6 @@ def _kind(name: str) -> tuple[Any, bool]:
     kinds = set(typing.get_args(declared)) if union else {declared}
     others = kinds - {types.NoneType}
     return others.pop() if len(others) == 1 else None, types.NoneType in kinds
-
-
-def _bounded(name: str, value: float) -> float:
-    if name in ("learning_rate", "max_grad_norm") and not value > 0:
-        raise ConfigError(f"trainer: {name} must be above 0, got {value!r}")
-    if name in ("weight_decay", "warmup_steps") and not value >= 0:
-        raise ConfigError(f"trainer: {name} must be 0 or more, got {value!r}")
-    return value
 
 
 def training_arguments(settings: Mapping[str, Any], output: str, evaluate_every: int | None) -> TrainingArguments:
@@ -242,13 +181,11 @@ def training_arguments(settings: Mapping[str, Any], output: str, evaluate_every:
             **passed,
         )
     except (TypeError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        named = "lr_scheduler_type: " if "scheduler" in line.lower() else ""
-        raise ConfigError(f"trainer: {named}{line}") from error
+        raise _refused("lr_scheduler_type: " if "scheduler" in str(error).lower() else "", error) from error
     try:
         get_reporting_integration_callbacks(arguments.report_to)
     except ValueError as error:
-        raise ConfigError(f"trainer: report_to: {str(error).splitlines()[0]}") from error
+        raise _refused("report_to: ", error) from error
     try:  # the Trainer makes its own, after everything else is loaded
         get_scheduler(
             settings["lr_scheduler_type"],
@@ -258,11 +195,15 @@ def training_arguments(settings: Mapping[str, Any], output: str, evaluate_every:
             scheduler_specific_kwargs=dict(settings["lr_scheduler_kwargs"]),
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"trainer: lr_scheduler_kwargs: {str(error).splitlines()[0]}") from error
+        raise _refused("lr_scheduler_kwargs: ", error) from error
     if arguments.n_gpu > 1:  # DataParallel would take batches apart that belong together
         arguments._n_gpu = 1
         tell(f"training on one of {torch.cuda.device_count()} GPUs: for all of them start it with torchrun (docs)")
     return arguments
+
+
+def _refused(name: str, error: Exception) -> ConfigError:
+    return ConfigError(f"trainer: {name}{str(error).splitlines()[0]}")
 
 
 def number(name: str, value: Any) -> float:

@@ -22,9 +22,8 @@ from gmsa.model.packed import PackedBatch
 from gmsa.train.examples import Batch, Example, collate
 from gmsa.train.objectives import Maker, answer
 from gmsa.train.packing import pack
-from gmsa.train.recipe import Recipe
+from gmsa.train.recipe import RateSchedule, Recipe
 from gmsa.train.rows import Rows
-from gmsa.train.schedule import RateSchedule
 
 # Characters per token of English text, to plan batches without tokenising the whole file first.
 CHARACTERS_PER_TOKEN = 4

@@ -11,8 +11,7 @@ from gmsa.io.rows import BadLine
 from gmsa.model.packed import PackedBatch
 from gmsa.train.batches import TrainingBatches
 from gmsa.train.examples import Batch, Document, Example
-from gmsa.train.recipe import Recipe
-from gmsa.train.stages import STAGES
+from gmsa.train.recipe import STAGES, Recipe
 from gmsa.train.trainer import forward, packs_batches, prepare, training_batches
 
 # So many batches are looked at for the largest one and for what is cut short.

@@ -1,7 +1,8 @@
-"""A recipe: everything that makes a training run, in one YAML file."""
+"""A recipe: everything that makes a training run, in one YAML file; its stages and its schedule of merge sizes."""
 
 import dataclasses
 import difflib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +11,119 @@ from typing import Any
 import yaml
 
 from gmsa.config import SETTINGS, TRAINABLE_GROUPS
-from gmsa.errors import ConfigError
+from gmsa.errors import ConfigError, check_whole
 from gmsa.io.checkpoint import FORMS
 from gmsa.train.arguments import MOVED, SETTABLE, check_keys, number, trainer_settings
-from gmsa.train.schedule import RateSchedule
-from gmsa.train.stages import trained_groups
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training (paper section 3): which rows, and what is trained.
+
+    Every row is learned by cross-entropy on its target alone: the text itself, or the answer.
+    """
+
+    rows: str  # "texts": every row is restored, questions by their context; "questions"; "both": each as what it is
+    trains: tuple[str, ...]  # groups of weights besides the decoder's part
+    decoder: bool  # is the decoder trained, as `trainable` says?
+    continues: bool  # does it go on from another stage's model?
+
+
+STAGES = {
+    "ae": Stage(rows="texts", trains=("encoder", "lsa"), decoder=False, continues=False),
+    "keft": Stage(rows="questions", trains=(), decoder=True, continues=True),
+    # Not in the paper: answering and restoring at once, with nothing frozen but most of the decoder.
+    "joint": Stage(rows="both", trains=("encoder", "lsa"), decoder=True, continues=True),
+}
+
+# What `trainable` opens of the decoder. The paper's first version trains W_Q, W_K, W_V; its second one all of it.
+DECODER_PARTS = {"qkv": "decoder-qkv", "all": "decoder", "lora": "decoder-lora"}
+
+
+def trained_groups(stage: str, trainable: str) -> list[str]:
+    """The groups of weights a stage trains where the recipe does not list them itself.
+
+    Raises:
+        ConfigError: an unknown stage or part of the decoder.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
+    if trainable not in DECODER_PARTS:
+        raise ConfigError(f"trainable must be one of {', '.join(DECODER_PARTS)}; got {trainable!r}")
+    return [*STAGES[stage].trains, *([DECODER_PARTS[trainable]] if STAGES[stage].decoder else [])]
+
+
+# -- merge sizes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RateSchedule:
+    """Which merge sizes a sample may be drawn at, by the step at which each set of them begins (the rate curriculum).
+
+    The paper draws each sample's rate from one set. Starting with small rates ends the autoencoder's loss plateau far
+    sooner (docs/training-log.md), so a recipe may give one set per phase. A size listed twice is drawn twice as often.
+    """
+
+    phases: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @classmethod
+    def parse(cls, value: object) -> "RateSchedule":
+        """Read a recipe's `merge_sizes`: a list, or {step: list}.
+
+        Raises:
+            ConfigError: it is neither, or no phase begins at step 0.
+        """
+        phases = value if isinstance(value, dict) else {0: value}
+        parsed = []
+        for step, sizes in phases.items():
+            listed = tuple(sizes) if isinstance(sizes, list | tuple) else ()
+            if type(step) is not int or step < 0 or not listed or not all(type(s) is int and s >= 1 for s in listed):
+                raise ConfigError(f"merge_sizes must be a list of whole numbers >= 1, or {{step: list}}; got {value!r}")
+            parsed.append((step, listed))
+        parsed.sort()
+        if not parsed or parsed[0][0] != 0:
+            raise ConfigError("merge_sizes: one phase must begin at step 0")
+        return cls(tuple(parsed))
+
+    def sizes_at(self, step: int) -> tuple[int, ...]:
+        """The set in force at an optimiser step."""
+        return next(sizes for start, sizes in reversed(self.phases) if start <= step)
+
+    def draw(self, step: int, rng: random.Random, count: int | str = 1) -> tuple[int, ...]:
+        """One sample's merge sizes: `count` different ones, or as many as there are, ascending; "all" for every one."""
+        sizes = list(self.sizes_at(step))
+        distinct = len(set(sizes))
+        wanted = distinct if count == "all" else min(int(count), distinct)
+        drawn: list[int] = []
+        while len(drawn) < wanted:
+            drawn.append(rng.choice([size for size in sizes if size not in drawn]))
+        return tuple(sorted(drawn))
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
 
 # Keys of the nested parts.
 DATA_KEYS = ("path", "weight", "as", "tokens_per_batch", "rows_per_batch", "where")
 EVALUATE_KEYS = ("path", "every", "texts", "length", "merge_sizes")
+# Parts that are off unless a recipe has them, and what they say where it does not.
+PARTS: dict[str, dict[str, Any]] = {
+    "continuation": {"share": 0.5, "instruction": "Continue the text."},
+    "lookup": {"share": 0.5, "instruction": 'What comes after "{words}"?', "gap": "", "turns": 6},
+    "mixed": {"share": 0.5, "part": 0.125},
+    "distil": {"weight": 0.5, "temperature": 1.0},
+}
+SHARES = (("continuation", "share"), ("lookup", "share"), ("mixed", "share"), ("mixed", "part"), ("distil", "weight"))
 # Parts that an overlay changes key by key; anything else it replaces whole.
-MERGED_PARTS = ("model", "evaluate", "trainer", "distil", "continuation", "lookup", "mixed")
+MERGED_PARTS = ("model", "evaluate", "trainer", *PARTS)
+# Whole numbers, the least that each may be, and what some may be instead.
+LEAST = {
+    **{"tokens_per_batch": 1, "rows_per_batch": 1, "max_context": 1, "questions_per_context": 1},
+    **{"rates_per_sample": 1, "distractors": 0},
+}
+INSTEAD = {"rows_per_batch": None, "rates_per_sample": "all"}
+CHOICES = {"reads": ("memory", "text"), "on_error": ("fail", "skip"), "form": FORMS}
 
 
 @dataclass
@@ -30,8 +133,8 @@ class Recipe:
     output: str  # folder for checkpoints, log and curve; the trained model ends up in output/model
     data: list[
         dict[str, Any]
-    ]  # {"path", "weight", "tokens_per_batch" or "rows_per_batch", "where": {field: [values]} or files of it}
-    stage: str = "ae"  # ae: restore texts; keft: answer questions; joint: both (stages.py)
+    ]  # {"path", "weight", "as", "tokens_per_batch" or "rows_per_batch", "where": {field: [..]}}
+    stage: str = "ae"  # ae: restore texts; keft: answer questions; joint: both
     model: dict[str, Any] = field(default_factory=dict)  # GmsaConfig fields; "decoder" and "encoder" are backbone names
     init: str | None = None  # start from this model folder instead of from the untouched backbone
     trainable: str = "qkv"  # of the decoder, in a stage that trains it: qkv, all or lora
@@ -61,67 +164,80 @@ class Recipe:
     form: str = "exact"  # how output/model is stored: exact or int8
 
     def __post_init__(self) -> None:
-        self._check_kinds()
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            for kind, words in ((bool, "true or false"), (str, "a text")):
+                wanted = spec.type is kind or (spec.type == kind | None and value is not None)
+                if wanted and type(value) is not kind:
+                    raise ConfigError(f"{spec.name} must be {words}, got {value!r}")
         self.trainer = trainer_settings(self.trainer)
         groups = trained_groups(self.stage, self.trainable)  # checks both, also where `trains` takes their place
         self.trains = self.trains or groups
         if not isinstance(self.trains, list) or not all(group in TRAINABLE_GROUPS for group in self.trains):
             raise ConfigError(f"trains must list some of {', '.join(TRAINABLE_GROUPS)}; got {self.trains}")
         RateSchedule.parse(self.merge_sizes)
-        for name in ("tokens_per_batch", "max_context", "questions_per_context"):
-            self._whole(name, getattr(self, name), 1)
-        self._whole("distractors", self.distractors, 0)
+        for name, least in LEAST.items():
+            if name not in INSTEAD or getattr(self, name) != INSTEAD[name]:
+                check_whole(name, getattr(self, name), least)
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         if self.average is not None and not 0 < number("average", self.average) < 1:
             raise ConfigError(f"average must be between 0 and 1, got {self.average!r}")
         if self.max_minutes is not None and not number("max_minutes", self.max_minutes) > 0:
             raise ConfigError(f"max_minutes must be above 0, got {self.max_minutes!r}")
-        if self.rows_per_batch is not None:
-            self._whole("rows_per_batch", self.rows_per_batch, 1)
-        if self.rates_per_sample != "all":
-            self._whole("rates_per_sample", self.rates_per_sample, 1)
-        for name, allowed in (("reads", ("memory", "text")), ("on_error", ("fail", "skip")), ("form", FORMS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        _check_whole_list("lengths", self.lengths)
+        check_keys("model", self.model, SETTINGS)
+        self._check_data()
+        self._check_evaluate()
+        self._check_parts()
+
+    def _check_data(self) -> None:
         if not isinstance(self.data, list) or not self.data:
             raise ConfigError("data must list at least one file: data: [{path: texts.jsonl}]")
         for entry in self.data:
             if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
                 raise ConfigError(f"data: each entry needs a path, got {entry!r}")
             check_keys("data", entry, DATA_KEYS)
-            self._check_entry(entry)
+            if not 0 <= number("data: weight", entry.get("weight", 1)) < float("inf"):
+                raise ConfigError(f"data: weight must be 0 or more, got {entry['weight']!r}")
+            for name in ("tokens_per_batch", "rows_per_batch"):
+                if name in entry and (entry[name] is not None or name not in INSTEAD):
+                    check_whole(f"data: {name}", entry[name])
+            if entry.get("as", "rows") not in ("rows", "texts"):
+                raise ConfigError(f"data: as must be rows or texts, got {entry['as']!r}")
+            where = entry.get("where") or {}
+            if not isinstance(where, dict) or not all(isinstance(values, list) for values in where.values()):
+                raise ConfigError(f"data: where must be {{field: [values]}}, got {where!r}")
         if not sum(float(entry.get("weight", 1)) for entry in self.data) > 0:
             raise ConfigError("data: no entry has a weight above 0")
-        _whole_list("lengths", self.lengths)
-        check_keys("model", self.model, SETTINGS)
-        if self.evaluate is not None:
-            check_keys("evaluate", self.evaluate, EVALUATE_KEYS)
-            if "path" not in self.evaluate:
-                raise ConfigError("evaluate needs a path")
-            for name in ("every", "texts", "length"):
-                if name in self.evaluate:
-                    self._whole(f"evaluate: {name}", self.evaluate[name], 1)
-            if "merge_sizes" in self.evaluate:
-                _whole_list("evaluate: merge_sizes", self.evaluate["merge_sizes"])
-        self.continuation = self._part(
-            "continuation", self.continuation, {"share": 0.5, "instruction": "Continue the text."}
-        )
-        lookup = {"share": 0.5, "instruction": 'What comes after "{words}"?', "gap": "", "turns": 6}
-        self.lookup = self._part("lookup", self.lookup, lookup)
-        self.mixed = self._part("mixed", self.mixed, {"share": 0.5, "part": 0.125})
-        self.distil = self._part("distil", self.distil, {"weight": 0.5, "temperature": 1.0})
-        for name, part in (
-            *(("share", part) for part in (self.continuation, self.lookup, self.mixed)),
-            *(("part", self.mixed), ("weight", self.distil)),
-        ):
-            if part and not 0 < part[name] <= 1:
-                raise ConfigError(f"{name} must be above 0 and at most 1, got {part[name]!r}")
+
+    def _check_evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        check_keys("evaluate", self.evaluate, EVALUATE_KEYS)
+        if "path" not in self.evaluate:
+            raise ConfigError("evaluate needs a path")
+        for name in self.evaluate.keys() & {"every", "texts", "length"}:
+            check_whole(f"evaluate: {name}", self.evaluate[name])
+        if "merge_sizes" in self.evaluate:
+            _check_whole_list("evaluate: merge_sizes", self.evaluate["merge_sizes"])
+
+    def _check_parts(self) -> None:
+        """Fill in the defaults of the parts that are there, None where one is off, and check them."""
+        for name, defaults in PARTS.items():
+            setattr(self, name, _part(name, getattr(self, name), defaults))
+        for name, key in SHARES:
+            part = getattr(self, name)
+            if part and not 0 < part[key] <= 1:
+                raise ConfigError(f"{key} must be above 0 and at most 1, got {part[key]!r}")
         if self.continuation and self.lookup and self.continuation["share"] + self.lookup["share"] > 1:
             raise ConfigError("continuation and lookup: their shares of the texts must not add up to more than 1")
         if self.lookup:
             instruction = self.lookup["instruction"]
             if not isinstance(instruction, str) or "{words}" not in instruction:
                 raise ConfigError(f"lookup: instruction must be a text with {{words}} in it, got {instruction!r}")
-            self._whole("lookup: turns", self.lookup["turns"], 1)
+            check_whole("lookup: turns", self.lookup["turns"])
         if self.continuation:
             instruction = self.continuation["instruction"]
             if not isinstance(instruction, str) or not instruction.strip():
@@ -130,46 +246,6 @@ class Recipe:
             raise ConfigError(f"distil: temperature must be above 0, got {self.distil['temperature']!r}")
         if self.reads == "text" and self.distil:
             raise ConfigError("distil needs reads: memory; with reads: text there is nothing to learn from itself")
-
-    def _check_kinds(self) -> None:
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
-            for kind, words in ((bool, "true or false"), (str, "a text")):
-                optional = spec.type == kind | None
-                if (spec.type is kind or optional) and type(value) is not kind and not (optional and value is None):
-                    raise ConfigError(f"{spec.name} must be {words}, got {value!r}")
-
-    def _check_entry(self, entry: dict[str, Any]) -> None:
-        if not 0 <= number("data: weight", entry.get("weight", 1)) < float("inf"):
-            raise ConfigError(f"data: weight must be 0 or more, got {entry['weight']!r}")
-        if "tokens_per_batch" in entry:
-            self._whole("data: tokens_per_batch", entry["tokens_per_batch"], 1)
-        if entry.get("rows_per_batch") is not None:
-            self._whole("data: rows_per_batch", entry["rows_per_batch"], 1)
-        if entry.get("as", "rows") not in ("rows", "texts"):
-            raise ConfigError(f"data: as must be rows or texts, got {entry['as']!r}")
-        where = entry.get("where") or {}
-        if not isinstance(where, dict) or not all(isinstance(values, list) for values in where.values()):
-            raise ConfigError(f"data: where must be {{field: [values]}}, got {where!r}")
-
-    @staticmethod
-    def _whole(name: str, value: object, least: int) -> None:
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}")
-
-    @staticmethod
-    def _part(name: str, value: Any, defaults: dict[str, Any]) -> dict[str, Any] | None:
-        """A nested part with its defaults filled in; None where it is off."""
-        if not value and value != {}:
-            return None
-        if not isinstance(value, dict):
-            raise ConfigError(f"{name} must be a mapping of some of {', '.join(defaults)}; got {value!r}")
-        check_keys(name, value, list(defaults))
-        whole = {**defaults, **value}
-        for key, default in defaults.items():
-            if type(default) is float:
-                whole[key] = number(f"{name}: {key}", whole[key])
-        return whole
 
     @classmethod
     def load(cls, path: str | Path, changes: Sequence[str] = ()) -> "Recipe":
@@ -203,10 +279,9 @@ class Recipe:
         for key, added in names.items():
             if isinstance(raw.get(key), str):
                 raw[key] = raw[key].replace("{overlay}", added)
-        known = {f.name: f for f in dataclasses.fields(cls)}
         _check_recipe_keys(raw)
-        required = [f.name for f in known.values() if f.default is f.default_factory is dataclasses.MISSING]
-        if missing := [name for name in required if name not in raw]:
+        required = [f for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        if missing := [spec.name for spec in required if spec.name not in raw]:
             raise ConfigError(f"recipe {path} lacks {', '.join(missing)}")
         try:
             return cls(**raw)
@@ -218,9 +293,21 @@ class Recipe:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def _whole_list(name: str, value: Any) -> None:
+def _check_whole_list(name: str, value: Any) -> None:
     if not isinstance(value, list | tuple) or not value or not all(type(n) is int and n >= 1 for n in value):
         raise ConfigError(f"{name} must be a list of whole numbers >= 1, got {value!r}")
+
+
+def _part(name: str, value: Any, defaults: dict[str, Any]) -> dict[str, Any] | None:
+    """A nested part with its defaults filled in; None where it is off."""
+    if not value and value != {}:
+        return None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a mapping of some of {', '.join(defaults)}; got {value!r}")
+    check_keys(name, value, list(defaults))
+    whole = {**defaults, **value}
+    numbers = {key: number(f"{name}: {key}", whole[key]) for key, default in defaults.items() if type(default) is float}
+    return {**whole, **numbers}
 
 
 def _check_recipe_keys(given: dict[str, Any]) -> None:

@@ -40,9 +40,8 @@ from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.train.evaluation import RestorationProbe
 from gmsa.train.examples import Batch, arguments
 from gmsa.train.log import Deadline, Progress, RunLog, draw_curve, tell
-from gmsa.train.recipe import Recipe, read_yaml
+from gmsa.train.recipe import STAGES, Recipe, read_yaml
 from gmsa.train.rows import Conversations, Rows, index_rows
-from gmsa.train.stages import STAGES
 from gmsa.train.weighing import weigh_tokens
 
 # LoRA on the decoder where a recipe trains it so and says no more: the paper's second release.

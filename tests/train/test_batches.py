@@ -26,9 +26,8 @@ from gmsa.train import batches as batches_module
 from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.train.examples import Batch, Example
 from gmsa.train.objectives import quotes
-from gmsa.train.recipe import Recipe
+from gmsa.train.recipe import RateSchedule, Recipe
 from gmsa.train.rows import Conversations, RowIndex, index_rows
-from gmsa.train.schedule import RateSchedule
 from recipes import recipe_of
 
 TEXTS = [{"text": f"{i:03d}" + "".join(chr(97 + (i * k) % 26) for k in range(10 + 7 * i))} for i in range(20)]

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from gmsa.errors import ConfigError
 from gmsa.train.arguments import DEFAULTS, MOVED, REFUSED, SETTABLE, training_arguments
-from gmsa.train.recipe import Recipe
-from gmsa.train.stages import DECODER_PARTS, STAGES, trained_groups
+from gmsa.train.recipe import DECODER_PARTS, STAGES, Recipe, trained_groups
 
 LEAST: dict[str, Any] = {"output": "runs/x", "data": [{"path": "rows.jsonl"}]}
 FULL: dict[str, Any] = {
