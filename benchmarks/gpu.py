@@ -33,8 +33,7 @@ from gmsa.evaluate.latency import evaluate_latency
 from gmsa.io.backbones import Backbone, load_tokenizer
 from gmsa.io.loading import GmsaModel
 from gmsa.model.packed import PackedBatch, compile_blocks, packed_attention, packed_forward
-from gmsa.train.examples import Document, Example
-from gmsa.train.packing import pack
+from gmsa.train.examples import Document, Example, pack
 
 ROOT = Path(__file__).parent.parent
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16, per second

@@ -2,7 +2,7 @@
 
 All windows stand one after the other in one line of tokens, all soft tokens in a second, all that the decoder reads in
 a third. What looks at one token at a time, nearly all of the work, sees no padding; attention alone is told where
-sequences begin. Book-keeping is index tensors made beside the training (`train/packing.py`), so the forward only
+sequences begin. Book-keeping is index tensors made beside the training (`train/examples.py`), so the forward only
 gathers and scatters: no loop over rows, no word between GPU and host.
 
 For one backbone with rotary positions, group merging, one merge size per row, frozen embeddings and head (`why_not`).

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
 from gmsa.io.rows import documents_of
+from gmsa.model.balanced import BalancedMerging, token_weights
 from gmsa.model.merging import GroupMerging
 from gmsa.model.packed import PackedBatch
-from gmsa.train.examples import Batch, Example, collate
+from gmsa.train.examples import Batch, Example, collate, pack
 from gmsa.train.objectives import Maker, answer
-from gmsa.train.packing import pack
 from gmsa.train.recipe import RateSchedule, Recipe
 from gmsa.train.rows import Rows
 
@@ -29,6 +29,7 @@ from gmsa.train.rows import Rows
 CHARACTERS_PER_TOKEN = 4
 # Rows that are sorted by length together: enough that rows of a batch are alike, few enough that batches stay random.
 CHUNK = 1024
+COUNTED = 1_000_000  # tokens that `weigh_tokens` counts, if there are so many
 
 
 class RowBatches:
@@ -188,3 +189,23 @@ class TrainingBatches(Dataset[NumberedBatch]):
                 others = [documents_of(rows[other + (other >= row_number)])[0] for other in drawn]
                 made.append(answer(self.maker, row, others, sizes, rng))
         return made
+
+
+def weigh_tokens(merging: BalancedMerging, batches: TrainingBatches, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Count the tokens of a run's first contexts, and weigh all by that, where groups of like weight are merged.
+
+    Args:
+        merging: gets the weights.
+        batches: of the run; without any all tokens weigh the same.
+        tokenizer: of the encoder.
+    """
+    counts = torch.zeros(len(merging.token_weights))
+    for number in range(len(batches)):
+        for example in batches.examples(number):
+            for context in example.contexts:
+                counts += torch.bincount(torch.tensor(context, dtype=torch.long), minlength=len(counts))
+        if counts.sum() >= COUNTED:
+            break
+    if counts.any():
+        spellings = tokenizer.batch_decode([[number] for number in range(len(counts))])
+        merging.token_weights.data.copy_(token_weights(counts, spellings))

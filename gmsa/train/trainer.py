@@ -35,14 +35,13 @@ from gmsa.model.losses import distilled
 from gmsa.model.packed import PackedBatch, compile_blocks, packed_attention, packed_forward, uncompiled, why_not
 from gmsa.train import checkpoints
 from gmsa.train.arguments import training_arguments
-from gmsa.train.average import Averaging, WeightAverage
-from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
+from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches, weigh_tokens
+from gmsa.train.checkpoints import WeightAverage
 from gmsa.train.evaluation import RestorationProbe
 from gmsa.train.examples import Batch, arguments
 from gmsa.train.log import Deadline, Progress, RunLog, draw_curve, tell
 from gmsa.train.recipe import STAGES, Recipe, read_yaml
 from gmsa.train.rows import Conversations, Rows, index_rows
-from gmsa.train.weighing import weigh_tokens
 
 # LoRA on the decoder where a recipe trains it so and says no more: the paper's second release.
 DEFAULT_LORA = {"r": 128, "alpha": 32, "dropout": 0.05}
@@ -70,7 +69,7 @@ class GmsaTrainer(Trainer):
         super().__init__(
             eval_dataset=probe.texts if probe else None,
             data_collator=_inputs,
-            callbacks=[log, *([Averaging(average)] if average else [])],
+            callbacks=[log, *([average] if average else [])],
             **kwargs,
         )
         self.recipe = recipe

@@ -11,8 +11,7 @@ from gmsa import GMSA
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.packed import packed_attention, packed_forward
-from gmsa.train.examples import Document, Example, arguments, collate
-from gmsa.train.packing import pack
+from gmsa.train.examples import Document, Example, arguments, collate, pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

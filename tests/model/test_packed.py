@@ -11,8 +11,7 @@ from gmsa.io.loading import GmsaModel
 from gmsa.model.balanced import BalancedMerging
 from gmsa.model.merging import GroupMerging
 from gmsa.model.packed import CausalAttention, packed_attention, packed_forward, why_not
-from gmsa.train.examples import Document, Example, arguments, collate
-from gmsa.train.packing import line_of, pack
+from gmsa.train.examples import Document, Example, arguments, collate, line_of, pack
 
 Build = Callable[..., GmsaModel]
 FIELDS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from gmsa.errors import ConfigError, GmsaError, InputError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.packed import packed_forward
-from gmsa.train.average import WeightAverage
+from gmsa.train.checkpoints import WeightAverage
 from gmsa.train.evaluation import RestorationProbe
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import GmsaTrainer, prepare, train, training_batches
