@@ -48,7 +48,7 @@ from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import read_rows
 from gmsa.model.backbone import body_of, take_layers
 from gmsa.train.examples import Document, Example, arguments, collate
-from gmsa.train.trainer import checkpoint_activations
+from gmsa.train.plan import checkpoint_activations
 
 # `recomputing` is ours with gradient checkpointing: less memory, for one more forward pass of every block.
 SIDES = ("naive", "ours", "recomputing")

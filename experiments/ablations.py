@@ -25,7 +25,7 @@ from gmsa.evaluate.metrics import exact_match, f1
 from gmsa.evaluate.qa import spread
 from gmsa.evaluate.statistics import interval
 from gmsa.io.rows import read_rows
-from gmsa.train.evaluation import RestorationProbe
+from gmsa.train.log import RestorationProbe
 
 # What each arm changes in the model of both stages, and the stages it has.
 ARMS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {

@@ -20,7 +20,7 @@ from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import read_rows
 from gmsa.model.alignment import vocabulary_windows
 from gmsa.text import encode
-from gmsa.train.evaluation import RestorationProbe
+from gmsa.train.log import RestorationProbe
 
 ARMS = {
     "decoder": "LSA: the decoder's lowest block",

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from gmsa.train.evaluation import RestorationProbe
+from gmsa.train.log import RestorationProbe
+from gmsa.train.plan import prepare
 from gmsa.train.recipe import Recipe
-from gmsa.train.trainer import prepare
 
 CURRICULUM = "merge_sizes={0: [1, 2], 50: [1, 2, 4], 100: [4, 8]}"
 MODELS = {

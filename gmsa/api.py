@@ -1,5 +1,6 @@
 """The public object: text in, memories out; memories and questions in, text out."""
 
+import contextlib
 import copy
 import os
 import time
@@ -34,8 +35,7 @@ from gmsa.decode.stream import TextPieces
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, check_options, check_whole
 from gmsa.io import checkpoint, export
 from gmsa.io.backbones import Backbone
-from gmsa.io.compressor import drop_decoder
-from gmsa.io.loading import load_model
+from gmsa.io.loading import drop_decoder, load_model
 from gmsa.io.memory import Memory
 from gmsa.model.backbone import body_of, layers_of
 from gmsa.model.entry import check_enters_at_input
@@ -94,7 +94,7 @@ class Answer(str):
     tokens: int
 
     def __new__(cls, text: str, finish_reason: Finish, tokens: int) -> "Answer":
-        """A `str` with two attributes more."""
+        """See the class."""
         made = super().__new__(cls, text)
         made.finish_reason, made.tokens = finish_reason, tokens
         return made
@@ -153,6 +153,9 @@ class PrefixCache:
 # What a question is about: memories, texts and token ids (T,) of texts, in any order.
 Content = Memory | str | Tensor | os.PathLike[str]
 Contents = PrefixCache | Sequence[Content]
+About = Content | Contents
+MemoryOrFile = Memory | str | os.PathLike[str]
+Stops = str | Sequence[str] | None
 
 
 class GMSA:
@@ -320,10 +323,6 @@ class GMSA:
                 bar.update(done)
             bar.update(left)
 
-    def _context_tokens(self, text: str) -> list[int]:
-        self._check_context(text, 0)
-        return [token for piece in token_pieces(self.encoder_tokenizer, text) for token in piece]
-
     def _check_context(self, text: str, number: int) -> None:
         name = f"the context at place {number}" if number else "the context"
         if not check_text(text, name).strip():
@@ -355,40 +354,19 @@ class GMSA:
 
     @overload
     def answer(
-        self,
-        question: str | Frame,
-        memory: Content | PrefixCache | Sequence[Content],
-        *,
-        max_new_tokens: int = ...,
-        stream: Literal[False] = ...,
-        batch_size: int = ...,
-        stop: str | Sequence[str] | None = ...,
-        **options: Any,
-    ) -> Answer: ...
+        self, question: str | Frame, memory: About, *, max_new_tokens: int = ..., stream: Literal[False] = ...,
+        batch_size: int = ..., stop: Stops = ..., **options: Any,
+    ) -> Answer: ...  # fmt: skip
     @overload
     def answer(
-        self,
-        question: str | Frame,
-        memory: Content | PrefixCache | Sequence[Content],
-        *,
-        max_new_tokens: int = ...,
-        stream: Literal[True],
-        batch_size: int = ...,
-        stop: str | Sequence[str] | None = ...,
-        **options: Any,
-    ) -> AnswerStream: ...
+        self, question: str | Frame, memory: About, *, max_new_tokens: int = ..., stream: Literal[True],
+        batch_size: int = ..., stop: Stops = ..., **options: Any,
+    ) -> AnswerStream: ...  # fmt: skip
     @overload
     def answer(
-        self,
-        question: Sequence[str | Frame],
-        memory: Content | PrefixCache | Sequence[Content] | Sequence[Contents],
-        *,
-        max_new_tokens: int = ...,
-        stream: Literal[False] = ...,
-        batch_size: int = ...,
-        stop: str | Sequence[str] | None = ...,
-        **options: Any,
-    ) -> list[Answer]: ...
+        self, question: Sequence[str | Frame], memory: About | Sequence[Contents], *, max_new_tokens: int = ...,
+        stream: Literal[False] = ..., batch_size: int = ..., stop: Stops = ..., **options: Any,
+    ) -> list[Answer]: ...  # fmt: skip
 
     def answer(
         self,
@@ -398,7 +376,7 @@ class GMSA:
         max_new_tokens: int = 128,
         stream: bool = False,
         batch_size: int = 8,
-        stop: str | Sequence[str] | None = None,
+        stop: Stops = None,
         **options: Any,
     ) -> Answer | list[Answer] | AnswerStream:
         """Answer a question from memories, and from texts that the decoder reads as they are, in any order.
@@ -442,7 +420,7 @@ class GMSA:
         *,
         max_new_tokens: int = 128,
         batch_size: int = 8,
-        stop: str | Sequence[str] | None = None,
+        stop: Stops = None,
         **options: Any,
     ) -> list[Answer]:
         """Answer each question from what it is about; what `answer` stands on.
@@ -515,9 +493,9 @@ class GMSA:
         return PrefixCache(contents, tuple(pieces), batch.states(0), self.model.decoder)
 
     @overload
-    def restore(self, memory: Memory | str | os.PathLike[str], *, batch_size: int = ...) -> Answer: ...  # type: ignore[overload-overlap]
+    def restore(self, memory: MemoryOrFile, *, batch_size: int = ...) -> Answer: ...  # type: ignore[overload-overlap]
     @overload
-    def restore(self, memory: Sequence[Memory | str | os.PathLike[str]], *, batch_size: int = ...) -> list[Answer]: ...
+    def restore(self, memory: Sequence[MemoryOrFile], *, batch_size: int = ...) -> list[Answer]: ...
 
     def restore(self, memory: Any, *, batch_size: int = 8) -> Answer | list[Answer]:
         """The text of a memory, or of each of several, as the decoder can restate it (greedy).
@@ -534,19 +512,18 @@ class GMSA:
         check_whole("batch_size", batch_size, error=InputError)
         memories, one = self._memories_of(memory)
         frame = self.template.restore()
-        windows = [(number, window) for number, whole in enumerate(memories) for window in self.windows(whole)]
-        limits = [self.longest_restoration(window.origin_tokens) for _, window in windows]
-        rows = [self._rows([frame], [[window]], limit)[0] for (_, window), limit in zip(windows, limits, strict=True)]
-        self.run(rows, batch_size)
-        ids: list[list[int]] = [[] for _ in memories]
-        ended = [True] * len(memories)
-        for (number, _), row in zip(windows, rows, strict=True):
-            ids[number] += row.tokens
-            ended[number] &= row.finish == "stop" or self.shares_tokenizer
-        texts = [
-            Answer(self._decode(tokens), "stop" if whole else "length", len(tokens))
-            for tokens, whole in zip(ids, ended, strict=True)
-        ]
+
+        def row_of(window: Memory) -> Row:
+            return self._rows([frame], [[window]], self.longest_restoration(window.origin_tokens))[0]
+
+        rows = [[row_of(window) for window in self.windows(each)] for each in memories]
+        self.run([row for of_one in rows for row in of_one], batch_size)
+        texts = []
+        for of_one in rows:
+            tokens = [token for row in of_one for token in row.tokens]
+            whole = self.shares_tokenizer or all(row.finish == "stop" for row in of_one)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            texts.append(Answer(text, "stop" if whole else "length", len(tokens)))
         return texts[0] if one else texts
 
     def longest_restoration(self, origin_tokens: int) -> int:
@@ -558,22 +535,14 @@ class GMSA:
 
     @overload
     def restore_checked(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
-        self,
-        memory: Memory | str | os.PathLike[str],
-        *,
-        candidates: Sequence[int] = ...,
-        batch_size: int = ...,
+        self, memory: MemoryOrFile, *, candidates: Sequence[int] = ..., batch_size: int = ...,
         show_progress_bar: bool = ...,
-    ) -> CheckedText: ...
+    ) -> CheckedText: ...  # fmt: skip
     @overload
     def restore_checked(
-        self,
-        memory: Sequence[Memory | str | os.PathLike[str]],
-        *,
-        candidates: Sequence[int] = ...,
-        batch_size: int = ...,
+        self, memory: Sequence[MemoryOrFile], *, candidates: Sequence[int] = ..., batch_size: int = ...,
         show_progress_bar: bool = ...,
-    ) -> list[CheckedText]: ...
+    ) -> list[CheckedText]: ...  # fmt: skip
 
     def restore_checked(
         self,
@@ -624,7 +593,7 @@ class GMSA:
 
     def stream_checked(
         self,
-        memory: Memory | str | os.PathLike[str],
+        memory: MemoryOrFile,
         *,
         candidates: Sequence[int] = CANDIDATES,
         on_step: Callable[[], None] = lambda: None,
@@ -672,13 +641,10 @@ class GMSA:
         self.require_checkable()
         wanted = "candidates must be whole numbers >= 1"
         listed = _listed(wanted, candidates)
-        try:
-            numbers = [check_whole("candidates", n, error=InputError) for n in listed]
-        except InputError:
-            numbers = []
-        if not numbers:
-            raise InputError(f"{wanted}, got {candidates!r}")
-        return numbers
+        with contextlib.suppress(InputError):
+            if listed:
+                return [check_whole("candidates", number, error=InputError) for number in listed]
+        raise InputError(f"{wanted}, got {candidates!r}")
 
     def _restored_groups(
         self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None] = lambda: None
@@ -702,7 +668,7 @@ class GMSA:
         return prompt
 
     @torch.no_grad()
-    def score(self, memory: Memory | str | os.PathLike[str], text: str) -> "Score":
+    def score(self, memory: MemoryOrFile, text: str) -> "Score":
         """How well the decoder predicts a memory's own text, token by token, given the true tokens before each.
 
         Windows are scored one by one, as they are restored.
@@ -716,7 +682,8 @@ class GMSA:
                 "scoring needs one tokenizer for encoder and decoder: windows cut a text between its tokens"
             )
         memory = self._memory_of(memory)
-        tokens = self._context_tokens(text)
+        self._check_context(text, 0)
+        tokens = [token for piece in token_pieces(self.encoder_tokenizer, text) for token in piece]
         if len(tokens) != memory.origin_tokens:
             raise InputError(f"the memory is of a text of {memory.origin_tokens} tokens, this one has {len(tokens)}")
         frame = self.template.restore()
@@ -747,21 +714,13 @@ class GMSA:
         ]
 
     def _memories_of(self, given: Any) -> tuple[list[Memory], bool]:
-        """One memory or several as a list, files read, and whether it was one.
-
-        Raises:
-            InputError: something else, named.
-        """
+        """One memory or several as a list, files read, and whether it was one. InputError: it is something else."""
         one = isinstance(given, Memory | str | os.PathLike)
         listed = [given] if one else _listed(MEMORIES, given)
         return [self._memory_of(memory) for memory in listed], one
 
     def _memory_of(self, given: Any) -> Memory:
-        """A memory, or that of a file by its path.
-
-        Raises:
-            InputError: something else, named.
-        """
+        """A memory, or that of a file by its path. InputError: it is something else."""
         memory = Memory.load(given) if isinstance(given, str | os.PathLike) else given
         if not isinstance(memory, Memory):
             raise InputError(f"a memory must be a Memory or the path of a memory file, got {_named(memory)}")
@@ -927,10 +886,7 @@ class GMSA:
     def _embedded(self, prompts: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
         return self.model.embed([self._on_device(pieces) for pieces in prompts])
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def check(self, memory: Memory | str | os.PathLike[str]) -> None:
+    def check(self, memory: MemoryOrFile) -> None:
         """Raise MemoryMismatchError unless this model's compressor made the memory."""
         memory = self._memory_of(memory)
         if memory.fingerprint != self.fingerprint:
@@ -972,30 +928,9 @@ def _named(value: object) -> str:
 
 
 def _listed(wanted: str, given: Any) -> list[Any]:
-    """A list, tuple or other run of several as a list; what only looks like one is refused by name.
-
-    Args:
-        wanted: what the error says; may be the one or the list.
-        given: by a user.
-
-    Raises:
-        InputError: it is no run of several.
-    """
-    alone = (
-        str,
-        bytes,
-        bytearray,
-        memoryview,
-        Mapping,
-        set,
-        frozenset,
-        Tensor,
-        Memory,
-        PrefixCache,
-        os.PathLike,
-        IOBase,
-    )
-    if isinstance(given, alone) or not isinstance(given, Iterable):
+    """A list, tuple or other run of several as a list; what only looks like one is refused: `wanted`, not that."""
+    alone = (str, bytes, bytearray, memoryview, Tensor, Memory, PrefixCache, os.PathLike, IOBase)
+    if isinstance(given, (*alone, Mapping, set, frozenset)) or not isinstance(given, Iterable):
         raise InputError(f"{wanted}, got {_named(given)}")
     return list(given)
 
@@ -1009,11 +944,7 @@ def _stops(stop: str | Sequence[str] | None) -> list[str]:
 
 
 def _chosen(options: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
-    """Options as our own sampling, or as what only transformers' `generate` can do.
-
-    Raises:
-        InputError: an option that is unknown, not to be had here, or of no effect.
-    """
+    """Options as our own sampling, or as what only transformers' `generate` can do; all others are refused."""
     given = {name: value for name, value in options.items() if value is not None}
     known = [*Sampling.names(), *SEARCHING]
     for name in given:

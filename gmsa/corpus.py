@@ -24,9 +24,19 @@ import torch
 from gmsa.api import BUNDLED, DEFAULT_MODEL, GMSA, fast_dtype
 from gmsa.errors import CorpusError, GmsaError, InputError, MemoryFileError
 from gmsa.io import checkpoint
-from gmsa.io.memory import Memory
-from gmsa.io.parquet import FORMS, group_sizes_of, pack, read_rows, to_parquet, unpack
-from gmsa.io.urls import Line, Source, UrlFolder, find_sources, one_line_errors, read_lines
+from gmsa.io.memory import DTYPES, Memory
+from gmsa.io.urls import (
+    Line,
+    Source,
+    UrlFolder,
+    find_sources,
+    one_line_errors,
+    pack,
+    read_lines,
+    read_rows,
+    to_parquet,
+    unpack,
+)
 from gmsa.model.merging import check_merge_size
 from gmsa.text import check_text
 
@@ -58,7 +68,7 @@ class Job:
 
     def __post_init__(self) -> None:
         check_merge_size(self.merge_size)
-        allowed = {"engine": ("local", "ray"), "form": tuple(FORMS), "on_error": ("fail", "skip")}
+        allowed = {"engine": ("local", "ray"), "form": tuple(DTYPES), "on_error": ("fail", "skip")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise InputError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
@@ -371,7 +381,7 @@ class CorpusFolder(UrlFolder):
     def manifest(self) -> dict[str, Any] | None:
         """What the manifest says; None if there is none. Raises CorpusError if it is damaged, or of another kind."""
         try:
-            found = json.loads(self.read(MANIFEST))
+            found = json.loads(self.fs.cat_file(MANIFEST))
             if found["format"] != FORMAT or not found["settings"] or not isinstance(found["sources"], list):
                 raise ValueError(f"it must have settings, sources and the format {FORMAT}")
             return found
@@ -384,7 +394,7 @@ class CorpusFolder(UrlFolder):
         """Write the manifest of a new corpus, or check that the one that is there is of the same job."""
         settings = {name: getattr(job, name) for name in SETTINGS}
         inputs, found = [source._asdict() for source in sources], self.manifest()
-        if not any(name.startswith("shard-") for name in self.names()):  # nothing has been made
+        if not any(name.startswith("shard-") for name in self.fs.ls("", detail=False)):  # nothing has been made
             return self._write_manifest({"settings": settings, "sources": inputs, "complete": False})
         if found is None:
             raise CorpusError(f"{self.path} holds shards but no {MANIFEST}: name another folder")
@@ -399,9 +409,9 @@ class CorpusFolder(UrlFolder):
     def finished(self, shard: Shard) -> Record | None:
         """The record of a shard that is there and whole."""
         try:
-            facts = json.loads(self.read(_file(shard.number, "json")))
+            facts = json.loads(self.fs.cat_file(_file(shard.number, "json")))
             record = Record(**{**facts, "counts": Counter(facts["counts"])})
-            found = len(shard.lines), self.size(_file(shard.number))
+            found = len(shard.lines), self.fs.size(_file(shard.number))
             return record if found == (record.counts["lines"], record.counts["bytes"]) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -428,7 +438,7 @@ class CorpusFolder(UrlFolder):
 
 def bad_rows(output: str, limit: int) -> list[str]:
     """The first bad rows of a finished corpus, a line each."""
-    rows = map(json.loads, CorpusFolder(output).read(BAD_ROWS).splitlines()[:limit])
+    rows = map(json.loads, CorpusFolder(output).fs.cat_file(BAD_ROWS).splitlines()[:limit])
     return ["{source}, line {line}: {reason}".format(**row) for row in rows]
 
 
@@ -445,9 +455,10 @@ def read_corpus(output: str) -> Iterator[CorpusRow]:
     form, size, fingerprint = (manifest["settings"][name] for name in ("form", "merge_size", "fingerprint"))
     for facts in manifest["files"]:
         with one_line_errors(f"read {folder.path}/{facts['file']}", OSError):
-            content = folder.read(facts["file"])
+            content = folder.fs.cat_file(facts["file"])
         if hashlib.sha256(content).hexdigest() != facts["sha256"]:
             raise CorpusError(f"{facts['file']} is damaged (its SHA-256 differs): delete it and run the job again")
         for row in read_rows(content):
-            memory = Memory(unpack(row, form), size, row["origin_tokens"], fingerprint, group_sizes_of(row))
+            soft, group_sizes = unpack(row, form)
+            memory = Memory(soft, size, row["origin_tokens"], fingerprint, group_sizes)
             yield CorpusRow(row["source"], row["place"], row["id"], json.loads(row["rest"] or "{}"), memory)

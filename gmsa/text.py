@@ -31,10 +31,6 @@ Token = tuple[int, int]  # its id, and at which character of the text it begins
 def check_text(value: Any, what: str = "the text") -> str:
     """The value, if it is a text: a `str` of whole characters. Every character is legal, NUL too.
 
-    Args:
-        value: what somebody gave.
-        what: how an error names it.
-
     Raises:
         InputError: it is something else, or holds half a surrogate pair (a byte that was never decoded, for example).
     """
@@ -50,10 +46,6 @@ def check_text(value: Any, what: str = "the text") -> str:
 
 def check_texts(values: Any, what: str = "the texts") -> list[str]:
     """The texts of any sequence of them; a text alone, a mapping or a path is none.
-
-    Args:
-        values: what somebody gave.
-        what: how an error names it.
 
     Raises:
         InputError: it is no sequence, or one of it is no text; names its place.
@@ -126,15 +118,10 @@ def encode_rendered(tokenizer: "PreTrainedTokenizerBase", run: Sequence[tuple[st
 
 @dataclass(frozen=True)
 class Control:
-    """The tokens that steer a model: the special ones, and others that its chat template writes ("<think>").
+    """The tokens that steer a model: the special ones, and others that its chat template writes ("<think>")."""
 
-    Attributes:
-        ids: by their spelling.
-        spellings: by their id; without a token for unknown letters, which any text may give.
-    """
-
-    ids: dict[str, int]
-    spellings: dict[int, str]
+    ids: dict[str, int]  # by their spelling
+    spellings: dict[int, str]  # by their id; without a token for unknown letters, which any text may give
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Control":

@@ -19,8 +19,8 @@ from gmsa.config import GmsaConfig
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of, layers_of
 from gmsa.model.losses import CHUNK
+from gmsa.train.plan import DEFAULT_LORA
 from gmsa.train.recipe import Recipe
-from gmsa.train.trainer import DEFAULT_LORA
 
 GPUS = 8
 GB = 1e9

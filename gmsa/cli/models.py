@@ -94,7 +94,7 @@ def export(options: argparse.Namespace) -> None:
 def import_release(options: argparse.Namespace) -> None:
     """Run `gmsa import gmsa-release`."""
     folder = _new(options.output)
-    from gmsa.io.importers.release import read_release
+    from gmsa.io.release import read_release
 
     _save(options, read_release(Path(options.checkpoint), options.backbone, options.lora_alpha), folder)
 
@@ -102,7 +102,7 @@ def import_release(options: argparse.Namespace) -> None:
 def import_lclm(options: argparse.Namespace) -> None:
     """Run `gmsa import lclm`."""
     folder = _new(options.output)
-    from gmsa.io.importers.lclm import read_lclm
+    from gmsa.io.lclm import read_lclm
 
     model, size = read_lclm(Path(options.checkpoint))
     _save(options, model, folder, f", trained at merge size {size}", {"merge_size": size})

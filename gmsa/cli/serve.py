@@ -111,7 +111,7 @@ def serve(options: argparse.Namespace) -> None:
     settings = settings_of(options)  # what is wrong with the options is said before the model is loaded
     decoder_key = key_of(options.decoder_api_key, options.decoder_api_key_file, DECODER_KEY_VARIABLE)
     from gmsa.api import GMSA
-    from gmsa.io.compressor import CompressorModel
+    from gmsa.io.loading import CompressorModel
     from gmsa.serve import tracing
     from gmsa.serve.server import run
     from gmsa.serve.service import Service

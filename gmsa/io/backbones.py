@@ -63,12 +63,8 @@ def load_backbone(
     path = _locate(name)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    try:
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(path, revision=revision or "main", dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BackboneError(f"cannot load backbone {name!r}: {reason}") from error
+    with _loading(f"backbone {name!r}"):
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision or "main", dtype=dtype, **options)
     keep = {k: v for k, v in options.items() if k in ("token", "local_files_only", "trust_remote_code")}
     tokenizer = load_tokenizer(name, revision=revision, **keep)
     model.eval()
@@ -77,27 +73,24 @@ def load_backbone(
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, **options: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a backbone alone, without its weights.
-
-    Args:
-        name: as for `load_backbone`.
-        revision: branch, tag or commit on the hub.
-        options: further arguments of transformers' from_pretrained (token, local_files_only, trust_remote_code).
-
-    Raises:
-        BackboneError: the name is unknown or its tokenizer cannot be had.
-    """
+    """Load the tokenizer of a backbone alone, without its weights; arguments and errors as for `load_backbone`."""
     path = _locate(name)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BackboneError(f"cannot load the tokenizer of backbone {name!r}: {reason}") from error
+    with _loading(f"the tokenizer of backbone {name!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", **options)
     tokenizer.clean_up_tokenization_spaces = False  # meant for other tokenizers; here it would alter restored texts
     if tokenizer.pad_token_id is None:  # many families have none; padding is masked, so any token serves
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Without transformers' notices; its errors in one line."""
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"cannot load {what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _locate(name: str) -> str:

@@ -11,12 +11,13 @@ are stored in bf16.
 import hashlib
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gmsa.config import GmsaConfig
@@ -115,7 +116,7 @@ def find_folder(name: str, revision: str | None, token: str | None, local_files_
 
     options: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
     try:
-        # The folders are those of a compressor alone (gmsa/io/compressor.py).
+        # The folders are those of a compressor alone (loading.py).
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, "decoder/*", "encoder/*"], **options))
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
         reason = " ".join(str(error).split())[:200]
@@ -161,6 +162,33 @@ def load_backbones(config: GmsaConfig, dtype: torch.dtype, **options: Any) -> tu
     return load(config.decoder), load(config.encoder) if config.encoder else None
 
 
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in a model folder, by name.
+
+    Raises:
+        CheckpointError: the file is missing, or not the one whose SHA-256 its configuration has.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS}")
+    recorded = getattr(read_config(folder), "sha256", None)
+    try:
+        if recorded and sha256_of(path) != recorded:
+            raise CheckpointError(f"{path} is damaged (SHA-256 differs from the one in {CONFIG}): fetch it anew")
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def check_names(what: str, wanted: Collection[str], found: Collection[str]) -> None:
+    """Raise CheckpointError, naming them, where tensors are lacking or there are more than are wanted."""
+    missing, more = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
+    if missing:
+        raise CheckpointError(f"{what} lacks {len(missing)} tensor(s): {', '.join(missing)}")
+    if more:
+        raise CheckpointError(f"{what} has {len(more)} unexpected tensor(s): {', '.join(more)}")
+
+
 def load_weights(model: GmsaNetwork, folder: Path, added: str = "") -> None:
     """Put a checkpoint's tensors into a model that holds the untouched backbones. Strict.
 
@@ -172,25 +200,11 @@ def load_weights(model: GmsaNetwork, folder: Path, added: str = "") -> None:
     Raises:
         CheckpointError: the file is missing or damaged, or its tensors are not the model's (each is named).
     """
-    path = folder / WEIGHTS
-    try:
-        recorded = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("sha256")
-        if recorded and sha256_of(path) != recorded:
-            raise CheckpointError(f"{path} is damaged (SHA-256 differs from the one in {CONFIG}): fetch it anew")
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {WEIGHTS}") from error
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-
+    path, tensors = folder / WEIGHTS, read_tensors(folder)
     parameters = stored_parameters(model)
     present = {name.split(":")[0] for name in tensors}
     expected = {name for name in parameters if name in present or not added or not name.startswith(added)}
-    if missing := sorted(expected - present):
-        raise CheckpointError(f"{path} lacks {len(missing)} tensor(s): {', '.join(missing)}")
-    if unexpected := sorted(present - expected):
-        raise CheckpointError(f"{path} has {len(unexpected)} unexpected tensor(s): {', '.join(unexpected)}")
+    check_names(str(path), expected, present)
     with torch.no_grad():
         for name in sorted(expected):
             difference = tensors.get(f"{name}:int8")  # from what the model holds now

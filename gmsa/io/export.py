@@ -16,8 +16,9 @@ from gmsa import __version__
 from gmsa.errors import CheckpointError
 from gmsa.io import checkpoint
 from gmsa.io.backbones import quiet_transformers
-from gmsa.io.compressor import KIND, CompressorModel, tensors_of
 from gmsa.io.files import atomic_folder, reason_of, sha256_of, write_json
+from gmsa.io.loading import KIND, CompressorModel, tensors_of
+from gmsa.model.backbone import holding
 from gmsa.model.entry import check_enters_at_input
 from gmsa.model.gmsa import GmsaNetwork
 
@@ -51,7 +52,9 @@ def export_decoder(
     generation = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id
     )
-    with new_folder(folder) as scratch, quiet_transformers(), _generates(decoder, generation):
+    # The model's own may hold sampling defaults or not even be valid.
+    stand_in = holding([decoder], "generation_config", generation)
+    with new_folder(folder) as scratch, quiet_transformers(), stand_in:
         decoder.save_pretrained(scratch, max_shard_size="5GB")
         tokenizer.save_pretrained(scratch)
         facts = {"format": DECODER_FORMAT, "compressor": fingerprint, "gmsa": __version__}
@@ -59,7 +62,7 @@ def export_decoder(
 
 
 def export_compressor(model: GmsaNetwork, decoder: Part, encoder: Part, fingerprint: str, folder: Path) -> None:
-    """Write the compressor alone (see compressor.py); `GMSA.from_pretrained(folder)` then compresses without a decoder.
+    """Write the compressor alone (see loading.py); `GMSA.from_pretrained(folder)` then compresses without a decoder.
 
     Values are kept exactly: each tensor in bf16 where that loses nothing, else as it was loaded.
 
@@ -109,17 +112,6 @@ def merge_lora(model: PreTrainedModel) -> PreTrainedModel:
     for part in model.modules():
         part.__dict__.pop("peft_config", None)
     return model
-
-
-@contextlib.contextmanager
-def _generates(model: PreTrainedModel, generation: GenerationConfig) -> Iterator[None]:
-    """Stand in for a model's generation configuration, which may hold sampling defaults or not even be valid."""
-    own = model.generation_config
-    model.generation_config = generation
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 @contextlib.contextmanager

@@ -112,11 +112,9 @@ def atomic_folder(folder: Path, *, last: str | None = None) -> Iterator[Path]:
 
 
 def replace_folder(scratch: Path, target: Path) -> None:
-    """Put a folder that has been written in the place of another, once all of it is on the disk.
+    """Put a folder that has been written in the place of another, if there is one, once all of it is on the disk.
 
-    Args:
-        scratch: on the same file system as `target`. Its files get the mode that its own, left by the umask, allows.
-        target: need not be there; what stands there goes.
+    Its files get the mode that its own, left by the umask, allows. Both are on one file system.
 
     Raises:
         OSError: the disk is full, or `target` is no folder.

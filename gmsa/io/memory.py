@@ -168,15 +168,12 @@ def from_rows(rows: Tensor, form: str) -> Tensor:
 
 
 def encode(rows: Tensor, form: str, fields: dict[str, str], group_sizes: Tensor | None = None) -> bytes:
-    """The memory file of rows.
-
-    Args:
-        rows: from `to_rows`.
-        form: theirs.
-        fields: for the header: those of `FIELDS`, and more if wanted.
-        group_sizes: of the memory.
-    """
-    tensors = {"soft_tokens": rows.view(DTYPES[form])} if form != "int8" else _int8_tensors(rows)
+    """The memory file of rows that `to_rows` made; `fields` of its header are those of `FIELDS`, and more if wanted."""
+    if form == "int8":
+        values, scale = rows[:, :-SCALE_BYTES].contiguous(), rows[:, -SCALE_BYTES:].contiguous()
+        tensors = {"soft_tokens": values.view(torch.int8), "scale": scale.view(torch.float32)}
+    else:
+        tensors = {"soft_tokens": rows.view(DTYPES[form])}
     tensors |= _group_tensors(group_sizes)
     format = INT8_FORMAT if form == "int8" else FORMAT
     header = {**fields, "format": format, "form": form, "sha256": _sha256(tensors)}
@@ -209,11 +206,6 @@ def decode(raw: bytes) -> tuple[Tensor, dict[str, str], Tensor | None]:
 
 def _group_tensors(group_sizes: Tensor | None) -> dict[str, Tensor]:
     return {} if group_sizes is None else {GROUPS: group_sizes.detach().to("cpu", torch.int32).contiguous()}
-
-
-def _int8_tensors(rows: Tensor) -> dict[str, Tensor]:
-    values, scale = rows[:, :-SCALE_BYTES].contiguous(), rows[:, -SCALE_BYTES:].contiguous()
-    return {"soft_tokens": values.view(torch.int8), "scale": scale.view(torch.float32)}
 
 
 def _rows_of(tensors: dict[str, Tensor], form: str) -> Tensor:

@@ -1,4 +1,7 @@
-"""Inputs and outputs at paths and URLs that fsspec knows (s3://, gs://, hf://, memory://, ...)."""
+"""What a corpus is read from and written to: paths and URLs that fsspec knows (s3://, gs://, hf://, memory://, ...).
+
+Memories become rows of Parquet files, which any reader of Parquet can read.
+"""
 
 import contextlib
 import hashlib
@@ -9,19 +12,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from fsspec.compression import compr
+from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
+from torch import Tensor
 
 from gmsa.errors import CorpusError, GmsaError
-from gmsa.io.files import atomic_file
+from gmsa.io.files import atomic_file, int8_rows
+from gmsa.io.memory import DTYPES
 
 BLOCK = 1 << 20
 # What files that are missing, cut off, damaged or packed in an unknown way raise; pyarrow's errors are of these, too.
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+COLUMNS = {
+    "source": pa.string(),  # path of the input file
+    "place": pa.int64(),  # byte the line begins at (of the file unpacked), or row number
+    "id": pa.string(),
+    "rest": pa.string(),  # the row's other fields, as JSON
+    "origin_tokens": pa.int64(),
+    "soft_tokens": pa.int64(),
+    "memory": pa.large_binary(),  # soft tokens (M, d), row by row, little-endian
+    "scale": pa.large_binary(),  # of the form int8: one fp32 number per soft token
+    "group_sizes": pa.large_binary(),  # one int32 per soft token, how many tokens it stands for; null: the merge size
+}
 
 
 class Source(NamedTuple):
@@ -33,21 +52,13 @@ class Source(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of text, or a row of Parquet.
+    """A line of text, or a row of Parquet."""
 
-    Attributes:
-        number: from 1.
-        place: the byte it begins at, in the file unpacked, or the row's number from 0.
-        content: a line's bytes, no more than were asked for, or a row's fields.
-        size: bytes; of a row about.
-        read: bytes of the file on disk that were read by then, about.
-    """
-
-    number: int
-    place: int
-    content: bytes | dict[str, Any]
-    size: int
-    read: int
+    number: int  # from 1
+    place: int  # the byte it begins at, in the file unpacked, or the row's number from 0
+    content: bytes | dict[str, Any]  # a line's bytes, no more than were asked for, or a row's fields
+    size: int  # bytes; of a row about
+    read: int  # bytes of the file on disk that were read by then, about
 
 
 @contextlib.contextmanager
@@ -129,14 +140,15 @@ class UrlFolder:
     """A folder to write to, at a path or URL."""
 
     def __init__(self, url: str) -> None:
-        self.fs, self.path = open_url(url)
-        self.local = isinstance(self.fs, LocalFileSystem)
+        fs, self.path = open_url(url)
+        self.local = isinstance(fs, LocalFileSystem)
+        self.fs = DirFileSystem(self.path, fs)  # takes names of files in it
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Make the folder; on a local disk keep other runs out of it. Raises CorpusError if there is one."""
         with one_line_errors(f"write to {self.path}", OSError):
-            self.fs.makedirs(self.path, exist_ok=True)
+            self.fs.makedirs("", exist_ok=True)
             lock = FileLock(f"{self.path}/.lock", timeout=0) if self.local else contextlib.nullcontext()
             try:
                 with lock:
@@ -144,24 +156,53 @@ class UrlFolder:
             except Timeout:
                 raise CorpusError(f"another run is writing to {self.path}") from None
 
-    def names(self) -> list[str]:
-        """Of the files in it."""
-        return [Path(path).name for path in self.fs.ls(self.path, detail=False)]
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return self.fs.size(f"{self.path}/{name}")
-
-    def read(self, name: str) -> bytes:
-        """A file; raises OSError."""
-        return self.fs.cat_file(f"{self.path}/{name}")
-
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file, whole or not at all: object stores do so, on a local disk it is renamed. Raises CorpusError."""
         path = f"{self.path}/{name}"
         with one_line_errors(f"write {path}", OSError):
             if not self.local:
-                self.fs.pipe_file(path, bytes(content))
+                self.fs.pipe_file(name, bytes(content))
                 return
             with atomic_file(path) as scratch:
                 scratch.write_bytes(content)
+
+
+# -- memories as rows of Parquet ---------------------------------------------------------------------------------------
+
+
+def pack(soft: Tensor, form: str, group_sizes: Tensor | None = None) -> dict[str, bytes]:
+    """Soft tokens (M, d) as the bytes of the columns `memory`, `scale` for int8, and `group_sizes` where there are."""
+    soft = soft.detach().cpu()
+    tensors = int8_rows(soft.float()) if form == "int8" else (soft.to(DTYPES[form]),)
+    named = dict(zip(("memory", "scale"), tensors, strict=False))
+    if group_sizes is not None:
+        named["group_sizes"] = group_sizes.int()
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in named.items()}
+
+
+def unpack(row: dict[str, Any], form: str) -> tuple[Tensor, Tensor | None]:
+    """Soft tokens (M, d) of a row, in fp32, or bf16 for the form bfloat16; and its group sizes, if it has any."""
+    soft = torch.frombuffer(bytearray(row["memory"]), dtype=DTYPES[form]).view(row["soft_tokens"], -1)
+    if form == "int8":
+        soft = soft.float() * torch.frombuffer(bytearray(row["scale"]), dtype=torch.float32)[:, None]
+    sizes = row.get("group_sizes")
+    return soft, None if sizes is None else torch.frombuffer(bytearray(sizes), dtype=torch.int32)
+
+
+def to_parquet(rows: list[dict[str, Any]], form: str, merge_size: int, fingerprint: str) -> memoryview:
+    """Rows of COLUMNS as a file; its metadata says what the memories are, as gmsa.form and so on."""
+    facts = {"gmsa.form": form, "gmsa.merge_size": str(merge_size), "gmsa.fingerprint": fingerprint}
+    columns = [(name, kind) for name, kind in COLUMNS.items() if name != "scale" or form == "int8"]
+    table = pa.Table.from_pylist(rows, schema=pa.schema(columns, metadata=facts))
+    small = [name for name, kind in columns if kind != pa.large_binary()]  # the others do not shrink
+    codecs = {name: "zstd" if name in small else "none" for name, _ in columns}
+    sink = pa.BufferOutputStream()
+    options = {"compression": codecs, "use_dictionary": ["source"], "write_statistics": small}
+    pq.write_table(table, sink, row_group_size=256, **options)
+    return memoryview(sink.getvalue())
+
+
+def read_rows(content: bytes) -> Iterator[dict[str, Any]]:
+    """The rows of a file of `to_parquet`."""
+    for batch in pq.ParquetFile(pa.BufferReader(content)).iter_batches(64):
+        yield from batch.to_pylist()

@@ -55,7 +55,6 @@ class NoAlignment(Alignment):
         return merged if self.project is None else self.project(merged.to(self.project.weight.dtype))
 
     def forward(self, merged: Tensor) -> Tensor:
-        """See `Alignment`."""
         return self.to_width(merged)
 
 
@@ -107,7 +106,6 @@ class LinearMap(Alignment):
         return nn.Linear(encoder_width, width)
 
     def forward(self, merged: Tensor) -> Tensor:
-        """See `Alignment`."""
         return self.map(merged.to(next(self.map.parameters()).dtype))
 
 

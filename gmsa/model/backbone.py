@@ -4,10 +4,11 @@ Families differ in names only. What they may be called stands in the tables belo
 more entry there.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,18 +45,21 @@ def first_name(module: nn.Module, names: Sequence[str]) -> str | None:
     return next((name for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
 
 
+def name_in(body: nn.Module, names: Sequence[str]) -> str:
+    """What a body calls a part that it has: `LAYER_NAMES` or `NORM_NAMES`."""
+    name = first_name(body, names)
+    assert name is not None  # body_of has checked
+    return name
+
+
 def layers_of(body: nn.Module) -> nn.ModuleList:
     """The list of transformer blocks of a body."""
-    name = first_name(body, LAYER_NAMES)
-    assert name is not None  # body_of has checked
-    return getattr(body, name)
+    return getattr(body, name_in(body, LAYER_NAMES))
 
 
 def norm_name(body: nn.Module) -> str:
     """What a body calls its final norm."""
-    name = first_name(body, NORM_NAMES)
-    assert name is not None  # body_of has checked
-    return name
+    return name_in(body, NORM_NAMES)
 
 
 def take_layers(
@@ -70,9 +74,7 @@ def take_layers(
     Raises:
         ConfigError: the body has fewer layers than asked for.
     """
-    layer_name = first_name(body, LAYER_NAMES)
-    assert layer_name is not None  # body_of has checked
-    layers = getattr(body, layer_name)
+    layer_name, layers = name_in(body, LAYER_NAMES), layers_of(body)
     if start + count > len(layers):
         field = "entry_layer" if start else "encoder_layers or lsa_layers"
         raise ConfigError(f"{field} is {start + count}, but the backbone has {len(layers)} layers")
@@ -153,3 +155,16 @@ def add_lora(body: PreTrainedModel, lora: dict[str, Any]) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+@contextlib.contextmanager
+def holding(things: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Within, an attribute of each of these has this value."""
+    before = [getattr(thing, name) for thing in things]
+    for thing in things:
+        setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        for thing, own in zip(things, before, strict=True):
+            setattr(thing, name, own)

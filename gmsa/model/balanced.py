@@ -40,12 +40,10 @@ class BalancedMerging(GroupMerging):
         return bool((self.token_weights != 1).any())
 
     def groups(self, ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """See `GroupMerging`."""
         counts = count_groups(mask, sizes)
         return balanced_groups(self.token_weights[ids].long(), mask, counts), counts
 
     def group_sizes(self, ids: Tensor, mask: Tensor, sizes: Tensor) -> list[Tensor]:
-        """See `Merging`."""
         groups, _ = self.groups(ids, mask, sizes)
         return [torch.bincount(row[real]) for row, real in zip(groups, mask.bool(), strict=True)]
 

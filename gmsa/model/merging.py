@@ -63,7 +63,6 @@ class GroupMerging(Merging):
     """The paper's: one pass of the encoder serves every merge size."""
 
     def forward(self, encoder: Encoder, ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Merging`."""
         rates = sizes.shape[1]
         states = encoder.encode(ids)
         if rates > 1:

@@ -8,8 +8,7 @@ gathers and scatters: no loop over rows, no word between GPU and host.
 For one backbone with rotary positions, group merging, one merge size per row, frozen embeddings and head (`why_not`).
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gmsa.model.alignment import DecoderBlocks, NoAlignment
-from gmsa.model.backbone import body_of, head_logits, layers_of, norm_name
+from gmsa.model.backbone import body_of, head_logits, holding, layers_of, norm_name
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.losses import ChunkedLoss, frozen_head_chunk, frozen_head_loss
 from gmsa.model.merging import GroupMerging
@@ -31,51 +30,32 @@ WHOLE = 384  # sequences up to this long are not cut into such blocks
 
 @dataclass(frozen=True)
 class Line:
-    """Sequences one after the other.
+    """Sequences one after the other."""
 
-    Attributes:
-        positions: (N,) of each token in its sequence.
-        cell: (N,) each token's place in the grids of all segments.
-        segments: of sequences of like length, (first token, last + 1, rows, width): a grid (rows, width) holds them.
-        ends: (B + 1,) int32 cumulative lengths.
-        longest: of the sequences.
-    """
-
-    positions: Tensor
-    cell: Tensor
+    positions: Tensor  # (N,) of each token in its sequence
+    cell: Tensor  # (N,) each token's place in the grids of all segments
+    # Of sequences of like length, (first token, last + 1, rows, width): a grid (rows, width) holds them.
     segments: list[tuple[int, int, int, int]]
-    ends: Tensor
-    longest: int
+    ends: Tensor  # (B + 1,) int32 cumulative lengths
+    longest: int  # of the sequences
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The arguments of `packed_forward`; all index tensors are (n,) and int64.
+    """The arguments of `packed_forward`; all index tensors are (n,) and int64."""
 
-    Attributes:
-        window_ids: (N_e,) tokens of all windows, throwaway first tokens included.
-        encoder, lsa, decoder: how the lines are cut into sequences. LSA's are the windows' soft tokens.
-        places: of every real token in the encoder's line.
-        bins, weight: the soft token each goes into, and one over the tokens of that group.
-        ids: (N_d,) what the decoder reads, with 0 where a soft token stands.
-        soft_to: where each soft token stands in the decoder's line.
-        soft: (N_d, 1) bool, true there.
-        picked: states that predict the labels.
-        labels: token ids.
-    """
-
-    window_ids: Tensor
-    encoder: Line
-    lsa: Line
+    window_ids: Tensor  # (N_e,) tokens of all windows, throwaway first tokens included
+    encoder: Line  # how the lines are cut into sequences
+    lsa: Line  # of the windows' soft tokens
     decoder: Line
-    places: Tensor
-    bins: Tensor
-    weight: Tensor
-    ids: Tensor
-    soft_to: Tensor
-    soft: Tensor
-    picked: Tensor
-    labels: Tensor
+    places: Tensor  # of every real token in the encoder's line
+    bins: Tensor  # the soft token each goes into
+    weight: Tensor  # one over the tokens of that group
+    ids: Tensor  # (N_d,) what the decoder reads, with 0 where a soft token stands
+    soft_to: Tensor  # where each soft token stands in the decoder's line
+    soft: Tensor  # (N_d, 1) bool, true there
+    picked: Tensor  # states that predict the labels
+    labels: Tensor  # token ids
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on a device."""
@@ -125,13 +105,11 @@ class Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Tensor, size: int) -> Tensor:
-        """See the class."""
         ctx.save_for_backward(place)
         return x.new_zeros(size, *x.shape[1:]).index_copy(0, place, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """See the class."""
         (place,) = ctx.saved_tensors
         return gradients[0].index_select(0, place), None, None
 
@@ -141,14 +119,12 @@ class Take(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
-        """See the class."""
         ctx.save_for_backward(place)
         ctx.size = x.shape[0]
         return x.index_select(0, place)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """See the class."""
         (place,) = ctx.saved_tensors
         gradient = gradients[0]
         return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy(0, place, gradient), None
@@ -159,13 +135,11 @@ class Put(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeds: Tensor, soft: Tensor, place: Tensor) -> Tensor:
-        """See the class."""
         ctx.save_for_backward(place)
         return embeds.index_copy(0, place, soft)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        """See the class."""
         (place,) = ctx.saved_tensors
         return None, gradients[0].index_select(0, place), None
 
@@ -350,28 +324,15 @@ def _run(
     return getattr(body, norm_name(body))(hidden[0]) if norm else hidden[0]
 
 
-def packed_attention(model: GmsaNetwork) -> contextlib.AbstractContextManager[None]:
+def packed_attention(model: GmsaNetwork) -> AbstractContextManager[None]:
     """Within, the model's blocks attend within lines and can do nothing else."""
     name = ON_CUDA if model.device.type == "cuda" else ON_CPU
-    return _holding([part.config for part in _bodies(model)], "_attn_implementation", name)
+    return holding([part.config for part in _bodies(model)], "_attn_implementation", name)
 
 
-def uncompiled(model: GmsaNetwork) -> contextlib.AbstractContextManager[None]:
+def uncompiled(model: GmsaNetwork) -> AbstractContextManager[None]:
     """Within, blocks run as they are written: other shapes and caches would be compiled anew in the midst of a run."""
-    return _holding([block for part in _bodies(model) for block in layers_of(part)], "_compiled_call_impl", None)
-
-
-@contextlib.contextmanager
-def _holding(things: Sequence[Any], name: str, value: Any) -> Iterator[None]:
-    """Within, an attribute of each of these has this value."""
-    before = [getattr(thing, name) for thing in things]
-    for thing in things:
-        setattr(thing, name, value)
-    try:
-        yield
-    finally:
-        for thing, own in zip(things, before, strict=True):
-            setattr(thing, name, own)
+    return holding([block for part in _bodies(model) for block in layers_of(part)], "_compiled_call_impl", None)
 
 
 def _bodies(model: GmsaNetwork) -> list[Any]:

@@ -38,16 +38,13 @@ def cut_windows(pieces: Iterable[list[int]], window_size: int | None) -> Iterato
         yield held
 
 
-def batch_windows(
-    windows: Iterable[Window], window_size: int | None, batch_size: int, rows: int | None = None
-) -> Iterator[list[Window]]:
+def batch_windows(windows: Iterable[Window], window_size: int | None, batch_size: int) -> Iterator[list[Window]]:
     """Windows in batches without much padding: full ones as they come, the others at the end, by length.
 
     Args:
         windows: those of a row in order; only the last of a row may be shorter than `window_size`.
         window_size: tokens of a full window; None: every window is as long as its text.
         batch_size: full windows in a batch. As many shorter ones are taken as take no more positions, padding included.
-        rows: shorter windows in a batch at most; None: no matter how many.
 
     Yields:
         Batches; the windows of a row still come in order.
@@ -65,7 +62,6 @@ def batch_windows(
     rest = sorted(full + short, key=lambda window: -len(window.tokens))  # stable, so rows stay in order
     while rest:
         fit = batch_size * window_size // len(rest[0].tokens) if window_size else batch_size
-        fit = min(fit, rows or fit)
         yield rest[:fit]
         rest = rest[fit:]
 

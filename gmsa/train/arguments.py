@@ -221,16 +221,9 @@ def number(name: str, value: Any) -> float:
 def check_keys(
     where: str, given: Iterable[object], known: Sequence[str], other_names: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse keys of a nested part that are not known.
+    """Raise ConfigError if a nested part is no mapping or has an unknown key; the nearest known one is named.
 
-    Args:
-        where: name of the part.
-        given: the part.
-        known: its keys.
-        other_names: what keys are called elsewhere, by key here: a help in naming the nearest.
-
-    Raises:
-        ConfigError: it is no mapping, or has an unknown key (the nearest known one is named).
+    `other_names` are what keys are called elsewhere: a help in naming the nearest.
     """
     if not isinstance(given, dict):
         raise ConfigError(f"{where} must hold key: value pairs, got {given!r}")

@@ -32,28 +32,17 @@ CHUNK = 1024
 COUNTED = 1_000_000  # tokens that `weigh_tokens` counts, if there are so many
 
 
+@dataclass(eq=False)
 class RowBatches:
-    """Batches of rows alike in length: each as many as a budget of context tokens holds.
+    """Batches of rows alike in length: each as many as a budget of context tokens holds."""
 
-    Args:
-        rows: what to draw from; each epoch in another order.
-        tokens_per_batch: budget, counting what a batch is padded to.
-        lengths: texts are cropped to one of these, drawn per row; None: rows are taken whole.
-        rows_per_batch: so many rows in each batch instead, whatever their length.
-    """
+    rows: Rows  # what to draw from; each epoch in another order
+    tokens_per_batch: int  # budget, counting what a batch is padded to
+    lengths: Sequence[int] | None = None  # texts are cropped to one of these, drawn per row; None: rows are taken whole
+    rows_per_batch: int | None = None  # so many rows in each batch instead, whatever their length
 
-    def __init__(
-        self,
-        rows: Rows,
-        tokens_per_batch: int,
-        lengths: Sequence[int] | None = None,
-        rows_per_batch: int | None = None,
-    ) -> None:
-        self.rows = rows
-        self.tokens_per_batch = tokens_per_batch
-        self.lengths = list(lengths) if lengths else None
-        self.rows_per_batch = rows_per_batch
-        self._chunks = -(-len(rows) // CHUNK)  # per epoch
+    def __post_init__(self) -> None:
+        self._chunks = -(-len(self.rows) // CHUNK)  # per epoch
         self._ends: dict[int, list[int]] = {}  # by seed: how many batches there are up to the end of each chunk
 
     def batch(self, number: int, seed: int) -> list[tuple[int, int | None]]:
@@ -79,17 +68,15 @@ class RowBatches:
         batches: list[list[tuple[int, int | None]]] = []
         current: list[tuple[int, int | None]] = []
         for member in sorted(drawn, key=self._tokens):
-            full = len(current) >= self.rows_per_batch if self.rows_per_batch else self._overflows(current, member)
-            if current and full:
+            rows = len(current) + 1
+            too_long = self._tokens(member) * rows > self.tokens_per_batch  # the longest row comes last
+            if current and (rows > self.rows_per_batch if self.rows_per_batch else too_long):
                 batches.append(current)
                 current = []
             current.append(member)
         batches.append(current)
         rng.shuffle(batches)
         return batches
-
-    def _overflows(self, current: list[tuple[int, int | None]], member: tuple[int, int | None]) -> bool:
-        return self._tokens(member) * (len(current) + 1) > self.tokens_per_batch  # the longest row comes last
 
     def _tokens(self, member: tuple[int, int | None]) -> int:
         number, length = member
@@ -107,51 +94,35 @@ class NumberedBatch:
     context_tokens: int
 
 
+@dataclass(eq=False)
 class TrainingBatches(Dataset[NumberedBatch]):
     """All micro-batches of a run, in order.
-
-    Args:
-        sources: (rows, weight) pairs; each batch is drawn from one of them.
-        recipe: what is made of the rows.
-        batches_per_step: micro-batches in one optimiser step, over all processes.
-        encoder_tokenizer: tokenises contexts.
-        template: renders prompts and tokenises targets, for the decoder.
-        window_size: of the encoder.
-        packed: make packed batches.
-        sink_id: the throwaway token in front of every window; None: there is none.
 
     Raises:
         ConfigError: there is nothing to draw from.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[tuple[RowBatches, float]],
-        recipe: Recipe,
-        batches_per_step: int,
-        encoder_tokenizer: PreTrainedTokenizerBase,
-        template: PromptTemplate,
-        window_size: int | None,
-        packed: bool = False,
-        sink_id: int | None = None,
-    ) -> None:
-        if not sources:
+    sources: Sequence[tuple[RowBatches, float]]  # with their weights; each batch is drawn from one of them
+    recipe: Recipe  # what is made of the rows
+    batches_per_step: int  # micro-batches in one optimiser step, over all processes
+    encoder_tokenizer: PreTrainedTokenizerBase  # tokenises contexts
+    template: PromptTemplate  # renders prompts and tokenises targets, for the decoder
+    window_size: int | None  # of the encoder
+    packed: bool = False  # make packed batches
+    sink_id: int | None = None  # the throwaway token in front of every window; None: there is none
+    merging: GroupMerging | None = None  # of the model, where its groups are not the paper's
+
+    def __post_init__(self) -> None:
+        if not self.sources:
             raise ConfigError("data: a recipe needs at least one file of rows")
-        self.sources = sources
-        self.recipe = recipe
-        self.rates = RateSchedule.parse(recipe.merge_sizes)
-        self.batches_per_step = batches_per_step
-        self.maker = Maker(recipe, template, encoder_tokenizer)
-        self.window_size = window_size
-        self.packed = packed
-        self.sink_id = sink_id
-        self.merging: GroupMerging | None = None  # of the model, where its groups are not the paper's
-        weights = [weight for _, weight in sources]
-        chooser = random.Random(f"{recipe.trainer['seed']}-sources")
-        counts = [0] * len(sources)
+        self.rates = RateSchedule.parse(self.recipe.merge_sizes)
+        self.maker = Maker(self.recipe, self.template, self.encoder_tokenizer)
+        weights = [weight for _, weight in self.sources]
+        chooser = random.Random(f"{self.recipe.trainer['seed']}-sources")
+        counts = [0] * len(self.sources)
         self.places: list[tuple[int, int]] = []  # (source, number of the batch within it)
         for _ in range(len(self)):
-            source = chooser.choices(range(len(sources)), weights)[0]
+            source = chooser.choices(range(len(self.sources)), weights)[0]
             self.places.append((source, counts[source]))
             counts[source] += 1
 

@@ -28,11 +28,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def complete(scratch: Path, final: Path) -> None:
-    """Turn a folder that has been written into a checkpoint: flush, list, rename.
-
-    Args:
-        scratch: what has been written, on the same file system as `final`.
-        final: its place; what stands there is replaced.
+    """Turn a folder that has been written into a checkpoint, in place of what stands there: list, flush, rename.
 
     Raises:
         OSError: the disk is full.

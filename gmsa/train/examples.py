@@ -23,23 +23,15 @@ class Document(list[int]):
 
 @dataclass(frozen=True)
 class Example:
-    """One row ready for a batch.
+    """One row ready for a batch."""
 
-    Attributes:
-        prompt: what the decoder reads, in order: token ids (T,) of its own, and documents, never two ids in a row.
-        target: token ids to predict; empty where only generation is wanted.
-        merge_size: of the documents. Several: the row is learned at each, all rows of a batch at equally many.
-        teacher: the prompt with the documents as text, where the decoder is to read that, too.
-        truncated: a document was longer.
-        learned: which tokens of the target are; None: all. Further questions are only read.
-    """
-
-    prompt: Sequence[Tensor | Document]
-    target: list[int]
+    prompt: Sequence[Tensor | Document]  # what the decoder reads: token ids (T,), and documents, never two ids in a row
+    target: list[int]  # token ids to predict; empty where only generation is wanted
+    # Of the documents. Several: the row is learned at each, all rows of a batch at equally many.
     merge_size: int | tuple[int, ...]
-    teacher: Tensor | None = None
-    truncated: bool = False
-    learned: list[bool] | None = None
+    teacher: Tensor | None = None  # the prompt with the documents as text, where the decoder is to read that, too
+    truncated: bool = False  # a document was longer
+    learned: list[bool] | None = None  # which tokens of the target are; None: all. Further questions are only read
 
     @property
     def contexts(self) -> list[list[int]]:
@@ -212,10 +204,7 @@ def _decoder_side(
 ) -> dict[str, Any]:
     """The decoder's line: token ids, where soft tokens stand, which states predict which labels.
 
-    Args:
-        examples: see `pack`.
-        prompts: of each, see `_prompt`.
-        before: soft tokens of all rows before each, and of all.
+    `before` is how many soft tokens all rows before each have, and all rows.
     """
     soft_to = np.zeros(before[-1], np.int64)
     ids, marks, picked, labels, lengths = [], [], [], [], []

@@ -1,50 +1,26 @@
-"""What a run tells: a progress bar, log.jsonl, curve.png, a text restored now and then."""
+"""What a run tells: a progress bar, log.jsonl, curve.png, how well it restores texts now and then."""
 
 import json
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gmsa.decode.prompt import PromptTemplate
+from gmsa.errors import InputError
 from gmsa.io.files import atomic_file
-
-
-class Progress(TrainerCallback):
-    """A bar with the last figures on it; where stderr is no terminal, a line per log. Nothing goes to stdout."""
-
-    bar: "tqdm[Any] | None" = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the bar where the run starts or resumes."""
-        if state.is_world_process_zero:
-            hidden = not sys.stderr.isatty()
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=hidden)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move it."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """Show loss and accuracy."""
-        if self.bar is None or not logs or "loss" not in logs:
-            return
-        figures = {"loss": f"{logs['loss']:.3f}", "accuracy": f"{logs['token_accuracy']:.3f}"}
-        self.bar.set_postfix(figures)
-        if self.bar.disable:
-            shown = "  ".join(f"{name} {value}" for name, value in figures.items())
-            tell(f"step {state.global_step}/{state.max_steps}  {shown}")
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave it standing."""
-        if self.bar is not None:
-            self.bar.close()
+from gmsa.io.loading import GmsaModel
+from gmsa.io.rows import read_rows
+from gmsa.text import encode
+from gmsa.train.examples import Document, Example, arguments, collate
 
 
 class Deadline(TrainerCallback):
@@ -78,12 +54,16 @@ class Deadline(TrainerCallback):
 
 
 class RunLog(TrainerCallback):
-    """Writes log.jsonl and curve.png into the run's folder."""
+    """Writes log.jsonl and curve.png into the run's folder, and shows a bar with the last figures on it.
+
+    Where stderr is no terminal it is a line per log instead. Nothing goes to stdout.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started = time.monotonic()
         self.context_before = 0  # context tokens of the runs that this one resumes
+        self.bar: tqdm[Any] | None = None  # of the first process
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop what an interrupted run logged after its last checkpoint: those steps are done again.
@@ -91,8 +71,12 @@ class RunLog(TrainerCallback):
         Time goes on from the last entry that is left.
         """
         self.started = time.monotonic()
+        if not state.is_world_process_zero:
+            return
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=hidden)
         path = self.folder / "log.jsonl"
-        if state.is_world_process_zero and path.exists():
+        if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= state.global_step]
             with atomic_file(path) as scratch:
@@ -105,15 +89,28 @@ class RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """One line per log."""
-        if state.is_world_process_zero and logs and "loss" in logs:
-            seconds = round(time.monotonic() - self.started, 1)
-            context = self.context_before + logs.get("context_tokens", 0)
-            self.write({"step": state.global_step, **logs, "context_tokens": context, "seconds": seconds})
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        seconds = round(time.monotonic() - self.started, 1)
+        context = self.context_before + logs.get("context_tokens", 0)
+        self.write({"step": state.global_step, **logs, "context_tokens": context, "seconds": seconds})
+        figures = {"loss": f"{logs['loss']:.3f}", "accuracy": f"{logs['token_accuracy']:.3f}"}
+        self.bar.set_postfix(figures)
+        if self.bar.disable:
+            shown = "  ".join(f"{name} {value}" for name, value in figures.items())
+            tell(f"step {state.global_step}/{state.max_steps}  {shown}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look at restoration after the last step too, whatever its number."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the bar standing."""
+        if self.bar is not None:
+            self.bar.close()
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add a line."""
@@ -165,3 +162,75 @@ def draw_curve(folder: Path) -> None:
     with atomic_file(folder / "curve.png") as scratch:
         figure.savefig(scratch, dpi=110, format="png")
     plt.close(figure)
+
+
+@dataclass
+class RestorationProbe:
+    """A quick look at restoration while training goes on; the full evaluation is `gmsa eval`.
+
+    Token accuracy under teacher forcing on held-out texts, at several merge sizes, and one text restored.
+    """
+
+    texts: Sequence[list[int]]  # encoder tokens of each text, all of one length
+    targets: Sequence[list[int]]  # the same texts in decoder tokens
+    template: PromptTemplate  # of the decoder
+    window_size: int | None  # of the encoder
+    merge_sizes: Sequence[int]  # to look at
+    batch_size: int = 8  # texts at once
+
+    @classmethod
+    def from_file(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate,
+        window_size: int | None,
+        path: str,
+        texts: int = 32,
+        length: int = 128,
+        merge_sizes: Sequence[int] = (2, 4, 8),
+    ) -> "RestorationProbe":
+        """The first `texts` rows of a file that have at least `length` tokens of the encoder's `tokenizer`, cut to it.
+
+        Raises:
+            InputError: no row is that long.
+        """
+        tokens = (encode(tokenizer, r["text"]) for r in read_rows(path) if "text" in r)
+        chosen = list(islice((t[:length] for t in tokens if len(t) >= length), texts))
+        if not chosen:
+            raise InputError(f"{path} has no text of {length} tokens to evaluate on")
+        targets = [template.recode(tokens, tokenizer) for tokens in chosen]
+        return cls(chosen, targets, template, window_size, merge_sizes)
+
+    @torch.no_grad()
+    def accuracy(self, model: GmsaModel) -> dict[str, Any]:
+        """{"token_accuracy": {merge size: share}, "first_tokens": {merge size: shares of the first three}}."""
+        accuracy, first = {}, {}
+        frame = self.template.restore()
+        device = next(model.parameters()).device
+        for size in self.merge_sizes:
+            hits: list[torch.Tensor] = []
+            for start in range(0, len(self.texts), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                examples = [
+                    Example(frame.around(Document(text)), [*target, self.template.end_id], size)
+                    for text, target in zip(self.texts[part], self.targets[part], strict=True)
+                ]
+                out = model(**arguments(collate(examples, self.window_size).to(device)))
+                right = out["logits"].argmax(-1) == out["labels"]
+                hits += [row[:-1].float() for row in right.split([len(target) + 1 for target in self.targets[part]])]
+            accuracy[str(size)] = round(torch.cat(hits).mean().item(), 4)
+            first[str(size)] = [round(v, 3) for v in torch.stack([row[:3] for row in hits]).mean(0).tolist()]
+        return {"token_accuracy": accuracy, "first_tokens": first}
+
+    @torch.no_grad()
+    def sample(self, model: GmsaModel) -> str:
+        """The first text as the model restores it at the first merge size."""
+        text, device = self.texts[0], next(model.parameters()).device
+        frame = self.template.restore()
+        batch = collate([Example(frame.around(Document(text)), [], self.merge_sizes[0])], self.window_size).to(device)
+        windows = batch.window_ids, batch.window_mask, batch.window_memories
+        (soft,) = model.compress(*windows, batch.merge_size)  # type: ignore[arg-type]  # there is a document
+        before, after = batch.prompts[0]
+        options = {"max_new_tokens": len(self.targets[0]) + 8, "do_sample": False, "eos_token_id": self.template.end_id}
+        new = model.generate([[before, soft, after]], **options)
+        return self.template.tokenizer.decode(new[0], skip_special_tokens=True)

@@ -11,6 +11,7 @@ All are learned by cross-entropy on the target alone (model/losses.py), mixed wi
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,29 +33,23 @@ GAP_WORDS = (1, 3)
 NAMES = 0.7  # of the gaps are where a name or number begins, if there is one
 
 
+@dataclass
 class Maker:
-    """Makes examples of rows.
+    """Makes examples of rows."""
 
-    Args:
-        recipe: what is learned.
-        template: renders prompts and tokenises targets, for the decoder.
-        tokenizer: the encoder's.
-    """
+    recipe: Recipe  # what is learned
+    template: PromptTemplate  # renders prompts and tokenises targets, for the decoder
+    tokenizer: PreTrainedTokenizerBase  # the encoder's
 
-    def __init__(self, recipe: Recipe, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.recipe = recipe
-        self.template = template
-        self.tokenizer = tokenizer
-        self.needs_text = recipe.reads == "text" or recipe.distil is not None
+    @property
+    def needs_text(self) -> bool:
+        """Whether the decoder reads the texts themselves, too."""
+        return self.recipe.reads == "text" or self.recipe.distil is not None
 
     def text(self, text: str, length: int | None, sizes: tuple[int, ...], rng: random.Random) -> Example:
         """An example of a text, by one of the objectives of texts, drawn by their shares; what is left is restored.
 
-        Args:
-            text: whole.
-            length: tokens the encoder reads at most; None: all.
-            sizes: merge sizes.
-            rng: draws the objective and its choices.
+        The encoder reads `length` tokens at most; None: all.
         """
         tokens = self.tokenise(text)
         wanted = [(make, getattr(self.recipe, name)) for name, make in TEXT_OBJECTIVES.items()]
@@ -200,11 +195,8 @@ def _crop(tokens: list[int], length: int, rng: random.Random) -> list[int]:
 def quotes(text: str, instruction: str, turns: int, rng: random.Random) -> list[tuple[str, list[str]]]:
     """Questions about what follows some words of a text, as (prompt, answers): reading soft tokens by content.
 
-    Args:
-        text: what is asked about.
-        instruction: the question; "{words}" in it becomes the quoted words.
-        turns: questions at most; quotes that do not occur exactly once are passed over.
-        rng: draws places and lengths.
+    "{words}" in the instruction becomes the quoted words. They are `turns` at most, since quotes that do not occur
+    exactly once are passed over.
     """
     words = text.split()
     whole = " ".join(words)
@@ -222,14 +214,7 @@ def quotes(text: str, instruction: str, turns: int, rng: random.Random) -> list[
 
 
 def gaps(text: str, instruction: str, turns: int, rng: random.Random) -> list[tuple[str, list[str]]]:
-    """Questions about what fills a gap in a quote, mostly a name or a number: nearer to a question than `quotes`.
-
-    Args:
-        text: what is asked about.
-        instruction: the question; "{words}" in it becomes the quote with a blank in it.
-        turns: questions at most.
-        rng: draws places and lengths.
-    """
+    """The same about what fills a gap in a quote, mostly a name or a number: nearer to a question than `quotes`."""
     words = text.split()
     found: dict[str, list[str]] = {}
     for _ in range(turns):

@@ -1,21 +1,157 @@
-"""What a run would do, without doing it: `gmsa train --dry-run`."""
+"""What a run consists of, model and batches; and what it would do, without doing it: `gmsa train --dry-run`."""
 
+import os
+import shutil
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gmsa.config import GmsaConfig
 from gmsa.decode.prompt import PromptTemplate
+from gmsa.errors import ConfigError, InputError
+from gmsa.io import checkpoint
+from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine
-from gmsa.model.packed import PackedBatch
-from gmsa.train.batches import TrainingBatches
-from gmsa.train.examples import Batch, Document, Example
+from gmsa.model.gmsa import GmsaNetwork
+from gmsa.model.packed import PackedBatch, packed_attention, packed_forward, why_not
+from gmsa.train.batches import RowBatches, TrainingBatches
+from gmsa.train.examples import Batch, Document, Example, arguments
+from gmsa.train.log import tell
 from gmsa.train.recipe import STAGES, Recipe
-from gmsa.train.trainer import forward, packs_batches, prepare, training_batches
+from gmsa.train.rows import Conversations, Rows, index_rows
 
 # So many batches are looked at for the largest one and for what is cut short.
 LOOKED_AT = 50
+# LoRA on the decoder where a recipe trains it so and says no more: the paper's second release.
+DEFAULT_LORA = {"r": 128, "alpha": 32, "dropout": 0.05}
+
+
+def packs_batches(recipe: Recipe, model: GmsaNetwork, processes: int) -> bool:
+    """Whether a run can do without padding; where it could not although the recipe asks for it, it says why."""
+    if not recipe.packed:
+        return False
+    reason = why_not(model)
+    if processes > 1:
+        reason = "several processes share the work"
+    elif recipe.rates_per_sample != 1:
+        reason = "a sample has several rates"
+    elif recipe.distil is not None:
+        reason = "distillation reads every text twice"
+    if reason:
+        tell(f"note: batches are padded, since {reason}")
+    return reason is None
+
+
+def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
+    """The model a recipe starts from, with its decoder's and encoder's backbones (the same one where they agree).
+
+    Raises:
+        GmsaError: a checkpoint, backbone or setting cannot be used.
+    """
+    fields = dict(recipe.model)
+    decoder_name, encoder_name = fields.pop("decoder", None), fields.pop("encoder", None)
+    if "decoder-lora" in recipe.trains:
+        fields.setdefault("decoder_lora", DEFAULT_LORA)
+    torch.manual_seed(recipe.trainer["seed"])  # new weights (LoRA, random alignment) are drawn
+    if recipe.init:
+        folder = checkpoint.find_folder(recipe.init, None, None, False)
+        config = checkpoint.read_config(folder)
+        merging = config.merging
+        for key, value in fields.items():
+            setattr(config, key, value)
+        config.check()
+        decoder, encoder = checkpoint.load_backbones(
+            config, torch.bfloat16, attn_implementation=recipe.attn_implementation
+        )
+        model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
+        for parameter in checkpoint.stored_parameters(model).values():
+            parameter.data = parameter.data.float()  # what the first stage learned is not rounded
+        # A run may go on with merging of another kind; what that has of its own is new.
+        checkpoint.load_weights(model, folder, added="" if config.merging == merging else "compressor.merging.")
+        return model, decoder, encoder or decoder
+    if decoder_name is None:
+        raise ConfigError("model.decoder: name the backbone to build on (or give init, a model folder)")
+    config = GmsaConfig(**fields)  # mistakes in it show before anything is loaded
+    decoder = load_backbone(decoder_name, attn_implementation=recipe.attn_implementation)
+    encoder = load_backbone(encoder_name, attn_implementation=recipe.attn_implementation) if encoder_name else None
+    config.decoder, config.encoder = decoder.pointer, encoder.pointer if encoder else None
+    model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
+    model.compressor.fit_alignment(model.get_input_embeddings())
+    return model, decoder, encoder or decoder
+
+
+def training_batches(
+    recipe: Recipe,
+    model: GmsaNetwork,
+    encoder: Backbone,
+    template: PromptTemplate,
+    batches_per_step: int,
+    skip: Any = None,
+    packed: bool = False,
+) -> TrainingBatches:
+    """Index the recipe's files and plan the run's batches; `skip` is called with each bad line, else one is an error.
+
+    Raises:
+        InputError: a file cannot be read, holds a bad line, or no row of the kind the stage needs.
+    """
+    wanted = STAGES[recipe.stage].rows
+    sources: list[tuple[RowBatches, float]] = []
+    for entry in recipe.data:
+        as_texts = entry.get("as") == "texts"
+        only = wanted == "texts" or as_texts
+        texts, questions = index_rows(entry["path"], entry.get("where"), only, as_texts, skip)
+        asked = (
+            Conversations(questions, recipe.questions_per_context) if recipe.questions_per_context > 1 else questions
+        )
+        chosen: list[tuple[Rows, list[int] | None]] = [(asked, None)]
+        if wanted != "questions":
+            chosen.append((texts, recipe.lengths))
+        if not any(len(rows) for rows, _ in chosen):
+            kind = {"texts": "texts", "questions": "questions", "both": "rows"}[wanted]
+            where = f" where {entry['where']}" if entry.get("where") else ""
+            raise InputError(f"{entry['path']} holds no {kind}{where}; stage {recipe.stage} needs them")
+        budget = int(entry.get("tokens_per_batch", recipe.tokens_per_batch))
+        count = entry.get("rows_per_batch", recipe.rows_per_batch)
+        weight = float(entry.get("weight", 1.0))
+        sources += [(RowBatches(rows, budget, lengths, count), weight) for rows, lengths in chosen if len(rows)]
+    sink = model.compressor.sink_id if model.config.encoder_sink else None
+    return TrainingBatches(
+        sources, recipe, batches_per_step, encoder.tokenizer, template, model.config.window_size, packed, sink
+    )
+
+
+def prepare(recipe: Recipe) -> tuple[GmsaModel, Backbone, PromptTemplate]:
+    """The model with what the recipe trains opened and in fp32, its encoder's backbone, and the decoder's template.
+
+    Raises:
+        GmsaError: see `build_model`.
+        ConfigError: compile on CPU without a C++ compiler.
+    """
+    model, decoder, encoder = build_model(recipe)
+    template = PromptTemplate(decoder.tokenizer, model.config)
+    if not recipe.trainer["bf16"]:
+        model.float()
+    for parameter in model.set_trainable(recipe.trains):
+        parameter.data = parameter.data.float()  # the master weights
+    if recipe.trainer["gradient_checkpointing"]:
+        checkpoint_activations(model)
+    compilers = ("g++", "c++", "clang++", os.environ.get("CXX", ""))
+    if recipe.compile and model.device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ConfigError("compile needs a C++ compiler (g++ or clang++) on CPU: install one, or set compile=false")
+    return model, encoder, template
+
+
+def checkpoint_activations(model: GmsaModel) -> None:
+    """Recompute activations in the backward pass; transformers is renaming this."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+# -- what it would do --------------------------------------------------------------------------------------------------
 
 
 def plan(recipe: Recipe) -> str:
@@ -32,13 +168,18 @@ def plan(recipe: Recipe) -> str:
         recipe, model, encoder, template, recipe.trainer["gradient_accumulation_steps"], skip, packed
     )
     looked_at = [batches.examples(number) for number in range(min(LOOKED_AT, len(batches)))]
+    seen = [example for part in looked_at for example in part]
+    cut = sum(example.truncated for example in seen)
     lines = [
         ("stage", _stage(recipe)),
         ("trains", _trained(model)),
         ("data", _data(recipe, batches, bad)),
         ("steps", _steps(recipe, looked_at)),
         ("memory", _memory(model, recipe, batches, looked_at)),
-        ("truncation", _truncation(recipe, looked_at)),
+        (
+            "truncation",
+            f"{cut} of the first {len(seen)} contexts are longer than max_context ({recipe.max_context}) and are cut",
+        ),
     ]
     text = "\n".join(f"{name:>10}  {value}" for name, value in lines)
     if looked_at:
@@ -85,12 +226,6 @@ def _steps(recipe: Recipe, looked_at: list[list[Example]]) -> str:
     return f"{recipe.trainer['max_steps']:,} of {batch}, each about {rows:.1f} rows, {tokens:,.0f} context tokens"
 
 
-def _truncation(recipe: Recipe, looked_at: list[list[Example]]) -> str:
-    examples = [example for part in looked_at for example in part]
-    cut = sum(example.truncated for example in examples)
-    return f"{cut} of the first {len(examples)} contexts are longer than max_context ({recipe.max_context}) and are cut"
-
-
 def _memory(model: GmsaModel, recipe: Recipe, batches: TrainingBatches, looked_at: list[list[Example]]) -> str:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -126,6 +261,14 @@ def bytes_for_backward(model: GmsaModel, batch: Batch | PackedBatch, recipe: Rec
         out = forward(model, batch, recipe.reads == "text")
     del out
     return sum(kept.values())
+
+
+def forward(model: GmsaNetwork, batch: Batch | PackedBatch, reads_text: bool = False) -> dict[str, Tensor]:
+    """Loss of a batch of either kind; see `GmsaNetwork.forward`."""
+    if isinstance(batch, Batch):
+        return model(**arguments(batch, teacher=reads_text), keep_logits=False)
+    with packed_attention(model):
+        return packed_forward(model, batch)
 
 
 def show_example(example: Example, template: PromptTemplate, encoder_tokenizer: Any, reads: str) -> str:

@@ -19,32 +19,23 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from gmsa.config import GmsaConfig
 from gmsa.decode.malloc import keep_freed_memory, return_freed_memory
-from gmsa.decode.prompt import PromptTemplate
-from gmsa.errors import CheckpointError, ConfigError, GmsaError, InputError
+from gmsa.errors import CheckpointError, ConfigError, GmsaError
 from gmsa.io import checkpoint
-from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.files import atomic_file
-from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine
 from gmsa.model.balanced import BalancedMerging
 from gmsa.model.compressor import rates_of
-from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.losses import distilled
-from gmsa.model.packed import PackedBatch, compile_blocks, packed_attention, packed_forward, uncompiled, why_not
+from gmsa.model.packed import PackedBatch, compile_blocks, packed_attention, packed_forward, uncompiled
 from gmsa.train import checkpoints
 from gmsa.train.arguments import training_arguments
-from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches, weigh_tokens
+from gmsa.train.batches import NumberedBatch, weigh_tokens
 from gmsa.train.checkpoints import WeightAverage
-from gmsa.train.evaluation import RestorationProbe
 from gmsa.train.examples import Batch, arguments
-from gmsa.train.log import Deadline, Progress, RunLog, draw_curve, tell
+from gmsa.train.log import Deadline, RestorationProbe, RunLog, draw_curve, tell
+from gmsa.train.plan import packs_batches, prepare, training_batches
 from gmsa.train.recipe import STAGES, Recipe, read_yaml
-from gmsa.train.rows import Conversations, Rows, index_rows
-
-# LoRA on the decoder where a recipe trains it so and says no more: the paper's second release.
-DEFAULT_LORA = {"r": 128, "alpha": 32, "dropout": 0.05}
 
 
 class GmsaTrainer(Trainer):
@@ -124,10 +115,10 @@ class GmsaTrainer(Trainer):
         if self.worst is not None and not bool(torch.isfinite(self.worst)):
             last = checkpoints.all_in(Path(self.args.output_dir))
             kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been saved yet"
+            batch = "a batch" if number is None else f"batch {number}"
             raise GmsaError(
-                f"the loss of {'a batch' if number is None else f'batch {number}'} (step {self.state.global_step}) is "
-                "not finite: "
-                f"lower learning_rate or max_grad_norm; {kept}"
+                f"the loss of {batch} (step {self.state.global_step}) is not finite: lower learning_rate or "
+                f"max_grad_norm; {kept}"
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -254,143 +245,6 @@ def _inputs(items: list[NumberedBatch]) -> dict[str, Any]:
     return {"item": item}
 
 
-def forward(model: GmsaNetwork, batch: Batch | PackedBatch, reads_text: bool = False) -> dict[str, Tensor]:
-    """Loss of a batch of either kind; see `GmsaNetwork.forward`."""
-    if isinstance(batch, Batch):
-        return model(**arguments(batch, teacher=reads_text), keep_logits=False)
-    with packed_attention(model):
-        return packed_forward(model, batch)
-
-
-def packs_batches(recipe: Recipe, model: GmsaNetwork, processes: int) -> bool:
-    """Whether a run can do without padding; where it could not although the recipe asks for it, it says why."""
-    if not recipe.packed:
-        return False
-    reason = why_not(model)
-    if processes > 1:
-        reason = "several processes share the work"
-    elif recipe.rates_per_sample != 1:
-        reason = "a sample has several rates"
-    elif recipe.distil is not None:
-        reason = "distillation reads every text twice"
-    if reason:
-        tell(f"note: batches are padded, since {reason}")
-    return reason is None
-
-
-def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
-    """The model a recipe starts from, with its decoder's and encoder's backbones (the same one where they agree).
-
-    Raises:
-        GmsaError: a checkpoint, backbone or setting cannot be used.
-    """
-    fields = dict(recipe.model)
-    decoder_name, encoder_name = fields.pop("decoder", None), fields.pop("encoder", None)
-    if "decoder-lora" in recipe.trains:
-        fields.setdefault("decoder_lora", DEFAULT_LORA)
-    torch.manual_seed(recipe.trainer["seed"])  # new weights (LoRA, random alignment) are drawn
-    if recipe.init:
-        folder = checkpoint.find_folder(recipe.init, None, None, False)
-        config = checkpoint.read_config(folder)
-        merging = config.merging
-        for key, value in fields.items():
-            setattr(config, key, value)
-        config.check()
-        decoder, encoder = checkpoint.load_backbones(
-            config, torch.bfloat16, attn_implementation=recipe.attn_implementation
-        )
-        model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
-        for parameter in checkpoint.stored_parameters(model).values():
-            parameter.data = parameter.data.float()  # what the first stage learned is not rounded
-        # A run may go on with merging of another kind; what that has of its own is new.
-        checkpoint.load_weights(model, folder, added="" if config.merging == merging else "compressor.merging.")
-        return model, decoder, encoder or decoder
-    if decoder_name is None:
-        raise ConfigError("model.decoder: name the backbone to build on (or give init, a model folder)")
-    config = GmsaConfig(**fields)  # mistakes in it show before anything is loaded
-    decoder = load_backbone(decoder_name, attn_implementation=recipe.attn_implementation)
-    encoder = load_backbone(encoder_name, attn_implementation=recipe.attn_implementation) if encoder_name else None
-    config.decoder, config.encoder = decoder.pointer, encoder.pointer if encoder else None
-    model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
-    model.compressor.fit_alignment(model.get_input_embeddings())
-    return model, decoder, encoder or decoder
-
-
-def training_batches(
-    recipe: Recipe,
-    model: GmsaNetwork,
-    encoder: Backbone,
-    template: PromptTemplate,
-    batches_per_step: int,
-    skip: Any = None,
-    packed: bool = False,
-) -> TrainingBatches:
-    """Index the recipe's files and plan the run's batches.
-
-    Args:
-        recipe, model, encoder, template: of the run.
-        batches_per_step: micro-batches in one optimiser step, over all processes.
-        skip: called with each bad line; None: the first one is an error.
-        packed: make packed batches.
-
-    Raises:
-        InputError: a file cannot be read, holds a bad line, or no row of the kind the stage needs.
-    """
-    wanted = STAGES[recipe.stage].rows
-    sources: list[tuple[RowBatches, float]] = []
-    for entry in recipe.data:
-        as_texts = entry.get("as") == "texts"
-        only = wanted == "texts" or as_texts
-        texts, questions = index_rows(entry["path"], entry.get("where"), only, as_texts, skip)
-        asked = (
-            Conversations(questions, recipe.questions_per_context) if recipe.questions_per_context > 1 else questions
-        )
-        chosen: list[tuple[Rows, list[int] | None]] = [(asked, None)]
-        if wanted != "questions":
-            chosen.append((texts, recipe.lengths))
-        if not any(len(rows) for rows, _ in chosen):
-            kind = {"texts": "texts", "questions": "questions", "both": "rows"}[wanted]
-            where = f" where {entry['where']}" if entry.get("where") else ""
-            raise InputError(f"{entry['path']} holds no {kind}{where}; stage {recipe.stage} needs them")
-        budget = int(entry.get("tokens_per_batch", recipe.tokens_per_batch))
-        count = entry.get("rows_per_batch", recipe.rows_per_batch)
-        weight = float(entry.get("weight", 1.0))
-        sources += [(RowBatches(rows, budget, lengths, count), weight) for rows, lengths in chosen if len(rows)]
-    sink = model.compressor.sink_id if model.config.encoder_sink else None
-    return TrainingBatches(
-        sources, recipe, batches_per_step, encoder.tokenizer, template, model.config.window_size, packed, sink
-    )
-
-
-def prepare(recipe: Recipe) -> tuple[GmsaModel, Backbone, PromptTemplate]:
-    """The model with what the recipe trains opened and in fp32, its encoder's backbone, and the decoder's template.
-
-    Raises:
-        GmsaError: see `build_model`.
-        ConfigError: compile on CPU without a C++ compiler.
-    """
-    model, decoder, encoder = build_model(recipe)
-    template = PromptTemplate(decoder.tokenizer, model.config)
-    if not recipe.trainer["bf16"]:
-        model.float()
-    for parameter in model.set_trainable(recipe.trains):
-        parameter.data = parameter.data.float()  # the master weights
-    if recipe.trainer["gradient_checkpointing"]:
-        checkpoint_activations(model)
-    compilers = ("g++", "c++", "clang++", os.environ.get("CXX", ""))
-    if recipe.compile and model.device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise ConfigError("compile needs a C++ compiler (g++ or clang++) on CPU: install one, or set compile=false")
-    return model, encoder, template
-
-
-def checkpoint_activations(model: GmsaModel) -> None:
-    """Recompute activations in the backward pass; transformers is renaming this."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
 def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path:
     """Run a recipe; returns the folder of the trained model.
 
@@ -449,7 +303,6 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
         raise ConfigError("DeepSpeed ZeRO-3 is not supported: use stage 1 or 2, or FSDP2")
     for noisy in (ProgressCallback, PrinterCallback):  # both write to stdout, which is for data
         trainer.remove_callback(noisy)
-    trainer.add_callback(Progress)
     if recipe.max_minutes is not None:
         trainer.add_callback(Deadline(began, 60 * recipe.max_minutes))
     if average and last:

@@ -25,8 +25,8 @@ from gmsa.corpus import Job, Record, Shard, ShardWorker, Totals, bad_rows, compr
 from gmsa.errors import CorpusError, InputError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
-from gmsa.io.parquet import FORMS, group_sizes_of, pack, read_rows, to_parquet, unpack
-from gmsa.io.urls import Source
+from gmsa.io.memory import DTYPES as FORMS
+from gmsa.io.urls import Source, pack, read_rows, to_parquet, unpack
 
 TEXTS = [
     "The mill was built in 1731.",
@@ -122,7 +122,7 @@ def test_rows_can_be_read_without_this_package(run: Callable[..., Totals], corpu
 @pytest.mark.parametrize("form", FORMS)
 def test_packing_keeps_shape_and_zeros(form: str) -> None:
     soft = torch.cat([torch.zeros(1, 8), torch.randn(3, 8) * 1e-3, torch.randn(1, 8) * 1e4])
-    again = unpack({**pack(soft, form), "soft_tokens": 5}, form)
+    again, _ = unpack({**pack(soft, form), "soft_tokens": 5}, form)
     assert again.shape == (5, 8)
     assert not again[0].any()
     torch.testing.assert_close(again.float(), soft, rtol=1 / 100, atol=0.0 if form != "int8" else 1e4 / 60)
@@ -135,9 +135,11 @@ def test_group_sizes_are_a_column_that_may_be_empty() -> None:
         for n, given in enumerate((sizes, None))
     ]
     with_sizes, without = read_rows(bytes(to_parquet(rows, "int8", 3, "abc")))
-    assert group_sizes_of(with_sizes).tolist() == sizes.tolist()  # type: ignore[union-attr]
-    assert group_sizes_of(without) is None
-    assert torch.equal(unpack(with_sizes, "int8"), unpack(without, "int8"))
+    (soft, found), (same, none) = unpack(with_sizes, "int8"), unpack(without, "int8")
+    assert found is not None
+    assert found.tolist() == sizes.tolist()
+    assert none is None
+    assert torch.equal(soft, same)
 
 
 # -- what goes in ------------------------------------------------------------------------------------------------------
@@ -552,7 +554,7 @@ def test_sizes_and_missing_packages(
     for wrong in ("0", "M", "-3", "4kib"):
         with pytest.raises(Exception, match="a size is bytes"):
             size(wrong)
-    for name in [name for name in sys.modules if name.startswith(("pyarrow", "gmsa.corpus", "gmsa.io.parquet"))]:
+    for name in [name for name in sys.modules if name.startswith(("pyarrow", "gmsa.corpus", "gmsa.io.urls"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert cli.main(["compress-corpus", str(corpus), "out"]) == 1

@@ -196,7 +196,7 @@ def test_the_newest_checkpoint_is_read_and_told(
     ("damage", "told"),
     [
         (lambda t: t.pop("decoder.model.norm.weight"), "lacks 1 tensor(s): decoder.model.norm.weight"),
-        (lambda t: t.update({"decoder.extra": torch.ones(1)}), "has unexpected 1 tensor(s): decoder.extra"),
+        (lambda t: t.update({"decoder.extra": torch.ones(1)}), "has 1 unexpected tensor(s): decoder.extra"),
         (lambda t: [t.pop(name) for name in list(t) if "lora_" in name], "no checkpoint of the authors' release"),
         (
             lambda t: t["encoder.base_model.model.model.norm.weight"].add_(1),

@@ -15,7 +15,7 @@ from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of
 from gmsa.serve.remote import RemoteDecoder
-from gmsa.train.trainer import checkpoint_activations
+from gmsa.train.plan import checkpoint_activations
 
 Build = Callable[..., GmsaModel]
 HELD: dict[str, Any] = {"lsa": "none", "encoder_layers": 2, "entry_layer": 2, "encoder_sink": False}

@@ -13,9 +13,10 @@ from gmsa import GMSA
 from gmsa.io.backbones import Backbone
 from gmsa.io.checkpoint import stored_parameters
 from gmsa.io.loading import GmsaModel
-from gmsa.train.bases import merge_in_bases, vocabulary_grams
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "average_models.py"
+MADE = runpy.run_path(str(SCRIPT))
+merge_in_bases, vocabulary_grams = MADE["merge_in_bases"], MADE["vocabulary_grams"]
 
 
 @pytest.fixture

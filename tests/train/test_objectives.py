@@ -17,8 +17,9 @@ from gmsa import GMSA
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of
 from gmsa.model.losses import CHUNK, cross_entropy_in_chunks, distilled
+from gmsa.train.plan import DEFAULT_LORA, checkpoint_activations
 from gmsa.train.recipe import Recipe
-from gmsa.train.trainer import DEFAULT_LORA, checkpoint_activations, train
+from gmsa.train.trainer import train
 from recipes import recipe_of
 
 QUESTIONS = [

@@ -16,9 +16,10 @@ from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.packed import packed_forward
 from gmsa.train.checkpoints import WeightAverage
-from gmsa.train.evaluation import RestorationProbe
+from gmsa.train.log import RestorationProbe
+from gmsa.train.plan import prepare, training_batches
 from gmsa.train.recipe import Recipe
-from gmsa.train.trainer import GmsaTrainer, prepare, train, training_batches
+from gmsa.train.trainer import GmsaTrainer, train
 from recipes import recipe_of
 
 TEXTS = [f"Line {i}: the {w} went over the hill and came back {i * 7} times." for i, w in enumerate("abcdefghijklmnop")]

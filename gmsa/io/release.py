@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from gmsa.config import GmsaConfig
 from gmsa.errors import CheckpointError
 from gmsa.io.backbones import load_backbone
-from gmsa.io.checkpoint import stored_parameters
+from gmsa.io.checkpoint import check_names, stored_parameters
 from gmsa.io.files import reason_of
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import QKV_NAMES
@@ -119,11 +119,9 @@ def _fill(model: GmsaModel, theirs: dict[str, Tensor], backbone: str) -> None:
     places = {_their_name(model, name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     theirs = {re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", n): t for n, t in theirs.items()}
     present = {id(places[name]) for name in places.keys() & theirs.keys()}  # of tied weights one name is enough
-    missing = sorted(name for name, parameter in places.items() if id(parameter) not in present)
-    more = sorted(n for n in theirs.keys() - places.keys() if not (UNUSED.match(n) or n.startswith(LINEAR)))
-    for what, names in (("lacks", missing), ("has unexpected", more)):
-        if names:
-            raise CheckpointError(f"the checkpoint {what} {len(names)} tensor(s): {', '.join(names[:20])}")
+    missing = [name for name, parameter in places.items() if id(parameter) not in present]
+    more = [n for n in theirs.keys() - places.keys() if not (UNUSED.match(n) or n.startswith(LINEAR))]
+    check_names("the checkpoint", missing, more)
     with torch.no_grad():
         for name, parameter in places.items():
             if name not in theirs:

@@ -34,12 +34,11 @@ READ = {"pooling": "mean", "encoder_mask_type": "causal", "boundary_overlap": 0,
 NAMES = {"norm": "0", "fc1": "1", "fc2": "3"}  # of the adapter's parts: theirs, and ours in the sequence
 
 
-def read_lclm(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[GmsaModel, int]:
+def read_lclm(folder: Path) -> tuple[GmsaModel, int]:
     """The model of an LCLM folder, and the merge size that it was trained at.
 
     Args:
         folder: see the module; it must stay where it is.
-        dtype: of encoder and decoder while they are read; the adapter is kept as it is stored.
 
     Raises:
         CheckpointError: a part is missing, damaged or of another kind; it is named. BackboneError: encoder or decoder
@@ -48,7 +47,7 @@ def read_lclm(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[GmsaMo
     folder = folder.absolute()
     settings = _settings(folder)
     adapter = _adapter(folder / ADAPTER)
-    decoder, encoder = (load_backbone(str(folder / part), dtype=dtype) for part in ("decoder", "encoder"))
+    decoder, encoder = (load_backbone(str(folder / part)) for part in ("decoder", "encoder"))
     words = decoder.tokenizer.get_vocab()
     for mark in MARKS:
         if mark not in words:

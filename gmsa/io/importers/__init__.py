@@ -1,1 +1,0 @@
-"""Checkpoints of other projects become models: one file for each."""
