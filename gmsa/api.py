@@ -212,15 +212,14 @@ class GMSA:
         Raises:
             CheckpointError, BackboneError: something is missing or damaged; the message says what to do.
         """
-        name = str(BUNDLED) if str(name_or_path) == DEFAULT_MODEL else str(name_or_path)
-        folder = checkpoint.find_folder(name, revision, token, local_files_only)
         model, decoder, encoder = load_model(
-            folder,
-            dtype=checkpoint.dtype_of(dtype) if dtype is not None else fast_dtype(),
-            attn_implementation=attn_implementation,
+            BUNDLED if str(name_or_path) == DEFAULT_MODEL else name_or_path,
+            revision=revision,
             token=token,
             local_files_only=local_files_only,
+            dtype=fast_dtype() if dtype is None else dtype,
             device_map=device_map or ("cuda" if torch.cuda.is_available() else None),
+            attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
         return cls(model, decoder, encoder, decoder_weights)

@@ -20,17 +20,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from gmsa.api import BUNDLED, DEFAULT_MODEL, GMSA, fast_dtype
 from gmsa.errors import CorpusError, GmsaError, InputError, MemoryFileError
 from gmsa.io import checkpoint
+from gmsa.io.files import atomic_file
 from gmsa.io.memory import DTYPES, Memory
 from gmsa.io.urls import (
     Line,
     Source,
-    UrlFolder,
     find_sources,
     one_line_errors,
+    open_url,
     pack,
     read_lines,
     read_rows,
@@ -375,8 +379,35 @@ def _file(shard: int, kind: str = "parquet") -> str:
     return f"shard-{shard:06d}.{kind}"
 
 
-class CorpusFolder(UrlFolder):
-    """Where a corpus goes: manifest, shards, records."""
+class CorpusFolder:
+    """Where a corpus goes, at a path or URL: manifest, shards, records."""
+
+    def __init__(self, url: str) -> None:
+        fs, self.path = open_url(url)
+        self.local = isinstance(fs, LocalFileSystem)
+        self.fs = DirFileSystem(self.path, fs)  # takes names of files in it
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder; on a local disk keep other runs out of it. Raises CorpusError if there is one."""
+        with one_line_errors(f"write to {self.path}", OSError):
+            self.fs.makedirs("", exist_ok=True)
+            lock = FileLock(f"{self.path}/.lock", timeout=0) if self.local else contextlib.nullcontext()
+            try:
+                with lock:
+                    yield
+            except Timeout:
+                raise CorpusError(f"another run is writing to {self.path}") from None
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """Write a file, whole or not at all: object stores do so, on a local disk it is renamed. Raises CorpusError."""
+        path = f"{self.path}/{name}"
+        with one_line_errors(f"write {path}", OSError):
+            if not self.local:
+                self.fs.pipe_file(name, bytes(content))
+                return
+            with atomic_file(path) as scratch:
+                scratch.write_bytes(content)
 
     def manifest(self) -> dict[str, Any] | None:
         """What the manifest says; None if there is none. Raises CorpusError if it is damaged, or of another kind."""

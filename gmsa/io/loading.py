@@ -55,15 +55,15 @@ class GmsaModel(GmsaNetwork):
             CheckpointError: the checkpoint is missing, damaged or does not fit; names each tensor that differs.
             BackboneError: a backbone cannot be had or has other weights than the checkpoint was trained on.
         """
-        folder = checkpoint.find_folder(str(pretrained_model_name_or_path), revision, token, local_files_only)
         return load_model(
-            folder,
+            pretrained_model_name_or_path,
             config=config,
-            dtype=checkpoint.dtype_of(dtype),
-            attn_implementation=attn_implementation,
+            revision=revision,
             token=token,
             local_files_only=local_files_only,
+            dtype=dtype,
             device_map=device_map,
+            attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )[0]
 
@@ -83,21 +83,21 @@ class GmsaModel(GmsaNetwork):
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, config: GmsaConfig | None = None, **options: Any
+    name: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype,
+    config: GmsaConfig | None = None,
+    revision: str | None = None,
+    **options: Any,
 ) -> tuple[GmsaNetwork, Backbone, Backbone | None]:
     """A checkpoint's model with the backbones it was built on: the decoder's and, where it differs, the encoder's.
 
-    Args:
-        folder: of the checkpoint.
-        dtype: of all weights.
-        config: used instead of the folder's own.
-        options: transformers' loading options for the backbones; those that are None or False are left out.
-
-    Raises:
-        CheckpointError, BackboneError: see `GmsaModel.from_pretrained`.
+    Arguments and errors are those of `GmsaModel.from_pretrained`; `options` go to the backbones, too.
     """
+    given = {key: value for key, value in options.items() if value}
+    access = given.get("token"), given.get("local_files_only", False)
+    folder, dtype = checkpoint.find_folder(str(name), revision, *access), checkpoint.dtype_of(dtype)
     config = config or checkpoint.read_config(folder)
-    given = {name: value for name, value in options.items() if value}
     if getattr(config, "kind", getattr(config, "holds", None)) == KIND:  # "holds": as written before 0.2
         return load_compressor(folder, config, dtype, **given)
     decoder, encoder = checkpoint.load_backbones(config, dtype, **given)

@@ -15,16 +15,14 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 from fsspec.compression import compr
-from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 from torch import Tensor
 
 from gmsa.errors import CorpusError, GmsaError
-from gmsa.io.files import atomic_file, int8_rows
+from gmsa.io.files import int8_rows
 from gmsa.io.memory import DTYPES
 
 BLOCK = 1 << 20
@@ -134,37 +132,6 @@ def read_lines(url: str, longest: int, text_field: str) -> Iterator[Line]:
             number += 1
             yield Line(number, place, line, size, file.tell())
             place += size
-
-
-class UrlFolder:
-    """A folder to write to, at a path or URL."""
-
-    def __init__(self, url: str) -> None:
-        fs, self.path = open_url(url)
-        self.local = isinstance(fs, LocalFileSystem)
-        self.fs = DirFileSystem(self.path, fs)  # takes names of files in it
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Make the folder; on a local disk keep other runs out of it. Raises CorpusError if there is one."""
-        with one_line_errors(f"write to {self.path}", OSError):
-            self.fs.makedirs("", exist_ok=True)
-            lock = FileLock(f"{self.path}/.lock", timeout=0) if self.local else contextlib.nullcontext()
-            try:
-                with lock:
-                    yield
-            except Timeout:
-                raise CorpusError(f"another run is writing to {self.path}") from None
-
-    def write(self, name: str, content: bytes | memoryview) -> None:
-        """Write a file, whole or not at all: object stores do so, on a local disk it is renamed. Raises CorpusError."""
-        path = f"{self.path}/{name}"
-        with one_line_errors(f"write {path}", OSError):
-            if not self.local:
-                self.fs.pipe_file(name, bytes(content))
-                return
-            with atomic_file(path) as scratch:
-                scratch.write_bytes(content)
 
 
 # -- memories as rows of Parquet ---------------------------------------------------------------------------------------

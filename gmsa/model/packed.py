@@ -100,22 +100,8 @@ def why_not(model: GmsaNetwork) -> str | None:
 PLAIN = ("llama", "qwen2", "qwen3", "mistral")  # families whose bodies do nothing but run their blocks
 
 
-class Spread(torch.autograd.Function):
-    """(N, ...) -> (size, ...): rows at their places, which all differ, and zeros elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(place)
-        return x.new_zeros(size, *x.shape[1:]).index_copy(0, place, x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (place,) = ctx.saved_tensors
-        return gradients[0].index_select(0, place), None, None
-
-
 class Take(torch.autograd.Function):
-    """(size, ...) -> (N, ...): the rows at places that all differ."""
+    """(size, ...) -> (N, ...): rows at places that all differ, so that the backward pass copies and adds nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
@@ -128,20 +114,6 @@ class Take(torch.autograd.Function):
         (place,) = ctx.saved_tensors
         gradient = gradients[0]
         return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy(0, place, gradient), None
-
-
-class Put(torch.autograd.Function):
-    """Frozen embeddings (N, d) with soft tokens (M, d) at their places."""
-
-    @staticmethod
-    def forward(ctx: Any, embeds: Tensor, soft: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return embeds.index_copy(0, place, soft)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        (place,) = ctx.saved_tensors
-        return None, gradients[0].index_select(0, place), None
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -245,7 +217,7 @@ def _attend_on_cpu(
     for first, last, rows, width in line.segments:
         cell = line.cell[first:last]
         grids = [
-            Spread.apply(x[first:last], cell, rows * width).view(rows, width, heads, -1)
+            x.new_zeros(rows * width, x.shape[1]).index_copy(0, cell, x[first:last]).view(rows, width, heads, -1)
             for x, heads in zip(flat, counts, strict=True)
         ]
         out = CausalAttention.apply(*grids, scaling)
@@ -285,7 +257,7 @@ def packed_forward(model: GmsaNetwork, batch: PackedBatch, keep_logits: bool = F
     body, embeddings = body_of(model.decoder), model.get_input_embeddings()
     embeds = embeddings(batch.ids)
     if len(batch.soft_to):
-        embeds = Put.apply(embeds, _soft_tokens(model, batch), batch.soft_to)
+        embeds = embeds.index_copy(0, batch.soft_to, _soft_tokens(model, batch))
     hidden = _run(body, embeds, batch.decoder, batch.soft if model.entry.count else None, model.entry.count, False)
     final = getattr(body, norm_name(body))(Take.apply(hidden, batch.picked))
     if keep_logits:

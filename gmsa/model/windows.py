@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gmsa.errors import InputError
 
@@ -115,10 +114,8 @@ def pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     What goes on writing after its rows, as transformers' `generate` does, needs them to end together.
     """
-    longest = max(len(row) for row in rows)
-    sides = [0, 0] * (rows[0].dim() - 1)
-    padded = torch.stack([F.pad(row, [*sides, longest - len(row), 0]) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+    padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_side="left")
+    lengths, longest = torch.tensor([len(row) for row in rows], device=padded.device), padded.shape[1]
     mask = torch.arange(longest, device=padded.device)[None] >= longest - lengths[:, None]
     return padded, mask.long()
 

@@ -16,14 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
-from gmsa.io.rows import documents_of
+from gmsa.io.rows import Rows, documents_of
 from gmsa.model.balanced import BalancedMerging, token_weights
 from gmsa.model.merging import GroupMerging
 from gmsa.model.packed import PackedBatch
 from gmsa.train.examples import Batch, Example, collate, pack
 from gmsa.train.objectives import Maker, answer
 from gmsa.train.recipe import RateSchedule, Recipe
-from gmsa.train.rows import Rows
 
 # Characters per token of English text, to plan batches without tokenising the whole file first.
 CHARACTERS_PER_TOKEN = 4

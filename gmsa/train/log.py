@@ -134,10 +134,7 @@ def _step_of(line: str) -> float:
 def draw_curve(folder: Path) -> None:
     """Draw loss, training accuracy and probe accuracy from log.jsonl into curve.png; nothing without matplotlib."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         return
     path = folder / "log.jsonl"
@@ -146,7 +143,8 @@ def draw_curve(folder: Path) -> None:
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     train = [e for e in entries if "loss" in e]
     probes = [e for e in entries if "probe" in e]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot([e["step"] for e in train], [e["loss"] for e in train], color="tab:blue", linewidth=1)
     left.set(xlabel="optimiser step", ylabel="cross-entropy (nats per token)", title="Training loss", ylim=(0, None))
     right.plot(
@@ -161,7 +159,6 @@ def draw_curve(folder: Path) -> None:
         axes.grid(alpha=0.3)
     with atomic_file(folder / "curve.png") as scratch:
         figure.savefig(scratch, dpi=110, format="png")
-    plt.close(figure)
 
 
 @dataclass

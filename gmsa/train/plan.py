@@ -13,14 +13,13 @@ from gmsa.errors import ConfigError, InputError
 from gmsa.io import checkpoint
 from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.loading import GmsaModel
-from gmsa.io.rows import BadLine
+from gmsa.io.rows import BadLine, Conversations, Rows, index_rows
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.packed import PackedBatch, packed_attention, packed_forward, why_not
 from gmsa.train.batches import RowBatches, TrainingBatches
 from gmsa.train.examples import Batch, Document, Example, arguments
 from gmsa.train.log import tell
 from gmsa.train.recipe import STAGES, Recipe
-from gmsa.train.rows import Conversations, Rows, index_rows
 
 # So many batches are looked at for the largest one and for what is cut short.
 LOOKED_AT = 50

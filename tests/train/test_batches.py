@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerFast
 from gmsa.config import GmsaConfig
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
+from gmsa.io.rows import Conversations, RowIndex, index_rows
 from gmsa.train import batches as batches_module
 from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.train.examples import Batch, Example
 from gmsa.train.objectives import quotes
 from gmsa.train.recipe import RateSchedule, Recipe
-from gmsa.train.rows import Conversations, RowIndex, index_rows
 from recipes import recipe_of
 
 TEXTS = [{"text": f"{i:03d}" + "".join(chr(97 + (i * k) % 26) for k in range(10 + 7 * i))} for i in range(20)]

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmsa.errors import InputError
-from gmsa.io.rows import BadLine, read_rows
-from gmsa.train import rows as rows_module
-from gmsa.train.rows import RowIndex, characters_of, index_rows
+from gmsa.io import rows as rows_module
+from gmsa.io.rows import BadLine, RowIndex, characters_of, index_rows, read_rows
 
 TEXTS = [{"text": f"Text {i}: " + "é\u2028雪🙂"[i % 4] * i, "id": i} for i in range(9)]
 QUESTIONS = [
