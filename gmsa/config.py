@@ -1,7 +1,5 @@
 """The configuration of a model: what the encoder, the merging, the alignment and the decoder are."""
 
-import importlib
-from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -33,36 +31,6 @@ RESTORE_INSTRUCTION = "Restate the aforementioned Text."
 class GmsaConfig(PreTrainedConfig):
     """Every choice that is part of a checkpoint. The compression rate is not: it is an argument of compress.
 
-    Args:
-        decoder: pointer to the decoder's backbone: {"name", "revision", "fingerprint"}.
-        encoder: the same for the encoder; None means the decoder's backbone.
-        encoder_layers: how many of the backbone's lowest layers encode (paper: 8 of 32); "all" for every one.
-        encoder_lora: None trains the encoder's own weights; {"r", "alpha", "dropout"} puts peft LoRA on its linears.
-        decoder_lora: the same for the decoder's linears, trained as group "decoder-lora"; None: no LoRA there.
-        encoder_sink: put one throwaway token in front of every window and drop its state. Causal LMs park attention
-            on the first token, whose state is then several times larger than any other and would drown its group.
-        merging: "mean" (group merging); "balanced", as many groups, of like weight instead of like length; or
-            "appended": learnable tokens after the context (TCP-AE, ICAE).
-        lsa: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks, fresh weights),
-            "mlp", "linear" or "none"; the paper's ablations. "norm-mlp": LCLM's adapter.
-            "ridge": a linear map that starts as the least squares from states to embeddings (model/alignment.py).
-        lsa_layers: how many blocks, for "decoder" and "random" (paper: 1).
-        entry_layer: so many of the decoder's lowest layers leave soft tokens alone (model/entry.py). 0, as in the
-            paper: they enter at its input. Else encoder_layers, or with lsa_layers added where LSA is "decoder" or
-            "random", whose blocks are then the decoder's own between the encoder and the entry: soft tokens are states
-            of that layer before any training. Needs an encoder that is the decoder's own lowest layers.
-        final_norm: encoder and LSA's blocks end in the final norm of the backbone they are cut from, as in the authors'
-            release (https://github.com/Twilightaaa/GMSA); its gain is trained with them.
-        window_size: the encoder reads a context in independent windows of this many tokens; None: all of it at once.
-        max_appended: how many learnable tokens exist per window, for merging="appended".
-        prompt: "chat" wraps memory and prompt in the decoder's chat template, "plain" joins them with line breaks,
-            "bare" has nothing between memory, prompt and answer, as in the authors' release.
-        system_prompt: system turn for "chat"; None leaves it to the template's own default.
-        memory_marks: two tokens of the decoder that stand before and after every memory, as in LCLM; None: nothing.
-        restore_instruction: what asks the decoder for the text itself (paper section 3).
-        trained: groups of weights that this checkpoint holds, of "encoder", "lsa", "decoder-qkv", "decoder",
-            "decoder-lora".
-
     Raises:
         ConfigError: naming the field.
     """
@@ -70,23 +38,56 @@ class GmsaConfig(PreTrainedConfig):
     model_type = "gmsa"
 
     decoder: dict[str, Any] | None = None
+    """Pointer to the decoder's backbone: {"name", "revision", "fingerprint"}."""
     encoder: dict[str, Any] | None = None
+    """The same for the encoder; None means the decoder's backbone."""
     encoder_layers: int | str = 8
+    """How many of the backbone's lowest layers encode (paper: 8 of 32); "all" for every one."""
     encoder_lora: dict[str, Any] | None = None
+    """None trains the encoder's own weights; {"r", "alpha", "dropout"} puts peft LoRA on its linears."""
     decoder_lora: dict[str, Any] | None = None
+    """The same for the decoder's linears, trained as group "decoder-lora"; None: no LoRA there."""
     encoder_sink: bool = True
+    """Put one throwaway token in front of every window and drop its state. Causal LMs park attention on the first
+    token, whose state is then several times larger than any other and would drown its group.
+    """
     merging: str = "mean"
+    """How tokens become groups: "mean" (group merging); "balanced", as many groups, of like weight instead of like
+    length; or "appended": learnable tokens after the context (TCP-AE, ICAE).
+    """
     lsa: str = "decoder"
+    """Layer semantic alignment: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks,
+    fresh weights), "mlp", "linear" or "none"; the paper's ablations. "norm-mlp": LCLM's adapter. "ridge": a linear map
+    that starts as the least squares from states to embeddings (model/alignment.py).
+    """
     lsa_layers: int = 1
+    """How many blocks, for "decoder" and "random" (paper: 1)."""
     entry_layer: int = 0
+    """So many of the decoder's lowest layers leave soft tokens alone (model/entry.py). 0, as in the paper: they enter
+    at its input. Else encoder_layers, or with lsa_layers added where LSA is "decoder" or "random", whose blocks are
+    then the decoder's own between the encoder and the entry: soft tokens are states of that layer before any training.
+    Needs an encoder that is the decoder's own lowest layers.
+    """
     final_norm: bool = False
+    """Encoder and LSA's blocks end in the final norm of the backbone they are cut from, as in the authors' release
+    (https://github.com/Twilightaaa/GMSA); its gain is trained with them.
+    """
     window_size: int | None = 512
+    """The encoder reads a context in independent windows of this many tokens; None: all of it at once."""
     max_appended: int = 512
+    """How many learnable tokens exist per window, for merging="appended"."""
     prompt: str = "chat"
+    """How memory and prompt stand together: "chat" wraps them in the decoder's chat template, "plain" joins them with
+    line breaks, "bare" has nothing between memory, prompt and answer, as in the authors' release.
+    """
     system_prompt: str | None = None
+    """System turn for "chat"; None leaves it to the template's own default."""
     memory_marks: list[str] | None = None
+    """Two tokens of the decoder that stand before and after every memory, as in LCLM; None: nothing."""
     restore_instruction: str = RESTORE_INSTRUCTION
+    """What asks the decoder for the text itself (paper section 3)."""
     trained: list[str] = field(default_factory=list)
+    """Groups of weights that this checkpoint holds, of "encoder", "lsa", "decoder-qkv", "decoder", "decoder-lora"."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.trained = sorted(self.trained or [])
@@ -137,9 +138,3 @@ class GmsaConfig(PreTrainedConfig):
 
 # What a configuration says of the model itself, not of when and by what it was written.
 SETTINGS = list(GmsaConfig.__annotations__)
-
-
-def kind_of(kinds: Mapping[str, str], name: str) -> Any:
-    """The class that one of the tables above names."""
-    module, _, attribute = kinds[name].rpartition(".")
-    return getattr(importlib.import_module(module), attribute)

@@ -1,10 +1,12 @@
 """The compressor: encoder -> merging -> layer semantic alignment (paper section 2)."""
 
+from pkgutil import resolve_name
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gmsa.config import ALIGNMENT_KINDS, MERGING_KINDS, GmsaConfig, kind_of
+from gmsa.config import ALIGNMENT_KINDS, MERGING_KINDS, GmsaConfig
 from gmsa.errors import InputError
 from gmsa.model.alignment import Alignment, RidgeMap, vocabulary_windows
 from gmsa.model.backbone import add_lora, body_of, layers_of, take_layers
@@ -29,8 +31,10 @@ class Compressor(nn.Module):
         self.encoder = take_layers(body, 0, count, keep_embeddings=True, keep_norm=config.final_norm)
         width = body.config.hidden_size
         with torch.device(decoder_lm.device):  # where new weights go
-            self.lsa: Alignment = kind_of(ALIGNMENT_KINDS, config.lsa)(config, width, body_of(decoder_lm))
-            self.merging: Merging = kind_of(MERGING_KINDS, config.merging)(config, width, body.get_input_embeddings())
+            self.lsa: Alignment = resolve_name(ALIGNMENT_KINDS[config.lsa])(config, width, body_of(decoder_lm))
+            self.merging: Merging = resolve_name(MERGING_KINDS[config.merging])(
+                config, width, body.get_input_embeddings()
+            )
         special = body.config.bos_token_id, body.config.eos_token_id, 0
         sink = next(token for token in special if token is not None)
         self.sink_id = sink[0] if isinstance(sink, list) else sink
