@@ -29,6 +29,7 @@ from gmsa.model.gmsa import GmsaNetwork
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMS = ("exact", "int8")
+NAMED = 20  # tensors in an error
 APPENDED = "compressor.appended"  # learnable tokens, as files have called them from the first
 
 
@@ -181,12 +182,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def check_names(what: str, wanted: Collection[str], found: Collection[str]) -> None:
-    """Raise CheckpointError, naming them, where tensors are lacking or there are more than are wanted."""
+    """Raise CheckpointError, naming the first of them, where tensors are lacking or there are more than are wanted."""
     missing, more = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
-    if missing:
-        raise CheckpointError(f"{what} lacks {len(missing)} tensor(s): {', '.join(missing)}")
-    if more:
-        raise CheckpointError(f"{what} has {len(more)} unexpected tensor(s): {', '.join(more)}")
+    if missing or more:
+        fault = f"lacks {len(missing)}" if missing else f"has {len(more)} unexpected"
+        names = missing or more
+        raise CheckpointError(f"{what} {fault} tensor(s): {', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)}")
 
 
 def load_weights(model: GmsaNetwork, folder: Path, added: str = "") -> None:

@@ -24,24 +24,14 @@ from gmsa.train.examples import Document, Example, arguments, collate
 
 
 class Deadline(TrainerCallback):
-    """Ends a run at a time, and lets the learning rate follow the clock where it runs ahead of the steps.
-
-    Args:
-        began: by `time.monotonic`.
-        seconds: from then on.
-    """
+    """Ends a run at a time, and lets the learning rate follow the clock where it runs ahead of the steps."""
 
     def __init__(self, began: float, seconds: float) -> None:
-        self.began = began
+        self.began = began  # by `time.monotonic`
         self.seconds = seconds
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        lr_scheduler: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **_: Any
     ) -> None:
         """Look at the clock."""
         share = (time.monotonic() - self.began) / self.seconds

@@ -218,8 +218,9 @@ class Recipe:
         check_keys("evaluate", self.evaluate, EVALUATE_KEYS)
         if "path" not in self.evaluate:
             raise ConfigError("evaluate needs a path")
-        for name in self.evaluate.keys() & {"every", "texts", "length"}:
-            check_whole(f"evaluate: {name}", self.evaluate[name])
+        for name in ("every", "texts", "length"):
+            if name in self.evaluate:
+                check_whole(f"evaluate: {name}", self.evaluate[name])
         if "merge_sizes" in self.evaluate:
             _check_whole_list("evaluate: merge_sizes", self.evaluate["merge_sizes"])
 

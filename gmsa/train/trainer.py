@@ -41,12 +41,7 @@ from gmsa.train.recipe import STAGES, Recipe, read_yaml
 class GmsaTrainer(Trainer):
     """transformers' Trainer on batches that are made whole, with checkpoints that hold only what changed.
 
-    Args:
-        recipe: what is run.
-        probe: looks at restoration now and then, or None.
-        log: of the run.
-        average: of the weights, or None; it is what the probe looks at.
-        kwargs: of the Trainer.
+    The probe looks at restoration now and then, by the average of the weights if there is one.
     """
 
     def __init__(
