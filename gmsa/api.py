@@ -285,29 +285,27 @@ class GMSA:
         texts = [text] if isinstance(text, str) else _listed("the context must be a text or a list of texts", text)
         for number, one in enumerate(texts):
             self._check_context(one, number)
-        parts: list[list[Tensor]] = [[] for _ in texts]
-        groups: list[list[Tensor]] = [[] for _ in texts]  # sizes, where merging draws them
-        tokens = [0] * len(texts)
+        # Of each text its windows in order: soft tokens, group sizes where merging draws them, tokens.
+        made: list[list[tuple[Tensor, Tensor | None, int]]] = [[] for _ in texts]
         with tqdm(
             total=sum(map(len, texts)), desc="compress", unit="char", unit_scale=True, disable=not show_progress_bar
         ) as bar:
             for batch in batch_windows(self._windows_of(texts, bar), self.config.window_size, batch_size):
                 arguments = make_windows([[window.tokens] for window in batch], None)
                 ids, mask, rows = (tensor.to(self.model.device) for tensor in arguments)
-                for window, soft in zip(batch, self.model.compress(ids, mask, rows, merge_size), strict=True):
-                    parts[window.row].append(soft)  # those of a text come in order
-                    tokens[window.row] += len(window.tokens)
-                sizes = self.model.compressor.group_sizes(ids, mask, merge_size)
-                for window, of_each in zip(batch, sizes, strict=True) if sizes else ():
-                    groups[window.row].append(of_each)
+                soft = self.model.compress(ids, mask, rows, merge_size)
+                sizes = self.model.compressor.group_sizes(ids, mask, merge_size) or [None] * len(batch)
+                for window, states, of_each in zip(batch, soft, sizes, strict=True):
+                    made[window.row].append((states, of_each, len(window.tokens)))
         memories = []
-        for number, count in enumerate(tokens):
-            if not count:
+        for number in range(len(texts)):
+            if not made[number]:
                 raise InputError(f"the context at place {number} has no tokens")
-            soft_tokens = torch.cat(parts[number])
-            parts[number] = []  # of a long text, most of the memory in use
-            of_each = torch.cat(groups[number]).cpu() if groups[number] else None
-            memories.append(Memory(soft_tokens, merge_size, count, self.fingerprint, of_each))
+            parts, groups, tokens = zip(*made[number], strict=True)
+            soft_tokens = torch.cat(parts)
+            made[number], parts = [], ()  # of a long text, most of the memory in use
+            of_each = None if groups[0] is None else torch.cat(groups).cpu()
+            memories.append(Memory(soft_tokens, merge_size, sum(tokens), self.fingerprint, of_each))
         self.timings = Timings(compress=time.perf_counter() - started)
         return memories[0] if isinstance(text, str) else memories
 
@@ -685,16 +683,11 @@ class GMSA:
         tokens = [token for piece in token_pieces(self.encoder_tokenizer, text) for token in piece]
         if len(tokens) != memory.origin_tokens:
             raise InputError(f"the memory is of a text of {memory.origin_tokens} tokens, this one has {len(tokens)}")
-        frame = self.template.restore()
+        prompts = [self._on_device(self._restoring(window)) for window in self.windows(memory)]
         windows = split_windows(tokens, self.config.window_size)
-        prompts = [frame.around(*self._pieces([window])) for window in self.windows(memory)]
-        for prompt, window in zip(prompts, windows, strict=True):
-            self._check_length(prompt, len(window))
-        targets = [torch.tensor(w, device=self.model.device) for w in windows]
-        out = self.model.score([self._on_device(prompt) for prompt in prompts], targets)
-        log_probabilities = torch.log_softmax(out["logits"].float(), dim=-1)
-        chosen = log_probabilities.gather(1, out["labels"][:, None])[:, 0]
-        return Score(len(tokens), int(out["correct"]), float(-chosen.sum()))
+        targets = [torch.tensor(window, device=self.model.device) for window in windows]
+        out = self.model.score(prompts, targets, keep_logits=False)
+        return Score(len(tokens), int(out["correct"]), float(out["loss"]) * len(tokens))
 
     # -- what stands behind these ----------------------------------------------------------------------------------
 

@@ -33,11 +33,11 @@ from gmsa.io.urls import (
     Line,
     Source,
     find_sources,
+    from_parquet,
     one_line_errors,
     open_url,
     pack,
     read_lines,
-    read_rows,
     to_parquet,
     unpack,
 )
@@ -489,7 +489,7 @@ def read_corpus(output: str) -> Iterator[CorpusRow]:
             content = folder.fs.cat_file(facts["file"])
         if hashlib.sha256(content).hexdigest() != facts["sha256"]:
             raise CorpusError(f"{facts['file']} is damaged (its SHA-256 differs): delete it and run the job again")
-        for row in read_rows(content):
+        for row in from_parquet(content):
             soft, group_sizes = unpack(row, form)
             memory = Memory(soft, size, row["origin_tokens"], fingerprint, group_sizes)
             yield CorpusRow(row["source"], row["place"], row["id"], json.loads(row["rest"] or "{}"), memory)

@@ -169,7 +169,7 @@ def to_parquet(rows: list[dict[str, Any]], form: str, merge_size: int, fingerpri
     return memoryview(sink.getvalue())
 
 
-def read_rows(content: bytes) -> Iterator[dict[str, Any]]:
+def from_parquet(content: bytes) -> Iterator[dict[str, Any]]:
     """The rows of a file of `to_parquet`."""
     for batch in pq.ParquetFile(pa.BufferReader(content)).iter_batches(64):
         yield from batch.to_pylist()

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
-from gmsa.io.rows import Rows, documents_of
+from gmsa.io.rows import BadLine, Rows, documents_of
 from gmsa.model.balanced import BalancedMerging, token_weights
 from gmsa.model.merging import GroupMerging
 from gmsa.model.packed import PackedBatch
@@ -110,6 +110,7 @@ class TrainingBatches(Dataset[NumberedBatch]):
     packed: bool = False  # make packed batches
     sink_id: int | None = None  # the throwaway token in front of every window; None: there is none
     merging: GroupMerging | None = None  # of the model, where its groups are not the paper's
+    bad_lines: Sequence[BadLine] = ()  # that were skipped
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -82,20 +82,16 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
 
 
 def training_batches(
-    recipe: Recipe,
-    model: GmsaNetwork,
-    encoder: Backbone,
-    template: PromptTemplate,
-    batches_per_step: int,
-    skip: Any = None,
-    packed: bool = False,
+    recipe: Recipe, model: GmsaNetwork, encoder: Backbone, template: PromptTemplate, processes: int
 ) -> TrainingBatches:
-    """Index the recipe's files and plan the run's batches; `skip` is called with each bad line, else one is an error.
+    """Index the recipe's files and plan the run's batches for so many processes.
 
     Raises:
-        InputError: a file cannot be read, holds a bad line, or no row of the kind the stage needs.
+        InputError: a file cannot be read, holds a bad line that is not to be skipped, or no row the stage needs.
     """
     wanted = STAGES[recipe.stage].rows
+    bad: list[BadLine] = []
+    skip = bad.append if recipe.on_error == "skip" else None
     sources: list[tuple[RowBatches, float]] = []
     for entry in recipe.data:
         as_texts = entry.get("as") == "texts"
@@ -117,7 +113,15 @@ def training_batches(
         sources += [(RowBatches(rows, budget, lengths, count), weight) for rows, lengths in chosen if len(rows)]
     sink = model.compressor.sink_id if model.config.encoder_sink else None
     return TrainingBatches(
-        sources, recipe, batches_per_step, encoder.tokenizer, template, model.config.window_size, packed, sink
+        sources,
+        recipe,
+        batches_per_step=recipe.trainer["gradient_accumulation_steps"] * processes,
+        encoder_tokenizer=encoder.tokenizer,
+        template=template,
+        window_size=model.config.window_size,
+        packed=packs_batches(recipe, model, processes),
+        sink_id=sink,
+        bad_lines=bad,
     )
 
 
@@ -160,19 +164,14 @@ def plan(recipe: Recipe) -> str:
         GmsaError: as training would.
     """
     model, encoder, template = prepare(recipe)
-    bad: list[BadLine] = []
-    skip = bad.append if recipe.on_error == "skip" else None
-    packed = packs_batches(recipe, model, 1)
-    batches = training_batches(
-        recipe, model, encoder, template, recipe.trainer["gradient_accumulation_steps"], skip, packed
-    )
+    batches = training_batches(recipe, model, encoder, template, 1)
     looked_at = [batches.examples(number) for number in range(min(LOOKED_AT, len(batches)))]
     seen = [example for part in looked_at for example in part]
     cut = sum(example.truncated for example in seen)
     lines = [
         ("stage", _stage(recipe)),
         ("trains", _trained(model)),
-        ("data", _data(recipe, batches, bad)),
+        ("data", _data(recipe, batches)),
         ("steps", _steps(recipe, looked_at)),
         ("memory", _memory(model, recipe, batches, looked_at)),
         (
@@ -210,9 +209,9 @@ def _trained(model: GmsaModel) -> str:
     return f"{_millions(sum(p.numel() for p in trained))} of {_millions(sum(p.numel() for p in total))} ({shown})"
 
 
-def _data(recipe: Recipe, batches: TrainingBatches, bad: list[BadLine]) -> str:
+def _data(recipe: Recipe, batches: TrainingBatches) -> str:
     rows = sum(len(source.rows) for source, _ in batches.sources)
-    skipped = f", {len(bad)} bad lines skipped" if bad else ""
+    skipped = f", {len(batches.bad_lines)} bad lines skipped" if batches.bad_lines else ""
     return f"{rows:,} rows from {', '.join(entry['path'] for entry in recipe.data)}{skipped}"
 
 

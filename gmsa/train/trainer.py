@@ -23,7 +23,6 @@ from gmsa.decode.malloc import keep_freed_memory, return_freed_memory
 from gmsa.errors import CheckpointError, ConfigError, GmsaError
 from gmsa.io import checkpoint
 from gmsa.io.files import atomic_file
-from gmsa.io.rows import BadLine
 from gmsa.model.balanced import BalancedMerging
 from gmsa.model.compressor import rates_of
 from gmsa.model.losses import distilled
@@ -34,7 +33,7 @@ from gmsa.train.batches import NumberedBatch, weigh_tokens
 from gmsa.train.checkpoints import WeightAverage
 from gmsa.train.examples import Batch, arguments
 from gmsa.train.log import Deadline, RestorationProbe, RunLog, draw_curve, tell
-from gmsa.train.plan import packs_batches, prepare, training_batches
+from gmsa.train.plan import prepare, training_batches
 from gmsa.train.recipe import STAGES, Recipe, read_yaml
 
 
@@ -266,19 +265,15 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
         checkpoint.load_weights(model, last)
     every = recipe.evaluate.get("every", recipe.trainer["save_steps"]) if recipe.evaluate else None
     arguments = training_arguments(recipe.trainer, recipe.output, every)
-    bad: list[BadLine] = []
-    skip = bad.append if recipe.on_error == "skip" else None
-    per_step = recipe.trainer["gradient_accumulation_steps"] * arguments.world_size
-    packs = packs_batches(recipe, model, arguments.world_size)
-    batches = training_batches(recipe, model, encoder, template, per_step, skip, packs)
+    batches = training_batches(recipe, model, encoder, template, arguments.world_size)
     merging = model.compressor.merging
     if isinstance(merging, BalancedMerging):
         if last is None and not merging.weighed:
             weigh_tokens(merging, batches, encoder.tokenizer)
         batches.merging = copy.deepcopy(merging).cpu()
     if recipe.compile:
-        compile_blocks(model, packs)
-    if main and bad:
+        compile_blocks(model, batches.packed)
+    if main and (bad := batches.bad_lines):
         shown = "".join(f"\n  {line}" for line in bad[:5]) + ("\n  ..." if len(bad) > 5 else "")
         tell(f"{len(bad)} bad line(s) skipped:{shown}")
     probe = None

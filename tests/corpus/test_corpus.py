@@ -26,7 +26,7 @@ from gmsa.errors import CorpusError, InputError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.memory import DTYPES as FORMS
-from gmsa.io.urls import Source, pack, read_rows, to_parquet, unpack
+from gmsa.io.urls import Source, from_parquet, pack, to_parquet, unpack
 
 TEXTS = [
     "The mill was built in 1731.",
@@ -134,7 +134,7 @@ def test_group_sizes_are_a_column_that_may_be_empty() -> None:
         {"source": "a", "place": n, "origin_tokens": 8, "soft_tokens": 3, **pack(soft, "int8", given)}
         for n, given in enumerate((sizes, None))
     ]
-    with_sizes, without = read_rows(bytes(to_parquet(rows, "int8", 3, "abc")))
+    with_sizes, without = from_parquet(bytes(to_parquet(rows, "int8", 3, "abc")))
     (soft, found), (same, none) = unpack(with_sizes, "int8"), unpack(without, "int8")
     assert found is not None
     assert found.tolist() == sizes.tolist()
