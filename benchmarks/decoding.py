@@ -1,22 +1,25 @@
-r"""Tokens per second of an answer, one row and several, and what of the memory's bandwidth that is.
+r"""Tokens per second of an answer, one row and several, what of the memory's bandwidth that is, and the whole way.
 
-python benchmarks/decoding.py --output docs/results/decoding.json --image docs/images/decoding.png
+python benchmarks/decoding.py --gguf FILE --output docs/results/decoding.json --image docs/images/decoding.png
 
-Ways, all greedy on the same soft tokens, by turns in every round:
+Ways, all greedy, by turns in every round:
 - generate: transformers' own loop and cache;
-- modules: GMSA's loop (gmsa/decode/loop.py) over transformers' modules, weights as they are;
 - exact: what `GMSA.answer` does (gmsa/decode/cpu.py);
 - int8: the same with `decoder_weights="int8"`;
-- llama.cpp, with `--gguf FILE` of the same network and `xllamacpp` installed: it reads the question as text, one row.
+- llama.cpp, with `--gguf FILE` of the same network and `xllamacpp` installed; it reads text.
 
-A way's bandwidth is the bytes of its weights times its steps per second; the memory's is that of a sum over 512 MB.
-Seconds are the processor's: on a machine that does other work, too, compare ways, not machines.
+Rows write after the same soft tokens, llama.cpp's after the question alone. The whole way is from a text to the end of
+an answer: GMSA compresses it, the others read it whole. A way's bandwidth is the bytes of its weights times its steps
+per second; the memory's is that of a sum over 512 MB. Its memory is what it has on top of the decoder, and what a run
+takes at its peak. Seconds are the processor's: on a machine that does other work, too, compare ways, not machines.
 """
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +38,35 @@ from gmsa.evaluate.latency import QUESTION, text_of
 READ_BYTES = 512 * 2**20
 
 
-class AsItIs:
-    """A decoder, as it is."""
-
-    def applied(self) -> contextlib.AbstractContextManager[None]:
-        """Within, it computes as it does."""
-        return contextlib.nullcontext()
-
-
 class LlamaCpp:
     """llama.cpp, one thread.
 
     Args:
         path: of a GGUF file.
+        rows: written side by side at most.
+        context: tokens of each.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: int, context: int) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = 1024, 1, 0
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = rows * context, rows, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         self.server = xllamacpp.Server(params)
         self.nbytes = path.stat().st_size
 
-    def write(self, count: int) -> None:
-        """Write so many tokens after a question."""
-        asked = {"prompt": QUESTION, "max_tokens": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        answer = self.server.handle_completions(asked)
-        if isinstance(answer, dict) and "error" in answer:
-            raise SystemExit(f"llama.cpp: {answer['error']}")
+    def write(self, prompt: str, count: int, rows: int = 1) -> float:
+        """Seconds of writing so many tokens after a prompt, in so many rows."""
+        asked = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        started = measuring.now(torch.device("cpu"))
+        with ThreadPoolExecutor(rows) as pool:
+            answers = list(pool.map(self.server.handle_completions, [asked] * rows))
+        for answer in answers:
+            if isinstance(answer, dict) and "error" in answer:
+                raise SystemExit(f"llama.cpp: {answer['error']}")
+        return measuring.now(torch.device("cpu")) - started
 
 
 def bandwidth() -> float:
@@ -120,10 +121,14 @@ def run_rows(gmsa: GMSA, fast: dict[str, Any], rows: int, options: argparse.Name
 
         return run
 
+    def llama_cpp() -> dict[str, float]:
+        times = [fast["llama.cpp"].write(QUESTION, length, rows) for length in (2, count + 2)]
+        return {"seconds": (times[1] - times[0]) / count}
+
     ways = {"generate": generate, **{name: loop(name) for name in fast if name != "llama.cpp"}}
-    if "llama.cpp" in fast and rows == 1:
-        ways["llama.cpp"] = lambda: llama_cpp(fast["llama.cpp"], count, device)
-    found = measuring.by_turns(ways, options.rounds)
+    if "llama.cpp" in fast:
+        ways["llama.cpp"] = llama_cpp
+    found = measuring.by_turns({name: with_peak(way) for name, way in ways.items()}, options.rounds)
     base = found["generate"]["seconds"]
     kept = sum(weight.nbytes for weight in gmsa.model.decoder.parameters())
     return [
@@ -133,32 +138,76 @@ def run_rows(gmsa: GMSA, fast: dict[str, Any], rows: int, options: argparse.Name
             "tokens_per_second": round(rows / figures["seconds"], 1),
             "times_faster": round(base / figures["seconds"], 2),
             "read_bytes_per_second": (getattr(fast.get(name), "nbytes", 0) or kept) / figures["seconds"],
+            "peak_bytes": int(figures["peak"]),
             "same_tokens": written[name] == written["generate"] if name in written else None,
         }
         for name, figures in found.items()
     ]
 
 
-def llama_cpp(engine: LlamaCpp, count: int, device: torch.device) -> dict[str, float]:
-    """Seconds per token, from answers of two lengths."""
-    times = []
-    for length in (2, count + 2):
-        started = measuring.now(device)
-        engine.write(length)
-        times.append(measuring.now(device) - started)
-    return {"seconds": (times[1] - times[0]) / count}
+def with_peak(run: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    """A way, and the bytes it has resident at most beyond those before."""
+
+    def measured() -> dict[str, float]:
+        measuring.reset_peak()
+        before = measuring.resident()
+        figures = run()
+        return {**figures, "peak": measuring.resident("VmHWM") - before}
+
+    return measured
+
+
+def run_whole(gmsa: GMSA, fast: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All ways from a text to the end of an answer."""
+    text, count, device = text_of(gmsa, options.context), options.answer_tokens, gmsa.model.device
+    whole = torch.tensor(gmsa.template.encode(text), device=device)
+    written = {"max_new_tokens": count, "min_new_tokens": count}
+    settings = GenerationConfig(
+        **written, do_sample=False, eos_token_id=sorted(gmsa.ends), pad_token_id=gmsa.tokenizer.pad_token_id
+    )
+
+    def generate() -> None:
+        gmsa.model.generate([gmsa.template(QUESTION).around(whole)], generation_config=settings)
+
+    def answer(name: str) -> None:
+        gmsa.fast = fast[name]
+        gmsa.answer(QUESTION, gmsa.compress(text, options.merge_size), **written)
+
+    def timed(run: Callable[[], Any]) -> Callable[[], dict[str, float]]:
+        def measured() -> dict[str, float]:
+            started = measuring.now(device)
+            run()
+            return {"seconds": measuring.now(device) - started}
+
+        return measured
+
+    ways: dict[str, Callable[[], Any]] = {"generate": generate}
+    ways |= {name: partial(answer, name) for name in fast if name != "llama.cpp"}
+    if options.gguf:
+        engine = LlamaCpp(options.gguf, 1, 2 * options.context)
+        ways["llama.cpp"] = lambda: engine.write(f"{text}\n{QUESTION}", count)
+    found = measuring.by_turns({name: timed(way) for name, way in ways.items()}, options.rounds)
+    base = found["generate"]["seconds"]
+    return [
+        {"way": name, "seconds": round(f["seconds"], 2), "times_faster": round(base / f["seconds"], 2)}
+        for name, f in found.items()
+    ]
 
 
 def report(results: dict[str, Any]) -> str:
     """The results as lines of text."""
     top = results["bandwidth_bytes_per_second"]
-    rows: list[list[Any]] = [["rows", "way", "tokens/s", "times faster", "of the bandwidth", "same tokens"]]
+    rows: list[list[Any]] = [["rows", "way", "tokens/s", "times faster", "of the bandwidth", "peak MB", "same tokens"]]
     for row in results["rows"]:
         share = f"{row['read_bytes_per_second'] / top:.0%}"
         same = {True: "yes", False: "no", None: "-"}[row["same_tokens"]]
-        rows.append([str(row["rows"]), row["way"], row["tokens_per_second"], row["times_faster"], share, same])
+        figures = [row["tokens_per_second"], row["times_faster"], share, row["peak_bytes"] / 1e6]
+        rows.append([str(row["rows"]), row["way"], *figures, same])
+    whole = [["whole way", "seconds", "times faster"]]
+    whole += [[row["way"], row["seconds"], row["times_faster"]] for row in results["whole"]]
     sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in results["bytes_on_top"].items())
-    return f"{measuring.table(rows)}\n{top / 1e9:.1f} GB/s are read from memory; on top of the decoder: {sizes}"
+    bandwidth = f"{top / 1e9:.1f} GB/s are read from memory; on top of the decoder: {sizes}"
+    return "\n".join((measuring.table(rows), bandwidth, measuring.table(whole)))
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -182,9 +231,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=measuring.positive, nargs="+", default=[1, 2, 4, 8], metavar="N",
                         help="of a batch")  # fmt: skip
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same network for llama.cpp")
+    parser.add_argument("--context", type=measuring.positive, default=2048, metavar="N",
+                        help="tokens of the text of the whole way (default: 2048)")  # fmt: skip
+    parser.add_argument("--merge-size", type=measuring.positive, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--answer-tokens", type=measuring.positive, default=100, metavar="N", help="default: 100")
     options = parser.parse_args(arguments)
     if options.quick:
         options.soft_tokens, options.new_tokens, options.rows, options.rounds = 16, 4, [1, 2], 1
+        options.context, options.answer_tokens = 64, 4
     return options
 
 
@@ -193,11 +247,11 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     gmsa = measuring.load(options)
     decoder = gmsa.model.decoder
-    fast: dict[str, Any] = {"modules": AsItIs(), "exact": FastDecoder(decoder)}
+    fast: dict[str, Any] = {"exact": FastDecoder(decoder)}
     with contextlib.suppress(BackboneError):  # not on this processor, or not for this family
         fast["int8"] = FastDecoder(decoder, "int8")
     if options.gguf:
-        fast["llama.cpp"] = LlamaCpp(options.gguf)
+        fast["llama.cpp"] = LlamaCpp(options.gguf, max(options.rows), 512)
     rows = []
     for count in options.rows:
         print(f"{count} rows", file=sys.stderr)
@@ -207,6 +261,7 @@ def main(arguments: list[str]) -> None:
         "bandwidth_bytes_per_second": bandwidth(),
         "bytes_on_top": {name: way.nbytes for name, way in fast.items() if isinstance(way, FastDecoder)},
         "rows": rows,
+        "whole": run_whole(gmsa, fast, options),
     }
     print(report(results))
     measuring.write(options.output, results)

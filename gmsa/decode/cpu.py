@@ -1,21 +1,20 @@
-"""A decoder's step on the CPU: the same network without the walk through its modules, its weights laid out for speed.
+"""A decoder's steps on the CPU: its weights laid out for speed.
 
 A step multiplies a few rows by every weight of the decoder: it takes what reading them takes, and what is done between
-the products. `FastDecoder` changes three things of that:
+the products. `FastDecoder` has two ways to make it faster:
 
-- weights are packed: oneDNN brings a plain weight into the order of AMX or AVX512-BF16 tiles at every product, which
-  takes as long as the product. W_Q, W_K and W_V are one product;
-- decoders of the Llama kind are walked by the few lines of `LlamaStep` in place of transformers' modules;
-- if asked, weights have 8 bits and a scale per output channel: half as many bytes to read.
-
-Other families keep their own modules, with packed weights.
+- "exact": bf16 weights are packed. oneDNN brings a plain weight into the order of AMX or AVX512-BF16 tiles at every
+  product, which takes as long as the product;
+- "int8": decoders of the Llama kind get weights of 8 bits and a scale per output channel, half as many bytes to read,
+  and are walked by the few operations of `Int8Step` in place of transformers' modules.
 """
 
 import contextlib
+import math
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from gmsa.model.backbone import body_of, layers_of
 
 MOST_BYTES = 2**30  # of weights: a second copy of more is not worth its memory
 FEW = 8  # tokens of a row: where there are more, a prompt is read, and products take longer than all between them
-KINDS = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks are those of `LlamaStep`
+KINDS = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks are those of `Int8Step`
 MOST_ROWS = 64  # of a batch
 RESCORED = 16  # likeliest tokens of 8 bits whose logits are computed anew
 
@@ -49,20 +48,18 @@ class FastDecoder:
 
     def __init__(self, decoder: PreTrainedModel, weights: DecoderWeights = "exact") -> None:
         self.weights = weights
-        self._decoder = decoder
-        self._body: nn.Module | None = None
-        self._linears: list[nn.Linear] = []
-        if weights == "int8" and (why := _why_no_int8(decoder)):
-            raise BackboneError(f"weights of 8 bits cannot be had: {why}")
-        if _has_llama_blocks(decoder):
-            self._body = body_of(decoder)
-            head = decoder.get_output_embeddings()
-            self._linears = [head] if type(head) is nn.Linear else []
+        self._kinds: dict[nn.Module, Callable[[Any], Any]] = {}  # what stands in for a module
+        self._known: dict[nn.Module, tuple[Any, Any]] = {}  # the weights it had, and what stands in for it with them
+        if weights == "int8":
+            if why := _why_no_int8(decoder):
+                raise BackboneError(f"weights of 8 bits cannot be had: {why}")
+            self._kinds[body_of(decoder)] = Int8Step
+            if type(head := decoder.get_output_embeddings()) is nn.Linear:
+                self._kinds[head] = Int8Head
         else:
-            self._linears = [m for m in decoder.modules() if type(m) is nn.Linear and _is_packable(m.weight)]
-            if sum(m.weight.nbytes for m in self._linears) > MOST_BYTES:
-                self._linears = []
-        self._known: dict[int, tuple[Any, Any]] = {}  # by number of the linear, -1: the body
+            linears = [m for m in decoder.modules() if type(m) is nn.Linear and _is_packable(m.weight)]
+            if sum(linear.weight.nbytes for linear in linears) <= MOST_BYTES:
+                self._kinds = dict.fromkeys(linears, PackedLinear)
 
     @property
     def nbytes(self) -> int:
@@ -70,13 +67,17 @@ class FastDecoder:
         return sum(getattr(made, "nbytes", 0) for _, made in self._known.values())
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within, the decoder computes fast where no gradient is asked for."""
+    def applied(self, look: bool = True) -> Iterator[None]:
+        """Within, the decoder computes fast where no gradient is asked for.
+
+        Args:
+            look: whether weights have changed since they were laid out, which takes a millisecond.
+        """
         changed: list[nn.Module] = []
         try:
-            for number, module in enumerate([*self._linears, *([self._body] if self._body is not None else [])]):
+            for module in self._kinds:
                 # Another caller, in the middle of a stream, may have been here.
-                if "forward" not in vars(module) and (forward := self._forward(number, module)) is not None:
+                if "forward" not in vars(module) and (forward := self._forward(module, look)) is not None:
                     module.forward = forward  # type: ignore[method-assign, assignment]
                     changed.append(module)
             yield
@@ -84,14 +85,13 @@ class FastDecoder:
             for module in changed:
                 del module.forward
 
-    def _forward(self, number: int, module: nn.Module) -> Callable[..., Any] | None:
+    def _forward(self, module: nn.Module, look: bool) -> Callable[..., Any] | None:
         """What to call in place of a module; None: the module itself."""
-        state = [(weight.data_ptr(), weight._version) for weight in module.parameters()]
-        known = self._known.get(number)
-        if known is None or known[0] != state:
-            known = state, self._made(module)
-            self._known[number] = known
-        made, plain = known[1], type(module).forward
+        if look or module not in self._known:
+            state = [(weight.data_ptr(), weight._version) for weight in module.parameters()]
+            if module not in self._known or self._known[module][0] != state:
+                self._known[module] = state, self._made(module)
+        made, plain = self._known[module][1], type(module).forward
         if made is None:
             return None
 
@@ -103,42 +103,22 @@ class FastDecoder:
         return forward
 
     def _made(self, module: nn.Module) -> Any:
-        if next(module.parameters()).device.type != "cpu":  # moved since
+        weight, kind = next(module.parameters()), self._kinds[module]
+        if weight.device.type != "cpu" or (kind is PackedLinear and not _is_packable(weight)):  # no longer
             return None
-        if module is self._body:
-            return LlamaStep(self._body, self.weights)  # type: ignore[arg-type]
-        assert isinstance(module, nn.Linear)
-        if self.weights == "int8":
-            return Int8Head(module)
-        return PackedProduct([module]) if _is_packable(module.weight) else None
+        return kind(module)
 
 
-def _has_llama_blocks(decoder: PreTrainedModel) -> bool:
-    config = decoder.config
-    if decoder.device.type != "cpu" or config.model_type not in KINDS:
-        return False
-    body = body_of(decoder)
-    if not len(layers_of(body)):  # the decoder was dropped
-        return False
-    linears = [m for m in layers_of(body).modules() if isinstance(m, nn.Linear)]  # LoRA's are none of torch's own
-    plain = len(linears) == 7 * len(layers_of(body)) and all(type(m) is nn.Linear for m in linears)
-    return plain and config.hidden_act == "silu" and config._attn_implementation == "sdpa" and attends_to_all(body)
+# -- weights of 16 bits ------------------------------------------------------------------------------------------------
 
 
-# -- products ----------------------------------------------------------------------------------------------------------
-#
-# What stands between two products costs more than it seems: weights that stream through the caches push everything
-# else out, and an operation that takes a microsecond takes ten when nothing it needs is at hand. So a product does as
-# much as it can: it adds the residual, applies the activation, multiplies by the gate.
+class PackedLinear:
+    """bf16 weights of a linear, as oneDNN likes them."""
 
-
-class PackedProduct:
-    """bf16 weights of one or more linears of the same input, as oneDNN likes them."""
-
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self.nbytes = sum(linear.weight.nbytes for linear in linears)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(_joined_weight(linears), None)
-        self.bias = _joined_bias(linears)
+    def __init__(self, linear: nn.Linear) -> None:
+        self.nbytes = linear.weight.nbytes
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = linear.bias
 
     @staticmethod
     def takes(x: Tensor) -> bool:
@@ -146,74 +126,57 @@ class PackedProduct:
         return x.dtype == torch.bfloat16
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), bit for bit what the linears give."""
+        """(..., in) -> (..., out), bit for bit what the linear gives."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
-    def silu(self, x: Tensor) -> Tensor:
-        """SiLU of the product."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
 
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product times something else of its shape."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
-
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product plus something else of its shape."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
+# -- weights of 8 bits -------------------------------------------------------------------------------------------------
+#
+# What stands between two products costs more than it seems: weights that stream through the caches push everything
+# else out, and an operation that takes a microsecond takes ten when nothing it needs is at hand. So there are few.
 
 
-class PlainProduct:
-    """Weights as they are."""
+class Int8Product:
+    """Weights of 8 bits and a scale per output channel; each row of the input, too, is rounded to 8 bits.
 
-    nbytes = 0
+    fbgemm's product reads its weights at the speed of memory, with VNNI's products of bytes. This entrance to it takes
+    tensors: that of `torch.ops.quantized` takes an object, and an exception is thrown and caught at every call.
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self.parts = [(linear.weight, linear.bias) for linear in linears]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        made = [F.linear(x, weight, bias) for weight, bias in self.parts]
-        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
-
-    def silu(self, x: Tensor) -> Tensor:
-        """SiLU of the product."""
-        return F.silu(self(x))
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product times something else of its shape."""
-        return self(x).mul_(other)
-
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product plus something else of its shape."""
-        return self(x).add_(other)
-
-
-class Int8Product(PlainProduct):
-    """Weights of 8 bits and a scale per output channel; each row of the fp32 input, too, is rounded to 8 bits.
-
-    fbgemm's product reads its weights at the speed of memory, with VNNI's products of bytes.
+    Args:
+        linears: of the same input, whose outputs stand side by side.
+        factors: (in,) of the input, multiplied into the weights.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        weight = _joined_weight(linears).float()
-        scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-        zeros = torch.zeros(len(scales), dtype=torch.long)
+    def __init__(self, linears: Sequence[nn.Linear], factors: Tensor | None = None) -> None:
+        weight = torch.cat([linear.weight.detach() for linear in linears]).float()
+        if factors is not None:
+            weight *= factors
+        self.scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        rounded = (weight / self.scales[:, None]).round().to(torch.int8)
+        self.nbytes = rounded.nbytes
+        self.sums = rounded.sum(dim=1, dtype=torch.int32)
+        self.shape = torch.empty((), dtype=torch.int8).expand(rounded.shape)  # the product asks for no more of it
+        self.zeros = torch.zeros(len(rounded))
+        biases = [linear.bias.detach().float() for linear in linears if linear.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch moves this to torchao, which has no such product for a CPU
-            quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self.nbytes = weight.numel()
-        self.weight = torch.ops.quantized.linear_prepack(quantized, None)
-        self.bias = _joined_bias(linears)
+            self.packed = torch.fbgemm_pack_quantized_matrix(rounded)
+            self(torch.zeros(1, weight.shape[1]))  # it warns once, at the first call
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        if x.numel() == x.shape[-1]:
-            out = torch.ops.quantized.linear_dynamic(x, self.weight, False)
-        else:
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(N, in) and what is added to the product (N, out) -> (N, out)."""
+        most = None
+        if x.shape[0] > 1:
             # The product has one scale for all rows. Each is given its own, so that it does not depend on its company.
-            most = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
-            out = torch.ops.quantized.linear_dynamic(x / most, self.weight, False).mul_(most)
-        return out if self.bias is None else out.add_(self.bias)
+            most = x.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12)
+            x = x / most
+        out = torch.fbgemm_linear_int8_weight_fp32_activation(x, self.shape, self.packed, self.sums, 1.0, 0, self.zeros)
+        if most is not None:
+            out.mul_(most)
+        if self.bias is not None:
+            plus = self.bias if plus is None else plus + self.bias
+        return out.mul_(self.scales) if plus is None else torch.addcmul(plus, out, self.scales)
 
 
 class Int8Head:
@@ -240,41 +203,22 @@ class Int8Head:
         return logits.scatter_(1, best, exact).view(*states.shape[:-1], -1)
 
 
-def _joined_weight(linears: Sequence[nn.Linear]) -> Tensor:
-    return torch.cat([linear.weight.detach() for linear in linears])
-
-
-def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    return torch.cat(biases) if biases else None
-
-
-# -- the step ----------------------------------------------------------------------------------------------------------
-
-
-class LlamaStep:
-    """The forward pass of a body of the Llama kind for a few tokens of every row.
+class Int8Step:
+    """The forward pass of a body of the Llama kind for a few tokens of every row, in fp32 between its products.
 
     Args:
-        body: its norms and embeddings are used as they are.
-        weights: of the linears.
+        body: its embeddings are used as they are.
     """
 
-    def __init__(self, body: PreTrainedModel, weights: DecoderWeights) -> None:
+    def __init__(self, body: PreTrainedModel) -> None:
         config = body.config
         self.kv_heads = config.num_key_value_heads
-        self.group = config.num_attention_heads // self.kv_heads
-        self.eps = config.rms_norm_eps
+        self.heads = config.num_attention_heads
         self.embeddings: Any = body.get_input_embeddings()
         self.rotary: Any = body.rotary_emb
-        layers: Any = layers_of(body)
-        size = sum(m.weight.nbytes for m in layers.modules() if isinstance(m, nn.Linear))
-        product: Any = Int8Product if weights == "int8" else PlainProduct
-        if weights == "exact" and size <= MOST_BYTES and _is_packable(layers[0].mlp.up_proj.weight):
-            product = PackedProduct
-        self.dtype = torch.float32 if weights == "int8" else body.dtype  # between the products
-        self.norm = _norm_weight(body.norm, self.dtype)
-        self.blocks = [LlamaBlock(layer, product, self.dtype) for layer in layers]
+        self.eps = torch.tensor(math.sqrt(config.hidden_size * config.rms_norm_eps))
+        self.norm = _norm_weight(body.norm)
+        self.blocks = [Int8Block(layer) for layer in cast(Any, layers_of(body))]
         self.nbytes = sum(part.nbytes for block in self.blocks for part in block.products)
 
     @staticmethod
@@ -303,78 +247,77 @@ class LlamaStep:
     ) -> BaseModelOutputWithPast:
         """As the body is called."""
         layers = _cache_of(caches).layers
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        cos, sin = self.rotary(x, position_ids)
-        sin[..., : sin.shape[-1] // 2].neg_()  # with it, exchanging the halves of a head is half of its rotation
-        turn = cos[:, :, None].to(self.dtype), sin[:, :, None].to(self.dtype)
-        mask = self._mask(attention_mask, x, layers[0].get_seq_length())
-        x = x.to(self.dtype)
+        embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        rows, width, _ = embeds.shape
+        x = embeds.float().flatten(0, 1)
+        turn = self._turn(*self.rotary(x, position_ids))
+        mask = self._mask(attention_mask, width, layers[0])
         for block, layer in zip(self.blocks, layers, strict=True):
-            attended = self._attended(block, self._normed(x, block.norm), turn, mask, layer)
-            x = block.out.plus(attended, x)
-            normed = self._normed(x, block.mlp_norm)
-            x = block.down.plus(block.up.times(normed, block.gate.silu(normed)), x)
-        return BaseModelOutputWithPast(last_hidden_state=self._normed(x, self.norm))
+            attended = self._attended(block, block.qkv(self._normed(x)), turn, mask, layer)
+            x = block.out(attended, x)
+            gate, up = torch.chunk(block.gate_up(self._normed(x)), 2, dim=1)
+            x = block.down(F.silu(gate, inplace=True).mul_(up), x)
+        return BaseModelOutputWithPast(last_hidden_state=(self._normed(x) * self.norm).view(rows, width, -1))
 
-    def _mask(self, mask: Tensor | None, x: Tensor, start: int) -> Tensor | None:
+    def _normed(self, x: Tensor) -> Tensor:
+        """RMS norm over the root of the width, without its weight: both are in those of the product after it."""
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps)
+
+    def _mask(self, mask: Tensor | None, width: int, layer: PreallocatedLayer) -> Tensor | None:
         """(B or 1, 1, G * Q, T): queries of the G heads that share a key stand side by side. None: all see all."""
-        width = x.shape[1]
         if mask is None and width == 1:
             return None
         if mask is None:
+            start = layer.get_seq_length()
             places = torch.arange(start + width)
             later = places > places[start:, None]
-            mask = torch.zeros(later.shape, dtype=x.dtype).masked_fill_(later, torch.finfo(x.dtype).min)[None, None]
-        return mask.repeat(1, 1, self.group, 1)
+            mask = torch.zeros(later.shape, dtype=layer.keys.dtype)
+            mask = mask.masked_fill_(later, torch.finfo(mask.dtype).min)[None, None]
+        return mask.repeat(1, 1, self.heads // self.kv_heads, 1)
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+    def _turn(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (B, Q, size): cosines and sines (B * Q, heads, size) that turn queries and keys and leave values be."""
+        sin[..., : sin.shape[-1] // 2].neg_()  # with it, exchanging the halves of a head is half of its rotation
+        shape, values = (-1, self.heads + self.kv_heads, -1), (0, 0, 0, self.kv_heads)
+        cos, sin = (part.flatten(0, 1)[:, None].expand(shape) for part in (cos, sin))
+        return F.pad(cos, values, value=1.0), F.pad(sin, values)
 
     def _attended(
-        self, block: "LlamaBlock", x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, layer: PreallocatedLayer
+        self, block: "Int8Block", x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, layer: PreallocatedLayer
     ) -> Tensor:
-        """What the heads make of (B, Q, d), side by side: (B, Q, H * size)."""
-        rows, width, _ = x.shape
-        queries, size = self.group * self.kv_heads, block.head_size
-        heads = block.qkv(x).view(rows, width, -1, size)
-        turned, values = heads.split((queries + self.kv_heads, self.kv_heads), dim=2)
+        """What the heads make of queries, keys and values (N, heads * size) side by side: (N, H * size)."""
+        size, parts = block.head_size, (self.heads, self.kv_heads, self.kv_heads)
+        heads = x.view(x.shape[0], -1, size)
         if block.q_norm is not None and block.k_norm is not None:
-            q, k = turned.split((queries, self.kv_heads), dim=2)
-            turned = torch.cat((self._normed(q, block.q_norm), self._normed(k, block.k_norm)), dim=2)
-        turned = torch.addcmul(turned * turn[0], turned.roll(size // 2, -1), turn[1]).to(layer.keys.dtype)
-        q, keys = turned.split((queries, self.kv_heads), dim=2)
-        keys, values = layer.update(keys.transpose(1, 2), values.to(keys.dtype).transpose(1, 2))
-        if width == 1:
-            q = q.view(rows, self.kv_heads, self.group, size)
-            out = F.scaled_dot_product_attention(q, keys, values, mask, scale=block.scale)
-        else:
-            q = q.view(rows, width, self.kv_heads, self.group, size).permute(0, 2, 3, 1, 4)
-            q = q.reshape(rows, self.kv_heads, self.group * width, size)
-            out = F.scaled_dot_product_attention(q, keys, values, mask, scale=block.scale)
-            out = out.view(rows, self.kv_heads, self.group, width, size).permute(0, 3, 1, 2, 4)
-        return out.reshape(rows, width, -1).to(x.dtype)
+            q, keys, values = torch.split_with_sizes(heads, parts, dim=1)
+            heads = torch.cat((block.q_norm(q), block.k_norm(keys), values), dim=1)
+        heads = torch.addcmul(heads * turn[0], torch.roll(heads, size // 2, -1), turn[1]).to(layer.keys.dtype)
+        heads = heads.view(len(layer.places.starts), -1, heads.shape[1], size)  # (B, Q, heads, size)
+        q, keys, values = torch.split_with_sizes(heads, parts, dim=2)
+        keys, values = layer.update(keys.transpose(1, 2), values.transpose(1, 2))
+        # Queries of heads that share a key stand side by side.
+        q = q.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (B, kv, G, Q, size)
+        out = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, mask, scale=block.scale)
+        out = out.view(q.shape).permute(0, 3, 1, 2, 4)
+        return out.float().reshape(x.shape[0], -1)
 
 
-class LlamaBlock:
-    """One block's products and norms.
+class Int8Block:
+    """One block's products, the weights of its norms in them.
 
     Args:
         layer: of transformers.
-        product: kind of all its products.
-        dtype: of what its norms are given.
     """
 
-    def __init__(self, layer: Any, product: Callable[[Sequence[nn.Linear]], Any], dtype: torch.dtype) -> None:
+    def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = product([attention.o_proj])
-        self.gate, self.up, self.down = (product([linear]) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.products = [self.qkv, self.out, self.gate, self.up, self.down]
-        self.norm = _norm_weight(layer.input_layernorm, dtype)
-        self.mlp_norm = _norm_weight(layer.post_attention_layernorm, dtype)
-        has_norms = hasattr(attention, "q_norm")  # Qwen3
-        self.q_norm = _norm_weight(attention.q_norm, dtype) if has_norms else None
-        self.k_norm = _norm_weight(attention.k_norm, dtype) if has_norms else None
+        before, between = _norm_weight(layer.input_layernorm), _norm_weight(layer.post_attention_layernorm)
+        self.qkv = Int8Product([attention.q_proj, attention.k_proj, attention.v_proj], before)
+        self.out = Int8Product([attention.o_proj])
+        self.gate_up = Int8Product([mlp.gate_proj, mlp.up_proj], between)
+        self.down = Int8Product([mlp.down_proj])
+        self.products = [self.qkv, self.out, self.gate_up, self.down]
+        self.q_norm, self.k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))  # Qwen3
         self.scale, self.head_size = attention.scaling, attention.head_dim
 
 
@@ -383,8 +326,9 @@ def _cache_of(caches: dict[str, Any]) -> Any:
     return caches.get("cache", caches.get("past_key_values"))
 
 
-def _norm_weight(norm: Any, dtype: torch.dtype) -> Tensor:
-    return norm.weight.detach().to(dtype)
+def _norm_weight(norm: Any) -> Tensor:
+    """What remains of an RMS norm when its input has length 1."""
+    return norm.weight.detach().float() * math.sqrt(len(norm.weight))
 
 
 # -- what there is -----------------------------------------------------------------------------------------------------
@@ -406,6 +350,20 @@ def _why_no_int8(decoder: PreTrainedModel) -> str | None:
     """What keeps a decoder's steps from having weights of 8 bits; None: nothing."""
     if not _has_llama_blocks(decoder):
         return f"they are for decoders of these kinds on the CPU: {', '.join(KINDS)}, with attention to all positions"
+    if not hasattr(torch, "fbgemm_linear_int8_weight_fp32_activation"):
+        return "this version of PyTorch has no products with them"
     if "fbgemm" not in torch.backends.quantized.supported_engines or not torch.cpu._is_vnni_supported():
         return "they need a processor with AVX512-VNNI"
     return None
+
+
+def _has_llama_blocks(decoder: PreTrainedModel) -> bool:
+    config = decoder.config
+    if decoder.device.type != "cpu" or config.model_type not in KINDS:
+        return False
+    body = body_of(decoder)
+    if not len(layers_of(body)):  # the decoder was dropped
+        return False
+    linears = [m for m in layers_of(body).modules() if isinstance(m, nn.Linear)]  # LoRA's are none of torch's own
+    plain = len(linears) == 7 * len(layers_of(body)) and all(type(m) is nn.Linear for m in linears)
+    return plain and config.hidden_act == "silu" and config._attn_implementation == "sdpa" and attends_to_all(body)

@@ -199,7 +199,7 @@ class Loop:
     def turn(self) -> None:
         """Do one turn. What it raises leaves rows to be ended by `fail`."""
         started = time.perf_counter()
-        with self.fast.applied():
+        with self.fast.applied(look=bool(self.waiting)):
             self._drop_unheard()
             self._read_prompts()
             read = time.perf_counter()
