@@ -18,6 +18,7 @@ import measuring
 
 from gmsa import GMSA
 from gmsa.decode.cpu import FastDecoder
+from gmsa.decode.loop import Row
 from gmsa.evaluate.metrics import bleu, f1
 from gmsa.evaluate.qa import spread
 from gmsa.evaluate.restoration import texts_of_length
@@ -25,6 +26,7 @@ from gmsa.evaluate.statistics import Difference, paired_difference
 from gmsa.io.rows import read_rows
 
 WAYS = ("exact", "int8")
+BATCH = 32  # rows written side by side
 
 
 def restore(gmsa: GMSA, fast: dict[str, FastDecoder], options: argparse.Namespace) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def restore(gmsa: GMSA, fast: dict[str, FastDecoder], options: argparse.Namespac
     restored: dict[str, list[str]] = {}
     for way in WAYS:
         gmsa.fast = fast[way]
-        restored[way] = [str(answer) for answer in gmsa.restore(memories, batch_size=32)]
+        restored[way] = [str(answer) for answer in gmsa.restore(memories, batch_size=BATCH)]
         print(f"restored, {way}", file=sys.stderr)
     ids = {way: [gmsa.template.encode(text) for text in restored[way]] for way in WAYS}
     pairs = list(zip(ids["exact"], ids["int8"], strict=True))
@@ -54,18 +56,20 @@ def restore(gmsa: GMSA, fast: dict[str, FastDecoder], options: argparse.Namespac
 def answer(gmsa: GMSA, fast: dict[str, FastDecoder], options: argparse.Namespace) -> dict[str, Any]:
     """F1 of both ways' answers."""
     rows = spread(list(read_rows(str(options.questions))), options.count)
-    scores: dict[str, list[float]] = {way: [] for way in WAYS}
-    same = 0
-    for number, row in enumerate(rows):
-        prefix = gmsa.prefill(gmsa.compress(row["input"], options.merge_size))
-        said = []
-        for way in WAYS:
-            gmsa.fast = fast[way]
-            said.append(str(gmsa.answer(row["prompt"], prefix, max_new_tokens=options.new_tokens)))
-            scores[way].append(f1(said[-1], row["answer"]) / 100)
-        same += said[0] == said[1]
-        if number % 25 == 24:
-            print(f"{number + 1} questions", file=sys.stderr)
+    memories = gmsa.compress([row["input"] for row in rows], options.merge_size)
+    prompts = [
+        gmsa.template(row["prompt"]).around(memory.soft_tokens) for row, memory in zip(rows, memories, strict=True)
+    ]
+    said: dict[str, list[str]] = {}
+    scores: dict[str, list[float]] = {}
+    for way in WAYS:
+        gmsa.fast = fast[way]
+        asked = [Row(prompt, options.new_tokens) for prompt in prompts]
+        gmsa.run(asked, BATCH)
+        said[way] = [row.text for row in asked]
+        scores[way] = [f1(text, row["answer"]) / 100 for text, row in zip(said[way], rows, strict=True)]
+        print(f"answered, {way}", file=sys.stderr)
+    same = sum(exact == int8 for exact, int8 in zip(*said.values(), strict=True))
     return {
         "n": len(rows),
         "f1": {way: sum(found) / len(rows) for way, found in scores.items()},

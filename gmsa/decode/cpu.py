@@ -144,13 +144,10 @@ class Int8Product:
 
     Args:
         linears: of the same input, whose outputs stand side by side.
-        factors: (in,) of the input, multiplied into the weights.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], factors: Tensor | None = None) -> None:
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
         weight = torch.cat([linear.weight.detach() for linear in linears]).float()
-        if factors is not None:
-            weight *= factors
         self.scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         rounded = (weight / self.scales[:, None]).round().to(torch.int8)
         self.nbytes = rounded.nbytes
@@ -253,15 +250,15 @@ class Int8Step:
         turn = self._turn(*self.rotary(x, position_ids))
         mask = self._mask(attention_mask, width, layers[0])
         for block, layer in zip(self.blocks, layers, strict=True):
-            attended = self._attended(block, block.qkv(self._normed(x)), turn, mask, layer)
+            attended = self._attended(block, block.qkv(self._normed(x, block.norm)), turn, mask, layer)
             x = block.out(attended, x)
-            gate, up = torch.chunk(block.gate_up(self._normed(x)), 2, dim=1)
+            gate, up = torch.chunk(block.gate_up(self._normed(x, block.mlp_norm)), 2, dim=1)
             x = block.down(F.silu(gate, inplace=True).mul_(up), x)
-        return BaseModelOutputWithPast(last_hidden_state=(self._normed(x) * self.norm).view(rows, width, -1))
+        return BaseModelOutputWithPast(last_hidden_state=self._normed(x, self.norm).view(rows, width, -1))
 
-    def _normed(self, x: Tensor) -> Tensor:
-        """RMS norm over the root of the width, without its weight: both are in those of the product after it."""
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps)
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm, of fewer operations than torch's: the root of the width is in `weight` and `eps`."""
+        return (x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.eps)).mul_(weight)
 
     def _mask(self, mask: Tensor | None, width: int, layer: PreallocatedLayer) -> Tensor | None:
         """(B or 1, 1, G * Q, T): queries of the G heads that share a key stand side by side. None: all see all."""
@@ -303,7 +300,7 @@ class Int8Step:
 
 
 class Int8Block:
-    """One block's products, the weights of its norms in them.
+    """One block's products and norms.
 
     Args:
         layer: of transformers.
@@ -311,12 +308,12 @@ class Int8Block:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        before, between = _norm_weight(layer.input_layernorm), _norm_weight(layer.post_attention_layernorm)
-        self.qkv = Int8Product([attention.q_proj, attention.k_proj, attention.v_proj], before)
+        self.qkv = Int8Product([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = Int8Product([attention.o_proj])
-        self.gate_up = Int8Product([mlp.gate_proj, mlp.up_proj], between)
+        self.gate_up = Int8Product([mlp.gate_proj, mlp.up_proj])
         self.down = Int8Product([mlp.down_proj])
         self.products = [self.qkv, self.out, self.gate_up, self.down]
+        self.norm, self.mlp_norm = _norm_weight(layer.input_layernorm), _norm_weight(layer.post_attention_layernorm)
         self.q_norm, self.k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))  # Qwen3
         self.scale, self.head_size = attention.scaling, attention.head_dim
 
@@ -327,7 +324,7 @@ def _cache_of(caches: dict[str, Any]) -> Any:
 
 
 def _norm_weight(norm: Any) -> Tensor:
-    """What remains of an RMS norm when its input has length 1."""
+    """What an RMS norm multiplies a vector of length 1 by."""
     return norm.weight.detach().float() * math.sqrt(len(norm.weight))
 
 

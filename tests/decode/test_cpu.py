@@ -39,13 +39,12 @@ class ExactProduct:
 
     nbytes = 0
 
-    def __init__(self, linears: Sequence[torch.nn.Linear], factors: Tensor | None = None) -> None:
+    def __init__(self, linears: Sequence[torch.nn.Linear]) -> None:
         self.linears = linears
-        self.factors = torch.ones(1) if factors is None else factors
 
     def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         assert x.dim() == 2
-        parts = [torch.nn.functional.linear(x * self.factors, part.weight, part.bias) for part in self.linears]
+        parts = [torch.nn.functional.linear(x, part.weight, part.bias) for part in self.linears]
         out = torch.cat(parts, dim=-1)
         return out if plus is None else out + plus
 

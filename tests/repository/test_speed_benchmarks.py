@@ -36,7 +36,7 @@ def run(
         return json.loads(output.read_text())
 
     yield run
-    for name in ("measuring", "answering", "compression", "decoding", "start"):
+    for name in ("measuring", "answering", "compression", "decoding", "decoder_weights", "start"):
         sys.modules.pop(name, None)
 
 
@@ -92,6 +92,22 @@ def test_decoding(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     assert all(row["seconds"] >= 0 for row in results["whole"])
     assert results["bandwidth_bytes_per_second"] > 0
     assert results["meta"]["clock"] == "processor"
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")
+def test_decoder_weights(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    text = "The mill was built in 1731 by two brothers who had come from the coast. " * 4
+    rows = [{"text": text}, {"input": text, "prompt": "Who built it?", "answer": ["two brothers"]}]
+    for row, name in zip(rows, ("texts", "questions"), strict=True):
+        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 3)
+    texts = run("decoder_weights", "--texts", str(tmp_path / "texts"))
+    assert texts["n"] == 2
+    assert set(texts["bleu"]) == {"exact", "int8"}
+    assert 0 <= texts["same_texts"] <= 1
+    questions = run("decoder_weights", "--questions", str(tmp_path / "questions"))
+    assert questions["n"] == 2
+    low, mean, high = (questions["f1_difference"][number] for number in (1, 0, 2))
+    assert low <= mean <= high
 
 
 def test_bytes(run: Callable[..., dict[str, Any]]) -> None:
