@@ -126,14 +126,8 @@ def attach_memories(documents: Sequence[Document], reader: Reader) -> list[Docum
 
     Also the way to compress a corpus ahead of questions. Blank documents are passed on as they are.
     """
-    new = [document for document in documents if not document.metadata.get(MEMORY_ID)]
-    made = dict(zip(map(id, new), reader.remember([document.page_content for document in new]), strict=True))
-    copies = []
-    for document in documents:
-        memory = made.get(id(document))
-        added = memory.metadata if memory else {}
-        copies.append(document.model_copy(update={"metadata": {**document.metadata, **added}}))
-    return copies
+    found = reader.remembered((document.page_content, document.metadata) for document in documents)
+    return [d.model_copy(update={"metadata": metadata}) for d, metadata in zip(documents, found, strict=True)]
 
 
 def memory_message(question: str, documents: Sequence[Document]) -> HumanMessage:
