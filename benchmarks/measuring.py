@@ -2,11 +2,8 @@
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmsa import GMSA, __version__
+from gmsa import GMSA
 from gmsa.decode.malloc import keep_freed_memory, return_freed_memory
+from gmsa.evaluate.latency import reset_resident_peak
+from gmsa.evaluate.results import processor, versions
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which of them there are decides how fast bf16 is
 COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#c98500", "#a463f2", "#6b7280")
@@ -107,33 +106,25 @@ def answer_loss(
 def reset_peak() -> None:
     """Begin to measure the peak of resident memory anew (Linux), without what the allocator keeps."""
     return_freed_memory()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    reset_resident_peak()
 
 
-def resident(what: str = "VmRSS") -> int:
-    """Bytes this process has resident now, or with VmHWM at most since `reset_peak`; 0 where that cannot be told."""
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
+    """What a result was measured on."""
+    facts: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "threads": threads}
     with contextlib.suppress(OSError):
-        found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-    return 0
+        known = set(Path("/proc/cpuinfo").read_text().split())
+        facts["cpu_flags"] = [flag for flag in CPU_FLAGS if flag in known]
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 def meta(options: argparse.Namespace, gmsa: GMSA, script: str) -> dict[str, Any]:
     """What made a result: versions, machine, model, command."""
-    machine: dict[str, Any] = {"processor": platform.processor(), "cores": os.cpu_count(), "threads": options.threads}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        text = cpuinfo.read_text()
-        name = re.search(r"model name\s*: (.*)", text)
-        machine["processor"] = name[1] if name else platform.machine()
-        machine["cpu_flags"] = [flag for flag in CPU_FLAGS if re.search(rf"\b{flag}\b", text)]
-    if gmsa.model.device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(gmsa.model.device)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {
-        "versions": {"gmsa": __version__, "python": platform.python_version(), **versions},
-        "machine": machine,
+        "versions": versions(),
+        "machine": machine(gmsa.model.device, options.threads),
         "decoder": (gmsa.config.decoder or {}).get("name"),
         "compressor": gmsa.fingerprint,
         "dtype": str(gmsa.model.dtype).removeprefix("torch."),

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from gmsa.api import GMSA
 from gmsa.errors import InputError
+from gmsa.evaluate.metrics import means, means_and_intervals
 from gmsa.evaluate.restoration import texts_of_length
 from gmsa.evaluate.results import Result
-from gmsa.evaluate.statistics import means, means_and_intervals
 from gmsa.model.windows import make_windows
 from gmsa.text import encode
 

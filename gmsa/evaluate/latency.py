@@ -23,7 +23,7 @@ from tqdm import tqdm
 from gmsa import __version__
 from gmsa.api import GMSA
 from gmsa.errors import InputError
-from gmsa.evaluate.results import AnswerCache, Result, key_of
+from gmsa.evaluate.results import AnswerCache, Result, key_of, processor
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.memory import Memory
 from gmsa.model.backbone import body_of, layers_of
@@ -129,13 +129,9 @@ def evaluate_latency(
 def _made_with(gmsa: GMSA, merge_sizes: Sequence[int], rounds: int) -> list[Any]:
     """All that times depend on and that can be told, beside the lengths: the model, the machine, how often."""
     device = gmsa.model.device
-    try:
-        processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        processor = None
     model = [gmsa.fingerprint, fingerprint_of(gmsa.model), str(gmsa.model.dtype)]
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    machine = [chip, processor[1] if processor else platform.processor(), platform.node(), torch.get_num_threads()]
+    machine = [chip, processor(), platform.node(), torch.get_num_threads()]
     return [*model, *machine, [torch.__version__, __version__], list(merge_sizes), rounds]
 
 
@@ -204,20 +200,23 @@ def _now(device: torch.device) -> float:
 
 
 def _reset_peak(device: torch.device) -> None:
-    """Begin to measure the peak anew; on Linux the kernel does so when asked."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    torch.cuda.reset_peak_memory_stats(device) if device.type == "cuda" else reset_resident_peak()
 
 
 def _peak(device: torch.device) -> int | None:
     """The most memory held since `_reset_peak`: of the GPU, or of the process; None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+
+
+def reset_resident_peak() -> None:
+    """Begin to measure the peak of resident memory anew; on Linux the kernel does so when asked."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(what: str = "VmRSS") -> int | None:
+    """Bytes this process has resident, or with VmHWM at most since `reset_resident_peak`; None where unknown."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else None
+    return None

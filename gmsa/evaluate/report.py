@@ -13,9 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gmsa.evaluate.metrics import Piece, marked, word_differences
+from gmsa.evaluate.metrics import Piece, marked, paired_difference, word_differences
 from gmsa.evaluate.results import TASKS, Result, Run, merge_runs, read_jsonl, read_run, write_run, write_texts
-from gmsa.evaluate.statistics import paired_difference
 
 try:
     from gmsa.evaluate import charts

@@ -15,9 +15,8 @@ from gmsa.api import GMSA, Score
 from gmsa.decode.checked import CANDIDATES
 from gmsa.errors import InputError
 from gmsa.evaluate.bertscore import BertScorer
-from gmsa.evaluate.metrics import ROUGE, bleu, prefix_exact_match, rouge
+from gmsa.evaluate.metrics import ROUGE, bleu, means, means_and_intervals, prefix_exact_match, rouge
 from gmsa.evaluate.results import AnswerCache, Result, key_of
-from gmsa.evaluate.statistics import means, means_and_intervals
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.memory import Memory
 from gmsa.io.rows import read_rows

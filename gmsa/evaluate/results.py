@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,11 +77,24 @@ def merge_runs(runs: Sequence[Run]) -> list[Result]:
     return sorted(results, key=lambda result: (list(TASKS).index(result[0]["task"]), str(result[0]["dataset"] or "")))
 
 
+def versions() -> dict[str, str]:
+    """Of what results depend on."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"gmsa": __version__, "python": platform.python_version(), **packages}
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
 def results_meta(gmsa: "GMSA", data: str, **more: Any) -> dict[str, Any]:
     """What made a result: versions, model, command; `more` is added, such as the seed."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {
-        "versions": {"gmsa": __version__, "python": platform.python_version(), **versions},
+        "versions": versions(),
         "model_fingerprint": gmsa.fingerprint,
         "dtype": str(gmsa.model.dtype).removeprefix("torch."),
         "data": Path(data).name,

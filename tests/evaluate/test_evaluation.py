@@ -11,7 +11,7 @@ from gmsa import GMSA, Memory
 from gmsa.cli.main import main
 from gmsa.errors import InputError
 from gmsa.evaluate import metrics
-from gmsa.evaluate.qa import evaluate_qa, spread
+from gmsa.evaluate.qa import choose, evaluate_qa
 from gmsa.evaluate.restoration import evaluate_restoration
 from gmsa.evaluate.results import FIELDS, AnswerCache
 from gmsa.io.backbones import Backbone
@@ -78,9 +78,9 @@ def test_an_exact_match_has_full_f1(prediction: str, references: list[str]) -> N
 
 def test_questions_are_spread_over_the_file() -> None:
     rows = [{"n": i} for i in range(100)]
-    assert [r["n"] for r in spread(rows, 4)] == [0, 25, 50, 75]
-    assert [r["n"] for r in spread(rows, 60)][-3:] == [95, 96, 98]  # up to the end, also where every second is too few
-    assert spread(rows[:3], 10) == rows[:3]
+    assert [r["n"] for r in choose(rows, 4)] == [0, 25, 50, 75]
+    assert [r["n"] for r in choose(rows, 60)][-3:] == [95, 96, 98]  # up to the end, also where every second is too few
+    assert choose(rows[:3], 10) == rows[:3]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model,
 from gmsa import GMSA
 from gmsa.cli.main import main
 from gmsa.errors import CheckpointError, InputError
-from gmsa.evaluate.methods import METHODS, kv_cache, load_methods, open_provence, provence, semanticache, sentences
+from gmsa.evaluate.methods import METHODS, kv_cache, load_methods, provence, semanticache, sentences
 from gmsa.evaluate.methods import exit as exit_method
 from gmsa.evaluate.methods.base import Method, Models, Question, TextMethod
 from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
@@ -274,7 +274,7 @@ def provence_folder(tmp_path: Path) -> Path:
 def test_provence_ranks_by_the_mean_over_a_sentence(
     gmsa: GMSA, provence_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provence, "MODEL", str(provence_folder))
+    monkeypatch.setattr(provence.Provence, "made_with", str(provence_folder))
     [method] = load_methods(["provence"], Models(gmsa), print)
     question, sentences = "Who?", ["It was she. ", "He left. "]
     ids = [BEGIN, *b"Who?", END, *b"It was she. He left. ", END]
@@ -294,7 +294,7 @@ def test_provence_ranks_by_the_mean_over_a_sentence(
 
 
 def test_other_weights_than_provence(gmsa: GMSA, provence_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provence, "MODEL", str(provence_folder))
+    monkeypatch.setattr(provence.Provence, "made_with", str(provence_folder))
     save_file({"deberta.x": torch.zeros(1)}, provence_folder / "model.safetensors")
     notes: list[str] = []
     assert load_methods(["provence"], Models(gmsa), notes.append) == []
@@ -316,7 +316,7 @@ def test_open_provence_reads_the_states_before_the_last_norm(
     make_tokenizer(cls_token="<|begin|>", sep_token="<|end|>").save_pretrained(tmp_path)
     entries = {"model_type": "open_provence", "base_model_config": config.to_dict()}
     (tmp_path / "config.json").write_text(json.dumps(entries))
-    monkeypatch.setattr(open_provence, "MODEL", str(tmp_path))
+    monkeypatch.setattr(provence.OpenProvence, "made_with", str(tmp_path))
     [method] = load_methods(["open-provence"], Models(gmsa), print)
     byte = {i: method.tokenizer.encode(chr(i), add_special_tokens=False)[0] for i in range(32, 127)}
     ids = [BEGIN, *(byte[i] for i in b"Who?"), END, *(byte[i] for i in b"It was she. He left. "), END]

@@ -30,11 +30,11 @@ def test_a_row_fills_its_length_and_holds_what_is_asked_for(task: str, length: i
 
 def test_needles_are_the_only_answer() -> None:
     rng = random.Random(0)
-    context, prompt, [value] = ruler.niah_multikey(rng, 5)
+    context, prompt, [value] = ruler.TASKS["niah_multikey"](rng, 5)
     key = next(key for key in prompt.split() if "-" in key)
     assert f"numbers for {key} is: {value}." in context
     assert context.count("magic numbers for") == 4
-    context, prompt, values = ruler.niah_multivalue(rng, 5)
+    context, prompt, values = ruler.TASKS["niah_multivalue"](rng, 5)
     assert len(values) == context.count("magic numbers for") == 4
     context, prompt, [value] = ruler.key_value(rng, 20)
     assert context.count("magic uuids for") == 21

@@ -30,7 +30,7 @@ METHODS = {
     "longllmlingua": "llmlingua:LongLLMLingua",
     "llmlingua-2": "llmlingua:LLMLingua2",
     "provence": "provence:Provence",
-    "open-provence": "open_provence:OpenProvence",
+    "open-provence": "provence:OpenProvence",
     "exit": "exit:Exit",
     "snapkv": "kv_cache:SnapKV",
     "kvzip": "kv_cache:KVzip",

@@ -50,14 +50,11 @@ def require(package: str, extra: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def from_hub(models: str) -> Iterator[dict[str, Any]]:
+def from_hub(model: str, needed: str = "") -> Iterator[dict[str, Any]]:
     """Load models of others; gives the options of `from_pretrained` that keep it from waiting where there is no hub.
 
-    Args:
-        models: which, and what to do where they are not at hand.
-
     Raises:
-        MethodUnavailable: they are not.
+        MethodUnavailable: they are not at hand; says that the model or what else is `needed`, and how to get it.
     """
     try:
         with quiet_transformers():
@@ -65,7 +62,7 @@ def from_hub(models: str) -> Iterator[dict[str, Any]]:
     except InputError as error:
         raise MethodUnavailable(str(error)) from error
     except (OSError, ValueError, ImportError) as error:  # transformers raises any of them where a model is not there
-        raise MethodUnavailable(f"it needs {models}") from error
+        raise MethodUnavailable(f"it needs {needed or f'{model} from the hub (hf download {model})'}") from error
 
 
 def find_minilm() -> str:

@@ -122,7 +122,7 @@ class LLMLingua2(TextMethod):
                 self.load_model(MODEL, str(reader.model.device), {"trust_remote_code": False, **options})
                 self.init_llmlingua2()
 
-        with from_hub(f"{MODEL} from the hub (hf download {MODEL})") as options:
+        with from_hub(MODEL) as options:
             self.compressor = Compressor(**options)
 
     def shorten(self, context: str, question: str, budget: int) -> str:
