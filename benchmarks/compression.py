@@ -298,10 +298,7 @@ def main(arguments: list[str]) -> None:
         "memory": memory(options, size),
         "throughput": throughput(gmsa, size, options),
     }
-    print(report(results))
-    measuring.write(options.output, results)
-    if options.image:
-        draw(results, options.image)
+    measuring.conclude(options, results, report(results), draw)
 
 
 if __name__ == "__main__":

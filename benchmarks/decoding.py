@@ -208,10 +208,7 @@ def main(arguments: list[str]) -> None:
         "bytes_on_top": {name: way.nbytes for name, way in fast.items() if isinstance(way, FastDecoder)},
         "rows": rows,
     }
-    print(report(results))
-    measuring.write(options.output, results)
-    if options.image:
-        draw(results, options.image)
+    measuring.conclude(options, results, report(results), draw)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,14 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=positive, default=1, metavar="N",
                         help="default: 1, timed by the processor's clock; more are timed by the wall's")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small run, to see that it works")
+    add_outputs(parser)
+    return parser
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """The options that say where results go."""
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to this JSON file")
     parser.add_argument("--image", type=Path, metavar="FILE", help="draw them into this PNG (needs matplotlib)")
-    return parser
 
 
 def positive(text: str) -> int:
@@ -141,6 +146,16 @@ def write(path: Path | None, results: dict[str, Any]) -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def conclude(
+    options: argparse.Namespace, results: dict[str, Any], report: str, draw: Callable[[dict[str, Any], Path], None]
+) -> None:
+    """Print the report, write the files asked for."""
+    print(report)
+    write(options.output, results)
+    if options.image:
+        draw(results, options.image)
+
+
 def table(rows: Sequence[Sequence[Any]]) -> str:
     """Rows of cells as lines of text; the first row is the heading."""
     cells = [[cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
@@ -148,14 +163,15 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
-def figure(panels: int) -> tuple[Any, Any]:
-    """A figure with panels side by side."""
+def figure(panels: int, **options: Any) -> tuple[Any, Any]:
+    """A figure with panels side by side; options as of `pyplot.subplots`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    picture, axes = plt.subplots(1, panels, figsize=(1 + 4 * panels, 3.6), layout="constrained", squeeze=False)
+    options = {"figsize": (1 + 4 * panels, 3.6), **options}
+    picture, axes = plt.subplots(1, panels, layout="constrained", squeeze=False, **options)
     for one in axes[0]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", alpha=0.25)
