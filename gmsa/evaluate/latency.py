@@ -4,6 +4,7 @@ Every way of answering is run in turn in every round, so that a machine that slo
 """
 
 import contextlib
+import itertools
 import platform
 import re
 import tempfile
@@ -12,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +35,7 @@ QUESTION = "Which of the facts above is the most surprising, and why?"
 def text_of(gmsa: GMSA, length: int) -> str:
     """Plain sentences of `length` tokens or a few fewer. What they say does not matter for time."""
     text, tokens = "", []
-    for number in count(1):
+    for number in itertools.count(1):
         text += f"In the year {1000 + number % 1000} town {number} kept {number * 37 % 911} bridges in repair. "
         if number % 16 == 0 or length < 400:
             tokens = gmsa.template.encode(text)
@@ -101,29 +101,23 @@ def evaluate_latency(
     if limit is not None and longest > limit:
         raise InputError(f"the original prompt of {max(lengths)} tokens does not fit the decoder's {limit} positions")
     cache = cache or AnswerCache(None, note)
-    plan = [(length, new) for length in lengths for new in new_tokens]
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        tqdm(total=len(plan) * (rounds + 1), unit="round", disable=not show_progress_bar) as bar,
-    ):
-        made_with = _made_with(gmsa, merge_sizes, rounds)
-        for length, new in plan:
-            key = key_of("latency", *made_with, length, new)
-            text = text_of(gmsa, length)
+    made_with = _made_with(gmsa, merge_sizes, rounds)
+    for length, new in itertools.product(lengths, new_tokens):
+        key, text = key_of("latency", *made_with, length, new), text_of(gmsa, length)
+        with tempfile.TemporaryDirectory() as scratch:
             ways = _ways(gmsa, text, merge_sizes, Path(scratch))
             if key in cache.answers:
                 note(f"{length} tokens, {new} new: timed before, in {cache.path}")
-                bar.update(rounds + 1)
             else:
                 taken: list[list[dict[str, Any]]] = [[] for _ in ways]
-                for number in range(rounds + 1):
+                name = f"{length} tokens, {new} new"
+                for number in tqdm(range(rounds + 1), desc=name, unit="round", disable=not show_progress_bar):
                     for way, found in zip(ways, taken, strict=True):
                         figures = _time(gmsa, way, new)
                         if number:
                             found.append(figures)
-                    bar.update()
                 cache.add(key, {"tokens": len(gmsa.template.encode(text)), "taken": taken})
-            yield from _rows(gmsa, ways, cache.answers[key], length, new)
+        yield from _rows(gmsa, ways, cache.answers[key], length, new)
 
 
 def _made_with(gmsa: GMSA, merge_sizes: Sequence[int], rounds: int) -> list[Any]:

@@ -30,15 +30,6 @@ TASKS = {
     "attention": "What soft tokens stand for",
 }
 Result = tuple[dict[str, Any], list[dict[str, Any]]]  # a row and its examples
-# What an entry of the cache may hold: an answer (qa.py), a restored text or how well text itself is predicted
-# (restoration.py), or what every way of answering took (latency.py).
-ENTRIES = (
-    {"predicted", "answer_tokens", "context", "read", "cut", "prompt", "seconds"},
-    {"restored", "score", "context", "soft"},
-    {"restored", "score", "context", "soft", "confirmed"},
-    {"score"},
-    {"tokens", "taken"},
-)
 
 
 @contextlib.contextmanager
@@ -201,13 +192,9 @@ class AnswerCache:
                 continue
             try:
                 entry = json.loads(line)
-                key = entry.pop("key")
-                if set(entry) not in ENTRIES:
-                    raise ValueError
+                self.answers[entry.pop("key")] = entry
             except (ValueError, KeyError, TypeError, AttributeError):
                 note(f"{path}, line {number} is damaged and ignored")
-                continue
-            self.answers[key] = entry
 
     def add(self, key: str, answer: dict[str, Any]) -> None:
         """Keep an entry; it is on disk when this returns.

@@ -108,16 +108,12 @@ class Question:
 
 @dataclass(frozen=True)
 class MethodOutput:
-    """What the decoder reads in place of one context.
+    """What the decoder reads in place of one context."""
 
-    Attributes:
-        content: a list of memories and token ids (T,) in the decoder's vocabulary, where T may be 0; or what its method
-            alone can answer from, as long as it takes positions in the decoder.
-        cut: how many tokens beyond the budget the method gave, which were dropped from the end.
-    """
-
+    # A list of memories and token ids (T,) in the decoder's vocabulary, T >= 0; or what its method alone can answer
+    # from, as long as it takes positions in the decoder.
     content: Sized
-    cut: int = 0
+    cut: int = 0  # tokens beyond the budget that the method gave, which were dropped from the end
 
     def __len__(self) -> int:
         """Positions it takes in the decoder."""
@@ -143,14 +139,8 @@ class Models:
         if not any("decoder" in group for group in config.trained):
             return self.gmsa
         # It only ever reads text: of a compressor there is as little as a model can have.
-        plain = GmsaConfig(
-            decoder=config.decoder,
-            encoder_layers=1,
-            lsa="none",
-            prompt=config.prompt,
-            system_prompt=config.system_prompt,
-            restore_instruction=config.restore_instruction,
-        )
+        kept = {name: getattr(config, name) for name in ("decoder", "prompt", "system_prompt", "restore_instruction")}
+        plain = GmsaConfig(encoder_layers=1, lsa="none", **kept)
         decoder, _ = load_backbones(plain, self.gmsa.model.dtype)
         return GMSA(GmsaModel(plain, decoder.model).to(self.gmsa.model.device), decoder)
 
