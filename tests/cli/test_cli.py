@@ -10,8 +10,6 @@ import pytest
 
 from gmsa import GMSA
 from gmsa.cli import main as cli
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 
 TEXT = "The mill was built in 1731 by two brothers. It stands by the river still."
 
@@ -138,11 +136,10 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 def test_a_memory_of_another_model(
-    model: str, text_file: str, tmp_path: Path, tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel], capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    make_gmsa: Callable[..., GMSA], model: str, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
-    GMSA(tiny_model("llama", system_prompt="", encoder_layers=3), tiny_backbone("llama")).save_pretrained(other)
+    make_gmsa(encoder_layers=3).save_pretrained(other)
     out = str(tmp_path / "m.safetensors")
     assert cli.main(["compress", text_file, "-o", out, "--model", str(other), "--dtype", "float32"]) == 0
     capsys.readouterr()

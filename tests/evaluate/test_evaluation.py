@@ -83,11 +83,6 @@ def test_questions_are_spread_over_the_file() -> None:
     assert choose(rows[:3], 10) == rows[:3]
 
 
-@pytest.fixture(scope="module")
-def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
-    return GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
@@ -176,12 +171,12 @@ def test_an_interrupted_restoration_goes_on(
 
 
 def test_restored_texts_of_other_settings_are_kept_apart(
-    gmsa: GMSA, data: Path, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+    make_gmsa: Callable[..., GMSA], gmsa: GMSA, data: Path
 ) -> None:
     cache = AnswerCache(None, print)
     list(evaluate_restoration(gmsa, str(data), [20], [4, 2], 3, cache=cache))
     assert len(cache.answers) == 3 + 2 * 3  # the texts themselves, and at each merge size
-    other = GMSA(tiny_model("llama", system_prompt="Be brief."), tiny_backbone("llama"))
+    other = make_gmsa(system_prompt="Be brief.")
     list(evaluate_restoration(other, str(data), [20], [4], 3, cache=cache))
     assert len(cache.answers) == 9 + 6
 

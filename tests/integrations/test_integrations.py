@@ -17,28 +17,12 @@ from server import running
 from gmsa import GMSA, MemoryStore
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, MemoryNotFoundError, RemoteDecoderError
 from gmsa.integrations import Answer, LocalReader, Message, Options, Reader, ServerReader, Source
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 from gmsa.serve.service import Service
 from gmsa.serve.settings import Settings
 
 DOCUMENTS = ["The mill stood by the river.", "A bridge was built in 1302, of stone.", "Third."]
 QUESTION = "What stood where?"
 SHORT = Options(max_new_tokens=8)
-
-
-@pytest.fixture(scope="module")
-def make_gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> Callable[..., GMSA]:
-    def make(**fields: Any) -> GMSA:
-        torch.manual_seed(0)
-        return GMSA(tiny_model("llama", system_prompt="", **fields), tiny_backbone("llama"))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def gmsa(make_gmsa: Callable[..., GMSA]) -> GMSA:
-    return make_gmsa()
 
 
 @pytest.fixture
