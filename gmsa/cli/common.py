@@ -137,14 +137,9 @@ def share(command: argparse._ActionsContainer, *names: str) -> None:
 
 
 def read_text(path: str, encoding: str | None = None) -> str:
-    """The text of a file or, for -, of standard input.
+    """The text of a file or, for -, of standard input; InputError if it is missing, empty or no text.
 
-    Args:
-        path: of the file.
-        encoding: its encoding; None: as its byte order mark says, else UTF-8.
-
-    Raises:
-        InputError: it is missing, empty or no text.
+    Its encoding, where none is given, is as its byte order mark says, else UTF-8.
     """
     name = "standard input" if path == "-" else path
     try:
@@ -182,12 +177,7 @@ def decode(raw: bytes, name: str, encoding: str | None = None) -> str:
 def check_output(path: str, *inputs: str) -> None:
     """Say before the work, not after it, that a file cannot be written, or would be written over one that is read.
 
-    Args:
-        path: of the file to write; - is standard output.
-        inputs: what is read; - is standard input.
-
-    Raises:
-        InputError: it is so.
+    For both - is a standard stream.
     """
     if path == "-":
         if sys.stdout.isatty():
@@ -247,11 +237,7 @@ def summary(facts: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def packages(what: str, extra: str) -> Iterator[None]:
-    """Imports of packages that not everyone has.
-
-    Raises:
-        GmsaError: one is not installed; it says `what` needs more packages, and how to get them.
-    """
+    """Imports of packages that not everyone has; the error says `what` needs more of them, and how to get them."""
     try:
         yield
     except ImportError as error:

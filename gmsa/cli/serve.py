@@ -146,10 +146,9 @@ def mcp(options: argparse.Namespace) -> None:
 
 
 def remote_service(gmsa: "GMSA", settings: "Settings", url: str, name: str | None, api_key: str | None) -> "Service":
-    """A service whose answers are written by a decoder elsewhere, which is looked at first.
+    """A service whose answers are written by a decoder elsewhere, looked at first: GmsaError where it will not do.
 
-    Raises:
-        GmsaError: it will not do. If it cannot be reached, that is a line on stderr.
+    If it cannot be reached, that is a line on stderr.
     """
     from gmsa.serve.metrics import Metrics
     from gmsa.serve.remote import RemoteDecoder
@@ -167,12 +166,7 @@ def remote_service(gmsa: "GMSA", settings: "Settings", url: str, name: str | Non
 
 
 def settings_of(options: argparse.Namespace) -> "Settings":
-    """The server's settings as the options give them.
-
-    Raises:
-        ConfigError: it would be open to other machines without a key.
-        InputError: the key file cannot be read.
-    """
+    """The server's settings as the options give them."""
     from gmsa.serve.settings import Settings
 
     key, file = keys_of(options)
@@ -196,8 +190,7 @@ def settings_of(options: argparse.Namespace) -> "Settings":
 def keys_of(options: argparse.Namespace) -> tuple[str | None, Path | None]:
     """The key for all, or the file of keys, as the options give them; both are None where everybody may ask.
 
-    Raises:
-        ConfigError: other machines could ask without a key, or the keys cannot be used. InputError: the file cannot.
+    ConfigError where other machines could ask without a key, or the keys cannot be used.
     """
     from gmsa.serve.tenants import Keys
 
@@ -212,11 +205,7 @@ def keys_of(options: argparse.Namespace) -> tuple[str | None, Path | None]:
 
 
 def key_of(given: str | None, file: str | None, variable: str) -> str | None:
-    """An API key: from a file, else as given, else from the environment.
-
-    Raises:
-        InputError: the file cannot be read. ConfigError: it is no key.
-    """
+    """An API key: from a file, else as given, else from the environment; an error if it is none."""
     key = given or os.environ.get(variable) or None
     if file is not None:
         try:

@@ -116,11 +116,7 @@ def open_store(options: argparse.Namespace, **more: Any) -> "MemoryStore":
 
 
 def open_memory(options: argparse.Namespace, name: str) -> "Memory":
-    """A memory from a file or, where there is no such file and the name may be an id, from the store.
-
-    Raises:
-        MemoryFileError, MemoryNotFoundError, InputError: there is none, or several.
-    """
+    """A memory from a file or, where there is no such file and the name may be an id, from the store."""
     from gmsa.io.memory import Memory
 
     if Path(name).is_file() or not re.fullmatch("[0-9a-f]{4,64}", name):

@@ -23,17 +23,7 @@ MISSING = {
 
 
 class BertScorer:
-    """One of the models of `LAYERS`, or any encoder.
-
-    Args:
-        source: folder or hub id.
-        layer: whose states are compared, 1 the first.
-        name: as reported.
-        local_files_only: never download.
-
-    Raises:
-        OSError: the model is not at hand.
-    """
+    """One of the models of `LAYERS`, or any encoder by folder or hub id; `layer`'s states are compared, 1 the first."""
 
     def __init__(self, source: str, layer: int, name: str, local_files_only: bool = False) -> None:
         self.name = f"{name}, layer {layer}"

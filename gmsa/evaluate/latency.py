@@ -78,12 +78,9 @@ def evaluate_latency(
     """Time the original prompt, GMSA from the text, and GMSA from a stored memory.
 
     Args:
-        gmsa: the model.
         lengths: of the contexts, in tokens.
-        merge_sizes: to compress at.
         new_tokens: so many are generated, no more and no fewer.
         rounds: of each; medians are reported. One more, before the first, is not counted.
-        show_progress_bar: on stderr.
         cache: a length and number of new tokens timed before, all ways and rounds of it, is not timed again.
         note: told in one line of each of those.
 

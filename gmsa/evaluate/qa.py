@@ -52,12 +52,8 @@ def evaluate_qa(
 
     Args:
         gmsa: the model under test.
-        path: JSONL of {"input", "prompt", "answer"}.
-        merge_sizes: to compress at.
-        limit: questions.
-        max_new_tokens: longest answer.
+        path: JSONL of {"input", "prompt", "answer"}; `limit` questions of it are asked.
         batch_size: questions at once, at most; long contexts come in smaller batches.
-        show_progress_bar: on stderr.
         methods: from `gmsa.evaluate.methods.load_methods`; None: the model under test alone.
         seed: draw questions at random; None: spread over the file.
         cache: answers found here are not made again.
@@ -124,11 +120,7 @@ class AnswerRun:
         return key_of(self.method.fingerprint, self.merge_size, self.max_new_tokens, question.documents, prompt)
 
     def answer(self, questions: Sequence[Question], done: Callable[[int], Any]) -> list[dict[str, Any]]:
-        """An entry of the cache per question, in order; `done` is called with how many more are there.
-
-        Raises:
-            ContextTooLongError: the decoder cannot read that much.
-        """
+        """An entry of the cache per question, in order; `done` is called with how many more are there."""
         keys = [self.key(question) for question in questions]
         missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.cache.answers}
         done(len(keys) - len(missing))

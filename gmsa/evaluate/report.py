@@ -70,11 +70,7 @@ def write_results(
 
 
 def write_report(folders: Sequence[Path], output: Path, logs: Sequence[Path] = ()) -> None:
-    """Merge the results in several folders into one report.md and report.html.
-
-    Raises:
-        InputError: a folder without readable results, an unreadable log, or an output that cannot be written.
-    """
+    """Merge the results in several folders into one report.md and report.html; InputError where a file will not do."""
     named = [(path.parent.name if path.stem == "log" else path.stem, read_jsonl(path)) for path in logs]
     write_texts(output, render([read_run(folder) for folder in folders], named))
 

@@ -100,11 +100,7 @@ def example_key(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_run(folder: Path, results: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
-    """Write results.json, with absent fields null, and examples.jsonl.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
+    """Write results.json, with absent fields null, and examples.jsonl."""
     rows = [{name: row.get(name) for name in FIELDS} for row in results["rows"]]
     lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
     written = json.dumps({**results, "rows": rows}, indent=1) + "\n"
@@ -112,11 +108,7 @@ def write_run(folder: Path, results: dict[str, Any], examples: Sequence[dict[str
 
 
 def read_run(folder: Path) -> Run:
-    """What `write_run` wrote; examples.jsonl may be missing.
-
-    Raises:
-        InputError: results.json is missing or damaged.
-    """
+    """What `write_run` wrote; examples.jsonl may be missing. InputError: results.json is missing or damaged."""
     path = folder / "results.json"
     with file_errors(f"cannot read {path}"):
         content = path.read_bytes()
@@ -133,11 +125,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file.
-
-    Raises:
-        InputError: it cannot be read, or is none.
-    """
+    """The objects of a JSONL file; InputError where it cannot be read, or is none."""
     with file_errors(f"cannot read {path}"):
         content = path.read_bytes()
     try:
@@ -147,11 +135,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_texts(folder: Path, texts: dict[str, str]) -> None:
-    """Write files by name into a folder, made where it does not exist.
-
-    Raises:
-        InputError: it cannot be written to.
-    """
+    """Write files by name into a folder, made where it does not exist; InputError where it cannot be written to."""
     with file_errors(f"cannot write results to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -169,11 +153,9 @@ class AnswerCache:
     An interrupted evaluation goes on, a repeated one costs nothing.
 
     Args:
-        path: of the file, made with its folder when needed; None keeps entries in memory only.
+        path: of the file, made with its folder when needed; None keeps entries in memory only. InputError where it
+            cannot be read or written.
         note: told of each line that is damaged, which is then ignored.
-
-    Raises:
-        InputError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path | None, note: Callable[[str], None]) -> None:
@@ -197,11 +179,7 @@ class AnswerCache:
                 note(f"{path}, line {number} is damaged and ignored")
 
     def add(self, key: str, answer: dict[str, Any]) -> None:
-        """Keep an entry; it is on disk when this returns.
-
-        Raises:
-            InputError: the disk is full or read-only.
-        """
+        """Keep an entry; it is on disk when this returns. InputError: the disk is full or read-only."""
         self.answers[key] = answer
         if self.path is None:
             return

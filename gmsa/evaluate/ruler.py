@@ -35,11 +35,7 @@ Made = tuple[str, str, list[str]]  # context, prompt and what must all be answer
 
 
 def words(rng: random.Random, count: int) -> list[str]:
-    """Different pairs of words, such as "amber-anchor".
-
-    Raises:
-        InputError: there are not that many.
-    """
+    """Different pairs of words, such as "amber-anchor"; InputError if there are not that many."""
     pairs = list(itertools.product(FIRST.split(), SECOND.split()))
     if count > len(pairs):
         raise InputError("a text of this length takes more words than there are: ask for a shorter one")
@@ -103,16 +99,9 @@ TASKS: dict[str, Callable[[random.Random, int], Made]] = {
 
 
 def make_row(task: str, length: int, seed: str, tokens: Callable[[str], int]) -> dict[str, Any]:
-    """A row whose context has as much hay as fits into `length` tokens.
+    """A row of a task whose context has as much hay as fits into `length` tokens; InputError where nothing does.
 
-    Args:
-        task: of TASKS.
-        length: of the context.
-        seed: the same gives the same row.
-        tokens: how many a text has.
-
-    Raises:
-        InputError: what is asked for does not fit; or see `words`.
+    The same seed gives the same row; `tokens` tells how many a text has.
     """
 
     def made(units: int) -> Made:
@@ -139,10 +128,8 @@ def evaluate_ruler(
 
     Args:
         tokens: how many a text has, by the decoder's tokenizer.
-        tasks: names of TASKS.
+        tasks: names of TASKS; `limit` rows of each.
         lengths: of contexts, in tokens.
-        limit: rows of each.
-        seed: of the rows.
         options: of `evaluate_rows`.
 
     Yields:

@@ -162,11 +162,7 @@ class MemoryAttacher:
 
 
 def _chat(messages: Sequence[ChatMessage] | str, documents: Sequence[Document]) -> list[Message]:
-    """Haystack's messages as the reader takes them, the documents before the last one's text.
-
-    Raises:
-        InputError: no message, or one that is not text.
-    """
+    """Haystack's messages as the reader takes them, the documents before the last one's text."""
     given = [ChatMessage.from_user(messages)] if isinstance(messages, str) else list(messages)
     if not given:
         raise InputError("there is no message to answer")
@@ -183,11 +179,7 @@ def _chat(messages: Sequence[ChatMessage] | str, documents: Sequence[Document]) 
 
 
 def reader_from_dict(data: dict[str, Any]) -> Reader:
-    """What `Reader.to_dict` was called of.
-
-    Raises:
-        InputError: it describes no reader.
-    """
+    """What `Reader.to_dict` was called of; InputError if it describes no reader."""
     kinds: dict[str, type[Reader]] = {kind.__name__: kind for kind in (LocalReader, ServerReader)}
     if data.get("type") not in kinds:
         raise InputError(f"a reader is one of {', '.join(kinds)}, got {data.get('type')!r}")

@@ -146,11 +146,7 @@ def memory_messages(inputs: Mapping[str, Any]) -> list[BaseMessage]:
 
 
 def _messages(messages: Sequence[BaseMessage]) -> list[Message]:
-    """LangChain's messages as the reader takes them.
-
-    Raises:
-        InputError: a role or a part that is neither text nor memory, or a call of a tool.
-    """
+    """LangChain's messages as the reader takes them; InputError for what is neither text nor memory."""
     made = []
     for message in messages:
         role = getattr(message, "role", ROLES.get(message.type))

@@ -190,11 +190,7 @@ class ServerReader(Reader):
 
 
 def _by_text(messages: Sequence[Message]) -> list[Message]:
-    """The same with sources by text alone, after an id was not found.
-
-    Raises:
-        MemoryNotFoundError: a source has none.
-    """
+    """The same with sources by text alone, after an id was not found; MemoryNotFoundError where a source has none."""
     made = []
     for message in messages:
         parts: list[str | Source] = []

