@@ -74,16 +74,17 @@ def test_compress_restore_ask(model: str, text_file: str, tmp_path: Path, capsys
     assert facts["origin_tokens"] == 2 * len(TEXT)
 
 
-def test_ask_prints_the_answer_alone_on_stdout(model: str, text_file: str) -> None:
-    arguments = ["ask", "When?", "--context", "-", "--max-new-tokens", "6", "--model", model, "--dtype", "float32"]
-    piped = run(*arguments, stdin=TEXT)
-    as_json = run(*arguments, "--json", stdin=TEXT)
-    assert piped.returncode == as_json.returncode == 0, piped.stderr
-    assert piped.stdout == json.loads(as_json.stdout)["answer"] + "\n"
+def test_ask_prints_the_answer_alone_on_stdout(model: str, text_file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["ask", "When?", "--max-new-tokens", "6", "--model", model, "--dtype", "float32"]
+    piped = run(*arguments, "--context", "-", stdin=TEXT)
+    assert piped.returncode == 0, piped.stderr
+    assert cli.main([*arguments, "--context", text_file, "--json"]) == 0
+    facts = capfd.readouterr()
+    assert piped.stdout == json.loads(facts.out)["answer"] + "\n"
     assert "soft tokens" in piped.stderr
-    cut = json.loads(as_json.stdout)["finish_reason"] == "length"
+    cut = json.loads(facts.out)["finish_reason"] == "length"
     assert ("note: cut after 6 tokens: --max-new-tokens allows more" in piped.stderr) == cut
-    assert "note" not in as_json.stdout
+    assert "note" not in facts.out
 
 
 def test_ask_streams_on_a_terminal(model: str, text_file: str) -> None:
