@@ -64,16 +64,11 @@ def group(add: Add, name: str, summary: str, what: str = "COMMAND") -> Add:
     return adder(parser.add_subparsers(title=f"{what.lower()}s", required=True, metavar=what, dest=what.lower()))
 
 
-def count(text: str, what: str = "must be") -> int:
+def count(text: str) -> int:
     """A positive whole number from the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{what} a whole number >= 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
     return int(text)
-
-
-def merge_size(text: str) -> int:
-    """A merge size from the command line."""
-    return count(text, "a merge size is")
 
 
 def counts(text: str) -> list[int]:
@@ -118,7 +113,7 @@ SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--dtype": {"choices": DTYPES, "help": "of weights and compute"},
     "--json": {"action": "store_true", "help": "one JSON object on stdout"},
     "--decoder-weights": {"choices": ["exact", "int8"], "default": "exact", "help": "int8: faster on a CPU (exact)"},
-    "--merge-size": {"type": merge_size, "default": 4, "metavar": "N", "help": "tokens per soft token (4)"},
+    "--merge-size": {"type": count, "default": 4, "metavar": "N", "help": "tokens per soft token (4)"},
     "--encoding": {
         "type": encoding,
         "metavar": "NAME",

@@ -192,9 +192,7 @@ def means_and_intervals(
     return means(examples, bounds, digits), {name: [round(b, digits) for b in found] for name, found in bounds.items()}
 
 
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], level: float = LEVEL, samples: int = SAMPLES, seed: int = 0
-) -> Difference:
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     """Compare two methods by their values on the same examples, in the same order.
 
     Raises:
@@ -203,8 +201,8 @@ def paired_difference(
     if len(a) != len(b):
         raise InputError(f"paired values must be of the same examples, got {len(a)} and {len(b)}")
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    drawn = bootstrap_means(differences.tolist(), samples, seed)
-    low, high = _percentiles(drawn, level)
+    drawn = bootstrap_means(differences.tolist())
+    low, high = _percentiles(drawn, LEVEL)
     return Difference(float(differences.mean()), low, high, float((drawn <= 0).mean()))
 
 
