@@ -241,7 +241,7 @@ def world(tmp_path: Path, tiny_default: tuple[Path, Path], monkeypatch: pytest.M
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "README.md", tmp_path)
     document = tmp_path / "examples/thames.txt"
-    document.write_text(document.read_text()[:400])  # the tiny tokenizer has a token for every byte
+    document.write_text(document.read_text()[:200])  # the tiny tokenizer has a token for every byte
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
