@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -152,19 +153,9 @@ def test_the_key_comes_from_option_file_or_environment(tmp_path: Path, monkeypat
 
 
 def test_a_port_that_is_taken(model: Path, tmp_path: Path) -> None:
-    with serving(model, "--store", str(tmp_path / "store")) as (url, _):
-        taken = str(httpx.URL(url).port)
-        command = [
-            sys.executable,
-            "-m",
-            "gmsa",
-            "serve",
-            str(model),
-            "--port",
-            taken,
-            "--store",
-            str(tmp_path / "other"),
-        ]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        command = [sys.executable, "-m", "gmsa", "serve", str(model), "--port", taken, "--store", str(tmp_path / "s")]
         done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
