@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,7 @@ def write(path: Path | None, found: dict[str, Any]) -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table; 1 if anything but 429 went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="of a running server")
@@ -294,7 +295,7 @@ def main() -> int:
     prefix.add_argument("--tokens", type=int, default=4096, help="of the text")
     prefix.add_argument("--merge-size", type=int, default=8)
     prefix.add_argument("--at-once", type=int, nargs="+", default=[1, 4], help="users")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.new_tokens = options.new_tokens or (64 if options.beside_api else 16)
     if options.prefix or options.beside_api:
         found = asyncio.run(measure_prefix(options) if options.prefix else measure_beside_api(options))
