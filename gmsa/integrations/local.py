@@ -117,7 +117,7 @@ class LocalReader(Reader):
         self._waiting.put(job)
         with self._lock:
             if not job.result.done():  # by whoever had the model before
-                self._answer_waiting()
+                self._run(self._take(options))
         return job.result.result()
 
     def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> AnswerPieces:
@@ -165,36 +165,36 @@ class LocalReader(Reader):
 
     # -- with the model in hand ------------------------------------------------------------------------------------
 
-    def _answer_waiting(self) -> None:
-        """Give everybody who waits a result, those with the same options together."""
-        jobs: list[_Job] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                jobs.append(self._waiting.get_nowait())
+    def _take(self, options: Options) -> list[_Job]:
+        """All who wait and can be answered as one batch."""
+        waiting = [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]
+        for job in waiting:
+            if job.options != options:
+                self._waiting.put(job)
+        return [job for job in waiting if job.options == options]
+
+    def _run(self, jobs: Sequence[_Job]) -> None:
+        """Give every job its result."""
         held: dict[Source, Memory] = {}
+        ready: list[tuple[_Job, _Prompt]] = []
         try:
-            for options in dict.fromkeys(job.options for job in jobs):
-                self._answer_alike([job for job in jobs if job.options == options], held)
+            for job in jobs:
+                try:
+                    ready.append((job, self._prompt(job.messages, held)))
+                except GmsaError as error:
+                    job.result.set_exception(error)
+            try:
+                self._read(ready)
+            except GmsaError:  # of one of them; which?
+                for one in ready:
+                    try:
+                        self._read([one])
+                    except GmsaError as error:
+                        one[0].result.set_exception(error)
         except BaseException as error:  # whoever waits must hear of it
             for job in jobs:
                 if not job.result.done():
                     job.result.set_exception(error)
-
-    def _answer_alike(self, jobs: Sequence[_Job], held: "dict[Source, Memory]") -> None:
-        ready: list[tuple[_Job, _Prompt]] = []
-        for job in jobs:
-            try:
-                ready.append((job, self._prompt(job.messages, held)))
-            except GmsaError as error:
-                job.result.set_exception(error)
-        try:
-            self._read(ready)
-        except GmsaError:  # of one of them; which?
-            for one in ready:
-                try:
-                    self._read([one])
-                except GmsaError as error:
-                    one[0].result.set_exception(error)
 
     def _read(self, ready: Sequence[tuple[_Job, _Prompt]]) -> None:
         if not ready:
