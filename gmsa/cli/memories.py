@@ -175,10 +175,11 @@ def ask(options: argparse.Namespace) -> None:
 def compress_corpus(options: argparse.Namespace) -> None:
     """Run `gmsa compress-corpus`."""
     with packages("corpora need", "corpus"):
-        from gmsa import corpus
+        from gmsa.corpus import Job, bad_rows
+        from gmsa.corpus import compress_corpus as run
     from tqdm import tqdm
 
-    settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(corpus.Job) if hasattr(options, f.name)}
+    settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(Job) if hasattr(options, f.name)}
     settings["shard_bytes"] = options.shard_size
     del settings["output"]
 
@@ -188,13 +189,13 @@ def compress_corpus(options: argparse.Namespace) -> None:
             bar.total, bar.n = of, max(bar.n, read)
             bar.refresh()
 
-        totals = corpus.compress_corpus(options.inputs, options.output, progress=progress, **settings)
+        totals = run(options.inputs, options.output, progress=progress, **settings)
     if options.json:
         facts = {**dataclasses.asdict(totals), "seconds": round(totals.seconds, 1)}
         emit({"output": options.output, **facts, "per_terabyte": per_terabyte(totals, options.price)})
     else:
         print(corpus_report(options, totals), file=sys.stderr)
-        for line in corpus.bad_rows(options.output, SHOWN):
+        for line in bad_rows(options.output, SHOWN):
             note(line)
         if totals.bad > SHOWN:
             note(f"and {totals.bad - SHOWN:,} more in {options.output}/bad-rows.jsonl")

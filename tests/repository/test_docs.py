@@ -166,6 +166,8 @@ class World:
                     assert set(extra.split(",")) <= set(extras), f"no such extra: {word}"
         elif program in ("python", "python3") and rest[0].endswith(".py"):
             script = (ROOT / rest[0]).read_text()
+            if "import measuring" in script:  # options that all benchmarks have
+                script += (ROOT / "benchmarks/measuring.py").read_text()
             for word in rest[1:]:
                 assert not word.startswith("--") or f'"{word.partition("=")[0]}"' in script, f"{rest[0]} has no {word}"
         elif words[:3] != ["python3", "-m", "venv"] and program != "." and not program.startswith("scripts/"):

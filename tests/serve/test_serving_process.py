@@ -107,7 +107,7 @@ def test_a_drain_ends_in_time(model: Path, tmp_path: Path) -> None:
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         code, said = ended(process)
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 25  # by itself it would wait for 30
         assert code == 0
         assert "Traceback" not in said
         assert waiting.result().status_code == 503
@@ -156,7 +156,7 @@ def test_a_port_that_is_taken(model: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = str(other.getsockname()[1])
         command = [sys.executable, "-m", "gmsa", "serve", str(model), "--port", taken, "--store", str(tmp_path / "s")]
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=300)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"gmsa: cannot listen on 127.0.0.1:{taken}: choose another --host or --port"
