@@ -200,10 +200,7 @@ def main(arguments: list[str]) -> None:
         "meta": {**measuring.meta(options, gmsa, "benchmarks/answering.py"), "new_tokens": options.new_tokens},
         "rows": rows,
     }
-    print(report(results))
-    measuring.write(options.output, results)
-    if options.image:
-        draw(results, options.image)
+    measuring.conclude(options, results, report(results), draw)
 
 
 if __name__ == "__main__":

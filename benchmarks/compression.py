@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gmsa import GMSA
-from gmsa.evaluate.latency import text_of
+from gmsa.evaluate.latency import resident, text_of
 from gmsa.io.loading import GmsaModel
 
 LENGTHS = [1024, 4096, 16_384, 65_536, 131_072]
@@ -155,12 +155,13 @@ def one_side(gmsa: GMSA, side: str, length: int, size: int) -> dict[str, int]:
     short = text_of(gmsa, 64)
     gmsa.compress(short, size)  # what is loaded once
     measuring.reset_peak()
-    before = measuring.resident()
+    before = resident() or 0
     if side == "naive":
         naive([ids], size)
     else:
         gmsa.compress(text, size)
-    return {"peak": measuring.resident("VmHWM"), "on_top": measuring.resident("VmHWM") - before}
+    peak = resident("VmHWM") or 0
+    return {"peak": peak, "on_top": peak - before}
 
 
 def memory(options: argparse.Namespace, size: int) -> dict[str, Any]:
@@ -189,11 +190,11 @@ def growth(gmsa: GMSA, size: int, options: argparse.Namespace) -> dict[str, Any]
         seconds, peaks = [], []
         for _ in range(options.rounds if length <= 16_384 else 1):
             measuring.reset_peak()
-            before = measuring.resident()
+            before = resident() or 0
             started = measuring.now(device)
             made = gmsa.compress(text, size)
             seconds.append(measuring.now(device) - started)
-            peaks.append(measuring.resident("VmHWM") - before)
+            peaks.append((resident("VmHWM") or 0) - before)
         middle = sorted(seconds)[len(seconds) // 2]
         rows.append(
             {
@@ -297,10 +298,7 @@ def main(arguments: list[str]) -> None:
         "memory": memory(options, size),
         "throughput": throughput(gmsa, size, options),
     }
-    print(report(results))
-    measuring.write(options.output, results)
-    if options.image:
-        draw(results, options.image)
+    measuring.conclude(options, results, report(results), draw)
 
 
 if __name__ == "__main__":

@@ -263,10 +263,7 @@ def main(arguments: list[str]) -> None:
         "rows": rows,
         "whole": run_whole(gmsa, fast, options),
     }
-    print(report(results))
-    measuring.write(options.output, results)
-    if options.image:
-        draw(results, options.image)
+    measuring.conclude(options, results, report(results), draw)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,8 @@
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmsa import GMSA, __version__
+from gmsa import GMSA
 from gmsa.decode.malloc import keep_freed_memory, return_freed_memory
+from gmsa.evaluate.latency import reset_resident_peak
+from gmsa.evaluate.results import processor, versions
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which of them there are decides how fast bf16 is
 COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#c98500", "#a463f2", "#6b7280")
@@ -37,9 +36,14 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=positive, default=1, metavar="N",
                         help="default: 1, timed by the processor's clock; more are timed by the wall's")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small run, to see that it works")
+    add_outputs(parser)
+    return parser
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """The options that say where results go."""
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to this JSON file")
     parser.add_argument("--image", type=Path, metavar="FILE", help="draw them into this PNG (needs matplotlib)")
-    return parser
 
 
 def positive(text: str) -> int:
@@ -107,33 +111,25 @@ def answer_loss(
 def reset_peak() -> None:
     """Begin to measure the peak of resident memory anew (Linux), without what the allocator keeps."""
     return_freed_memory()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    reset_resident_peak()
 
 
-def resident(what: str = "VmRSS") -> int:
-    """Bytes this process has resident now, or with VmHWM at most since `reset_peak`; 0 where that cannot be told."""
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
+    """What a result was measured on."""
+    facts: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "threads": threads}
     with contextlib.suppress(OSError):
-        found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-    return 0
+        known = set(Path("/proc/cpuinfo").read_text().split())
+        facts["cpu_flags"] = [flag for flag in CPU_FLAGS if flag in known]
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 def meta(options: argparse.Namespace, gmsa: GMSA, script: str) -> dict[str, Any]:
     """What made a result: versions, machine, model, command."""
-    machine: dict[str, Any] = {"processor": platform.processor(), "cores": os.cpu_count(), "threads": options.threads}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        text = cpuinfo.read_text()
-        name = re.search(r"model name\s*: (.*)", text)
-        machine["processor"] = name[1] if name else platform.machine()
-        machine["cpu_flags"] = [flag for flag in CPU_FLAGS if re.search(rf"\b{flag}\b", text)]
-    if gmsa.model.device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(gmsa.model.device)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {
-        "versions": {"gmsa": __version__, "python": platform.python_version(), **versions},
-        "machine": machine,
+        "versions": versions(),
+        "machine": machine(gmsa.model.device, options.threads),
         "decoder": (gmsa.config.decoder or {}).get("name"),
         "compressor": gmsa.fingerprint,
         "dtype": str(gmsa.model.dtype).removeprefix("torch."),
@@ -150,6 +146,16 @@ def write(path: Path | None, results: dict[str, Any]) -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def conclude(
+    options: argparse.Namespace, results: dict[str, Any], report: str, draw: Callable[[dict[str, Any], Path], None]
+) -> None:
+    """Print the report, write the files asked for."""
+    print(report)
+    write(options.output, results)
+    if options.image:
+        draw(results, options.image)
+
+
 def table(rows: Sequence[Sequence[Any]]) -> str:
     """Rows of cells as lines of text; the first row is the heading."""
     cells = [[cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
@@ -157,14 +163,15 @@ def table(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
-def figure(panels: int) -> tuple[Any, Any]:
-    """A figure with panels side by side."""
+def figure(panels: int, **options: Any) -> tuple[Any, Any]:
+    """A figure with panels side by side; options as of `pyplot.subplots`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    picture, axes = plt.subplots(1, panels, figsize=(1 + 4 * panels, 3.6), layout="constrained", squeeze=False)
+    options = {"figsize": (1 + 4 * panels, 3.6), **options}
+    picture, axes = plt.subplots(1, panels, layout="constrained", squeeze=False, **options)
     for one in axes[0]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", alpha=0.25)

@@ -32,8 +32,8 @@ from gmsa import GMSA, Memory, MemoryStore
 from gmsa.api import Contents
 from gmsa.evaluate.methods.base import Models, Question
 from gmsa.evaluate.methods.sentences import words_of
-from gmsa.evaluate.qa import MEASURES, spread
-from gmsa.evaluate.statistics import interval, paired_difference
+from gmsa.evaluate.metrics import interval, paired_difference
+from gmsa.evaluate.qa import MEASURES, choose
 from gmsa.io.rows import read_rows
 
 START = re.compile(r"Document \[\d+\] \(Title: ")
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     gmsa = measuring.load(options)
     models = Models(gmsa, options.text_decoder)
-    questions = spread([vars(asked) for asked in questions_of(options.file)], options.n)
+    questions = choose([vars(asked) for asked in questions_of(options.file)], options.n)
     chosen = [Asked(**row) for row in questions]
     pool = list(dict.fromkeys(text for asked in chosen for text in asked.documents))
     meta = measuring.meta(options, gmsa, "benchmarks/rag.py")
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch, MemoryStore(options.store or scratch, form="int8") as store:
         rag = Rag(gmsa, pool, store)
         note("store", (rag.fill(size) for size in options.merge_size))
-        timed = [Asked(**row) for row in spread(questions, options.timed)]
+        timed = [Asked(**row) for row in choose(questions, options.timed)]
         note("latency", latency(rag, timed, [*text, *memories], options.k, options.new_tokens))
         blind = [*text, *memories[:1]]
         note("accuracy", accuracy(rag, chosen, [Way(w.name, w.reader) for w in blind], [0], "own", options))

@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ class User:
         return {"messages": [{"role": "user", "content": content}], "max_tokens": self.new}
 
 
-async def measure(url: str, key: str | None, users: int, seconds: float, new: int, text: str) -> dict[str, object]:
+async def measure(url: str, key: str | None, users: int, seconds: float, new: int, text: str) -> dict[str, Any]:
     """Let the users loose; what they found, in numbers."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     found = Findings()
@@ -148,8 +149,6 @@ async def measure(url: str, key: str | None, users: int, seconds: float, new: in
         "errors": found.errors,
         "health_after": health,
         "latency_seconds": {kind: summary(values) for kind, values in sorted(found.seconds.items())},
-        # Answers wait for other work on the machine, too: the load says how much of it there was.
-        "meta": {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
     }
 
 
@@ -208,7 +207,6 @@ async def measure_beside_api(options: argparse.Namespace) -> dict[str, object]:
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
         "tokens_per_second": found,
-        "meta": {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
     }
 
 
@@ -225,7 +223,7 @@ async def first_token(http: httpx.AsyncClient, memory: str, question: str) -> fl
     return first
 
 
-async def measure_prefix(options: argparse.Namespace) -> dict[str, object]:
+async def measure_prefix(options: argparse.Namespace) -> dict[str, Any]:
     """Time to the first token of a second question over that of the first, for users with a memory each, at once."""
     base = options.text.read_text()
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
@@ -256,7 +254,6 @@ async def measure_prefix(options: argparse.Namespace) -> dict[str, object]:
         "merge_size": options.merge_size,
         "rounds": options.rounds,
         "seconds_to_first_token": found,
-        "meta": {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
     }
 
 
@@ -266,14 +263,18 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"n": len(values), **{f"p{p}": round(cuts[p - 1], 3) for p in PERCENTILES}, "max": round(max(values), 3)}
 
 
-def write(path: Path | None, found: dict[str, object]) -> None:
-    """Results with the command that makes them."""
-    found["meta"] = {**found["meta"], "command": " ".join(["python", "benchmarks/serving_load.py", *sys.argv[1:]])}  # type: ignore[dict-item]
+def write(path: Path | None, found: dict[str, Any]) -> None:
+    """Results, the command that makes them, and where."""
+    # Answers wait for other work on the machine, too: the load says how much of it there was.
+    found["meta"] = {
+        **{"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
+        "command": " ".join(["python", "benchmarks/serving_load.py", *sys.argv[1:]]),
+    }
     if path:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table; 1 if anything but 429 went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="of a running server")
@@ -294,28 +295,19 @@ def main() -> int:
     prefix.add_argument("--tokens", type=int, default=4096, help="of the text")
     prefix.add_argument("--merge-size", type=int, default=8)
     prefix.add_argument("--at-once", type=int, nargs="+", default=[1, 4], help="users")
-    options = parser.parse_args()
-    if options.prefix:
-        found = asyncio.run(measure_prefix(options))
-        write(options.output, found)
-        for row in found["seconds_to_first_token"]:  # type: ignore[attr-defined]
-            print("  ".join(f"{name} {value}" for name, value in row.items()))
-        return 0
+    options = parser.parse_args(arguments)
     options.new_tokens = options.new_tokens or (64 if options.beside_api else 16)
-    if options.beside_api:
-        found = asyncio.run(measure_beside_api(options))
+    if options.prefix or options.beside_api:
+        found = asyncio.run(measure_prefix(options) if options.prefix else measure_beside_api(options))
         write(options.output, found)
-        for row in found["tokens_per_second"]:  # type: ignore[attr-defined]
+        for row in found["seconds_to_first_token" if options.prefix else "tokens_per_second"]:
             print("  ".join(f"{name} {value}" for name, value in row.items()))
         return 0
-    found = asyncio.run(
-        measure(
-            options.url, options.api_key, options.users, options.seconds, options.new_tokens, options.text.read_text()
-        )
-    )
+    asked = (options.url, options.api_key, options.users, options.seconds, options.new_tokens)
+    found = asyncio.run(measure(*asked, options.text.read_text()))
     write(options.output, found)
     print(f"{'':20}{'n':>6}" + "".join(f"{f'p{p}':>9}" for p in PERCENTILES) + f"{'max':>9}")
-    for kind, row in found["latency_seconds"].items():  # type: ignore[attr-defined]
+    for kind, row in found["latency_seconds"].items():
         print(
             f"{kind:20}{row['n']:>6}"
             + "".join(f"{row[f'p{p}']:>7.2f} s" for p in PERCENTILES)
@@ -323,7 +315,7 @@ def main() -> int:
         )
     rates = f"{found['requests_per_second']} requests and {found['tokens_per_second']} tokens per second"
     print(f"{rates}; statuses {found['statuses']}")
-    for error in found["errors"][:20]:  # type: ignore[index]
+    for error in found["errors"][:20]:
         print(error, file=sys.stderr)
     return 1 if found["errors"] or found["health_after"] != "ok" else 0
 

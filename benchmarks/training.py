@@ -14,13 +14,9 @@ counted. Batches are made before the clock starts.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -38,11 +35,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gmsa import __version__
 from gmsa.config import GmsaConfig
 from gmsa.decode.malloc import keep_freed_memory
 from gmsa.decode.prompt import Frame, PromptTemplate
 from gmsa.errors import GmsaError, InputError
+from gmsa.evaluate.latency import resident
+from gmsa.evaluate.results import versions
 from gmsa.io.backbones import DEFAULT_BACKBONE, load_backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import read_rows
@@ -63,7 +61,6 @@ PARTS = {
     "backward": "#6b7280",
     "optimiser": "#a463f2",
 }
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which of them there are decides how fast bf16 is
 LEARNING_RATE, CLIP = 1e-4, 2.0  # the paper's
 PAD_TO_MULTIPLE = 16  # as gmsa.train.batches
 Mark = Callable[[str], None]  # told the name of each part of a step when it is over
@@ -375,7 +372,7 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     for batch in side.batches:
         step(batch, clock)
     spent = clock.seconds()
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
     return {
         "first_loss": round(first_loss, 4),
         "tokens": side.tokens,
@@ -387,17 +384,6 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
         "tensor_bytes": tensor_bytes,
         "seconds_by_part": spent,
     }
-
-
-def peak_resident() -> int:
-    """The most memory this process ever had resident, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss begins with what the parent had when it started this process
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # -- all rounds --------------------------------------------------------------------------------------------------------
@@ -440,30 +426,13 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def meta(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """What made a result: versions, machine, settings, command."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    machine: dict[str, Any] = {"processor": platform.processor(), "cores": os.cpu_count(), "threads": options.threads}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        text = cpuinfo.read_text()
-        name = re.search(r"model name\s*: (.*)", text)
-        machine["processor"] = name[1] if name else platform.machine()
-        machine["cpu_flags"] = [flag for flag in CPU_FLAGS if re.search(rf"\b{flag}\b", text)]
-    if options.device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(options.device)
     settings = (
-        "precision",
-        "steps",
-        "rounds",
-        "tokens_per_batch",
-        "merge_size",
-        "encoder_layers",
-        "lengths",
-        "device",
-        "attention",
+        *("precision", "steps", "rounds", "tokens_per_batch", "merge_size", "encoder_layers", "lengths"),
+        *("device", "attention"),
     )
     return {
-        "versions": {"gmsa": __version__, "python": platform.python_version(), **versions},
-        "machine": machine,
+        "versions": versions(),
+        "machine": measuring.machine(torch.device(options.device), options.threads),
         "backbone": Path(options.backbone).name,
         "data": Path(options.data).name,
         **{name: getattr(options, name) for name in settings},
@@ -494,15 +463,8 @@ def report(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Where the time goes, per 1,000 tokens of text, and peak memory, of all sides."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     sides, ratios = results["sides"], results["ratios_to_naive"]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 3.4), width_ratios=[3, 1], layout="constrained", sharey=True
-    )
+    figure, (left, right) = measuring.figure(2, figsize=(11, 3.4), width_ratios=[3, 1], sharey=True)
     widest = max(sum(side["seconds_by_part"].values()) / side["tokens"] for side in sides.values()) * 1000
     begins = dict.fromkeys(SIDES, 0.0)
     for part, colour in PARTS.items():
@@ -527,42 +489,33 @@ def draw(results: dict[str, Any], path: Path) -> None:
     right.set(xlabel="peak memory (GB)", xlim=(0, 1.35 * max(side["peak_bytes"] for side in sides.values()) / 1e9))
     left.invert_yaxis()
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+        axes.grid(visible=False)
+    measuring.save(figure, path)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, metavar="FILE", help='JSONL of {"text"} rows, .gz or not')
-    parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="name, folder or hub id (default: %(default)s)")
-    parser.add_argument("--encoder-layers", type=positive, default=8, metavar="N", help="default: %(default)s")
-    parser.add_argument("--merge-size", type=positive, default=4, metavar="N", help="default: %(default)s")
-    parser.add_argument("--lengths", type=positive, nargs=2, default=[32, 256], metavar=("MIN", "MAX"),
-                        help="tokens of a text, drawn evenly from this range (default: 32 256)")  # fmt: skip
-    parser.add_argument("--tokens-per-batch", type=positive, default=1024, metavar="N",
-                        help="tokens of text in a step, on average (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--steps", type=positive, default=12, metavar="N", help="timed per run (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="runs of each side (default: 3)")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), metavar="N",
-                        help="of both sides (default: torch's, here %(default)s)")  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="default here: %(default)s")  # fmt: skip
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16",
-                        help="bf16: autocast, ours with frozen weights in bf16 (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--attention", choices=("eager", "sdpa"), help="of ours (default: eager on CPU)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to this JSON file")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="draw them into this PNG (needs matplotlib)")
-    parser.add_argument("--side", choices=SIDES, help="run this side once, in this process, and print its JSON")
+    option, whole, device = parser.add_argument, measuring.positive, "cuda" if torch.cuda.is_available() else "cpu"
+    option("--data", required=True, metavar="FILE", help='JSONL of {"text"} rows, .gz or not')
+    option("--backbone", default=DEFAULT_BACKBONE, help="name, folder or hub id (default: %(default)s)")
+    option("--encoder-layers", type=whole, default=8, metavar="N", help="default: %(default)s")
+    option("--merge-size", type=whole, default=4, metavar="N", help="default: %(default)s")
+    drawn = "tokens of a text, drawn evenly from this range (default: 32 256)"
+    option("--lengths", type=whole, nargs=2, default=[32, 256], metavar=("MIN", "MAX"), help=drawn)
+    option(
+        "--tokens-per-batch", type=whole, default=1024, metavar="N", help="of text, on average (default: %(default)s)"
+    )
+    option("--steps", type=whole, default=12, metavar="N", help="timed per run (default: %(default)s)")
+    option("--rounds", type=whole, default=3, metavar="N", help="runs of each side (default: 3)")
+    threads = "of both sides (default: torch's, here %(default)s)"
+    option("--threads", type=whole, default=torch.get_num_threads(), metavar="N", help=threads)
+    option("--device", choices=("cpu", "cuda"), default=device, help="default here: %(default)s")
+    precision = "bf16: autocast, ours with frozen weights in bf16 (default: %(default)s)"
+    option("--precision", choices=("bf16", "fp32"), default="bf16", help=precision)
+    option("--attention", choices=("eager", "sdpa"), help="of ours (default: eager on CPU)")
+    measuring.add_outputs(parser)
+    option("--side", choices=SIDES, help="run this side once, in this process, and print its JSON")
     options = parser.parse_args(arguments)
     if options.attention is None and options.device == "cpu":
         # In bf16, torch's SDPA forward is several times slower on the model's strided heads (docs/training-log.md).
@@ -585,12 +538,7 @@ def main(arguments: Sequence[str]) -> None:
         results = run_rounds(options, arguments)
     except GmsaError as error:
         raise SystemExit(f"error: {error}") from None
-    print(report(results))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
-    if options.image:
-        draw(results, options.image)
+    measuring.conclude(options, results, report(results), draw)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from shared import measuring
 from tqdm import tqdm
 
 from gmsa import GMSA
-from gmsa.evaluate.metrics import exact_match, f1
-from gmsa.evaluate.qa import spread
-from gmsa.evaluate.statistics import interval
+from gmsa.evaluate.metrics import exact_match, f1, interval
+from gmsa.evaluate.qa import choose
 from gmsa.io.rows import read_rows
 from gmsa.train.log import RestorationProbe
 
@@ -133,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.report_only:
         run(arguments.arms.split(","), tuple(arguments.recipes), arguments.folder, arguments.options)
-    rows = spread([row for row in read_rows(arguments.data) if len(row["input"]) < 900], arguments.limit)
+    rows = choose([row for row in read_rows(arguments.data) if len(row["input"]) < 900], arguments.limit)
     results = []
     for arm in arguments.arms.split(","):
         if trained(arm, arguments.folder).exists():

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from gmsa import GMSA, Memory
-from gmsa.evaluate.metrics import exact_match, f1
-from gmsa.evaluate.qa import spread
+from gmsa.evaluate.metrics import exact_match, f1, interval
+from gmsa.evaluate.qa import choose
 from gmsa.evaluate.restoration import texts_of_length
-from gmsa.evaluate.statistics import interval
 from gmsa.io.memory import encode, from_rows, to_rows
 from gmsa.io.rows import read_rows
 
@@ -107,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     gmsa = GMSA.from_pretrained(options.model, dtype="float32")
     texts = texts_of_length(gmsa, options.texts, options.length, options.n)
-    questions = spread([row for row in read_rows(options.questions) if "prompt" in row], options.n)
+    questions = choose([row for row in read_rows(options.questions) if "prompt" in row], options.n)
     results: dict[str, Any] = {
         "meta": {
             "model": options.model,

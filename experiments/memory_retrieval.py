@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from gmsa import GMSA
 from gmsa.evaluate.methods.base import MethodUnavailable, Models
 from gmsa.evaluate.methods.sentences import EmbeddingSentences, words_of
-from gmsa.evaluate.qa import spread
-from gmsa.evaluate.statistics import interval
+from gmsa.evaluate.metrics import interval
+from gmsa.evaluate.qa import choose
 from gmsa.io.rows import read_rows
 from gmsa.model.merging import group_merge
 from gmsa.model.windows import Window, batch_windows, make_windows, split_windows
@@ -78,7 +78,7 @@ def load_corpus(path: str, limit: int) -> Corpus:
     first: dict[str, str] = {}
     for row in read_rows(path):
         first.setdefault(row["input"], row["prompt"])
-    chosen = spread([{"input": text, "prompt": question} for text, question in first.items()], limit)
+    chosen = choose([{"input": text, "prompt": question} for text, question in first.items()], limit)
     return Corpus(Path(path).name, [row["input"] for row in chosen], [row["prompt"] for row in chosen])
 
 

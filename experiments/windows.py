@@ -32,9 +32,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from gmsa import GMSA
-from gmsa.evaluate.qa import spread
+from gmsa.evaluate.metrics import paired_difference
+from gmsa.evaluate.qa import choose
 from gmsa.evaluate.restoration import texts_of_length
-from gmsa.evaluate.statistics import paired_difference
 from gmsa.io.rows import read_rows
 from gmsa.model.merging import group_merge
 from gmsa.model.windows import split_windows
@@ -101,7 +101,7 @@ def questions_of(gmsa: GMSA, path: str, tokens: tuple[int, int], limit: int) -> 
             found.append({"row": row, "ids": ids})
     if not found:
         raise SystemExit(f"{path} has no context of {tokens[0]} to {tokens[1]} tokens")
-    return [(entry["row"], entry["ids"]) for entry in spread(found, limit)]
+    return [(entry["row"], entry["ids"]) for entry in choose(found, limit)]
 
 
 def answer_scores(

@@ -102,18 +102,6 @@ def serve_tiny(
 
 
 @pytest.fixture(scope="session")
-def model(
-    tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> str:
-    """The folder of an untrained model, for commands."""
-    folder = tmp_path_factory.mktemp("command") / "model"
-    GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama")).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
 def trained_model(tiny_model: Callable[..., GmsaModel]) -> Callable[..., GmsaModel]:
     """trained_model(family, encoder=None, groups=..., **config fields): the same after a pretended training.
 
@@ -133,3 +121,36 @@ def trained_model(tiny_model: Callable[..., GmsaModel]) -> Callable[..., GmsaMod
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def make_gmsa(
+    tiny_backbone: Callable[..., Backbone],
+    tiny_model: Callable[..., GmsaModel],
+    trained_model: Callable[..., GmsaModel],
+) -> Callable[..., GMSA]:
+    """make_gmsa(family="llama", taught=False, **config fields) -> a GMSA in fp32 without a system prompt.
+
+    Taught is a `trained_model`.
+    """
+
+    def make(family: str = "llama", taught: bool = False, **fields: Any) -> GMSA:
+        torch.manual_seed(0)
+        build = trained_model if taught else tiny_model
+        return GMSA(build(family, **{"system_prompt": "", **fields}), tiny_backbone(family))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def gmsa(make_gmsa: Callable[..., GMSA]) -> GMSA:
+    """An untrained one."""
+    return make_gmsa()
+
+
+@pytest.fixture(scope="session")
+def model(make_gmsa: Callable[..., GMSA], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of an untrained model, for commands."""
+    folder = tmp_path_factory.mktemp("command") / "model"
+    make_gmsa().save_pretrained(folder)
+    return str(folder)

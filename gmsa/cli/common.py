@@ -64,40 +64,11 @@ def group(add: Add, name: str, summary: str, what: str = "COMMAND") -> Add:
     return adder(parser.add_subparsers(title=f"{what.lower()}s", required=True, metavar=what, dest=what.lower()))
 
 
-def add_json(command: argparse.ArgumentParser) -> None:
-    """The option for machines."""
-    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
-
-
-def add_common(command: argparse.ArgumentParser) -> None:
-    """The options of every command that loads a model."""
-    command.add_argument("--model", default="default", help="folder or hub id (default: the bundled model)")
-    command.add_argument("--dtype", choices=DTYPES, help="of weights and compute")
-    add_json(command)
-
-
-def add_decoder_weights(command: argparse._ActionsContainer) -> None:
-    """The option of commands that write text."""
-    command.add_argument(
-        "--decoder-weights", choices=["exact", "int8"], default="exact", help="int8: write faster on a CPU (exact)"
-    )
-
-
-def add_merge_size(command: argparse.ArgumentParser) -> None:
-    """The option that says how much texts are compressed."""
-    command.add_argument("--merge-size", type=merge_size, default=4, metavar="N", help="tokens per soft token (4)")
-
-
-def count(text: str, what: str = "must be") -> int:
+def count(text: str) -> int:
     """A positive whole number from the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{what} a whole number >= 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
     return int(text)
-
-
-def merge_size(text: str) -> int:
-    """A merge size from the command line."""
-    return count(text, "a merge size is")
 
 
 def counts(text: str) -> list[int]:
@@ -136,22 +107,34 @@ def whole_text(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_encoding(command: argparse.ArgumentParser) -> None:
-    """The option that says how text files are encoded."""
-    command.add_argument(
-        "--encoding", type=encoding, metavar="NAME", help="of text files (UTF-8, or as their byte order mark says)"
-    )
+MODEL = ("--model", "--dtype", "--json")  # of what loads a model
+SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
+    "--model": {"default": "default", "help": "folder or hub id (default: the bundled model)"},
+    "--dtype": {"choices": DTYPES, "help": "of weights and compute"},
+    "--json": {"action": "store_true", "help": "one JSON object on stdout"},
+    "--decoder-weights": {"choices": ["exact", "int8"], "default": "exact", "help": "int8: faster on a CPU (exact)"},
+    "--merge-size": {"type": count, "default": 4, "metavar": "N", "help": "tokens per soft token (4)"},
+    "--encoding": {
+        "type": encoding,
+        "metavar": "NAME",
+        "help": "of text files (UTF-8, or as their byte order mark says)",
+    },
+    "--form": {"choices": ["bfloat16", "float32", "int8"], "default": "bfloat16", "help": "kept (bfloat16)"},
+    "--max-bytes": {"type": size, "metavar": "SIZE", "help": "least recently used memories go beyond it (no cap)"},
+    "--store": {"metavar": "PATH", "help": "file of the store (default: store.sqlite in GMSA_HOME)"},
+}
+
+
+def share(command: argparse._ActionsContainer, *names: str) -> None:
+    """Give a command some of the options of SHARED."""
+    for name in names:
+        command.add_argument(name, **SHARED[name])
 
 
 def read_text(path: str, encoding: str | None = None) -> str:
-    """The text of a file or, for -, of standard input.
+    """The text of a file or, for -, of standard input; InputError if it is missing, empty or no text.
 
-    Args:
-        path: of the file.
-        encoding: its encoding; None: as its byte order mark says, else UTF-8.
-
-    Raises:
-        InputError: it is missing, empty or no text.
+    Its encoding, where none is given, is as its byte order mark says, else UTF-8.
     """
     name = "standard input" if path == "-" else path
     try:
@@ -189,12 +172,7 @@ def decode(raw: bytes, name: str, encoding: str | None = None) -> str:
 def check_output(path: str, *inputs: str) -> None:
     """Say before the work, not after it, that a file cannot be written, or would be written over one that is read.
 
-    Args:
-        path: of the file to write; - is standard output.
-        inputs: what is read; - is standard input.
-
-    Raises:
-        InputError: it is so.
+    For both - is a standard stream.
     """
     if path == "-":
         if sys.stdout.isatty():
@@ -254,11 +232,7 @@ def summary(facts: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def packages(what: str, extra: str) -> Iterator[None]:
-    """Imports of packages that not everyone has.
-
-    Raises:
-        GmsaError: one is not installed; it says `what` needs more packages, and how to get them.
-    """
+    """Imports of packages that not everyone has; the error says `what` needs more of them, and how to get them."""
     try:
         yield
     except ImportError as error:

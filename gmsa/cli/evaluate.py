@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gmsa.cli.common import Add, add_common, count, counts, emit, group, load, names, note, packages
+from gmsa.cli.common import MODEL, Add, count, counts, emit, group, load, names, note, packages, share
 from gmsa.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,50 +20,57 @@ def add_commands(add: Add) -> None:
     """Hang the commands on the command line."""
     tasks = group(add, "eval", "Measure a model: how much it restores, how well it answers.", "TASK")
     command = tasks("restoration", evaluate, "How much of a text comes back from its soft tokens.")
-    _add_data(command, "JSONL of texts", [2, 4, 8], 100, ["gmsa"])
-    command.add_argument("--lengths", type=counts, default=[128], metavar="N,N", help="tokens per text (128)")
+    _add_data(command, "JSONL of texts")
+    _add_methods(command, [2, 4, 8], 100, ["gmsa"], "rows per file")
+    option = command.add_argument
+    option("--lengths", type=counts, default=[128], metavar="N,N", help="tokens per text (128)")
     scorers, auto = ["auto", "roberta-large", "all-MiniLM-L6-v2", "none"], "auto: the first of these that is at hand"
-    command.add_argument("--bertscore", choices=scorers, default="auto", help=f"model of BERTScore ({auto})")
-    command.add_argument("--check", action="store_true", help="restore by `gmsa restore --check`: exact, but slower")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the bootstrap intervals (0)")
+    option("--bertscore", choices=scorers, default="auto", help=f"model of BERTScore ({auto})")
+    option("--check", action="store_true", help="restore by `gmsa restore --check`: exact, but slower")
+    option("--seed", type=int, default=0, metavar="S", help="of the bootstrap intervals (0)")
+
     for task, longest, what in (
         ("qa", 32, "How well questions are answered, by GMSA and by what it competes with."),
         ("summ", 128, "How well texts are summarised, by the same."),
     ):
         command = tasks(task, evaluate, what)
-        _add_data(command, "JSONL of input/prompt/answer", [2, 4, 8], 100, ["gmsa", "original-prompt"])
+        _add_data(command, "JSONL of input/prompt/answer")
+        _add_methods(command, [2, 4, 8], 100, ["gmsa", "original-prompt"], "rows per file")
         _add_answers(command, longest)
         command.add_argument("--seed", type=int, metavar="S", help="draw the questions (default: spread over the file)")
+
     command = tasks("ruler", evaluate, "How much is found in long contexts made in the form of RULER, by the same.")
     _add_methods(command, [4, 8], 20, ["gmsa", "original-prompt"], "rows of each task and length")
     _add_answers(command, 128)
-    command.add_argument("--tasks", type=names, metavar="NAME,NAME", help="of RULER's kinds (all)")
-    command.add_argument("--lengths", type=counts, default=[1024, 4096], metavar="N,N", help="tokens (1024,4096)")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the rows (0)")
+    option = command.add_argument
+    option("--tasks", type=names, metavar="NAME,NAME", help="of RULER's kinds (all)")
+    option("--lengths", type=counts, default=[1024, 4096], metavar="N,N", help="tokens (1024,4096)")
+    option("--seed", type=int, default=0, metavar="S", help="of the rows (0)")
     command.set_defaults(data=[])
+
     command = tasks("latency", evaluate, "How long answers take, beside reading the full prompt.")
-    command.add_argument("--lengths", type=counts, default=[512, 2048], metavar="N,N", help="tokens (512,2048)")
-    command.add_argument("--merge-size", type=counts, default=[4, 8, 16, 32], metavar="N,N", help="(4,8,16,32)")
-    command.add_argument("--new-tokens", type=counts, default=[1, 100], metavar="N,N", help="generated (1,100)")
-    command.add_argument("--rounds", type=count, default=5, metavar="N", help="of each; medians are reported (5)")
-    command.set_defaults(data=[], seed=None)
+    option = command.add_argument
+    option("--lengths", type=counts, default=[512, 2048], metavar="N,N", help="tokens (512,2048)")
+    option("--merge-size", type=counts, default=[4, 8, 16, 32], metavar="N,N", help="(4,8,16,32)")
+    option("--new-tokens", type=counts, default=[1, 100], metavar="N,N", help="generated (1,100)")
+    option("--rounds", type=count, default=5, metavar="N", help="of each; medians are reported (5)")
     _add_output(command)
+    command.set_defaults(data=[], seed=None)
+
     command = tasks("attention", evaluate, "Which tokens of a text its soft tokens stand for.")
-    _add_data(command, "JSONL of texts", [4], 20, ["gmsa"])
+    _add_data(command, "JSONL of texts")
+    _add_methods(command, [4], 20, ["gmsa"], "rows per file")
     command.add_argument("--length", type=count, default=64, metavar="N", help="tokens per text (64)")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of replaced tokens and intervals (0)")
+
     command = tasks("report", eval_report, "Merge the results in several folders into one report.")
     command.add_argument("folders", nargs="+", metavar="DIR", help="written by `gmsa eval ... -o DIR`")
     command.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for report.md and report.html")
     _add_log(command)
 
 
-def _add_data(
-    command: argparse.ArgumentParser, kind: str, merge_sizes: list[int], limit: int, methods: list[str]
-) -> None:
-    """The options of what measures methods on rows of files."""
+def _add_data(command: argparse.ArgumentParser, kind: str) -> None:
     command.add_argument("--data", required=True, nargs="+", metavar="FILE", help=kind)
-    _add_methods(command, merge_sizes, limit, methods, "rows per file")
 
 
 def _add_methods(
@@ -72,26 +79,26 @@ def _add_methods(
     """The options of what measures methods."""
     sizes, compared = ",".join(map(str, merge_sizes)), ",".join(methods)
     more = "; docs/baselines.md lists all" if len(methods) > 1 else ""
-    command.add_argument("--merge-size", type=counts, default=merge_sizes, metavar="N,N", help=f"measured at ({sizes})")
-    command.add_argument("--limit", type=count, default=limit, metavar="N", help=f"{limited} ({limit})")
     compare = f"what to compare ({compared}), NAME=FOLDER for other checkpoints{more}"
-    command.add_argument("--methods", type=names, default=methods, metavar="NAME,NAME", help=compare)
+    option = command.add_argument
+    option("--merge-size", type=counts, default=merge_sizes, metavar="N,N", help=f"measured at ({sizes})")
+    option("--limit", type=count, default=limit, metavar="N", help=f"{limited} ({limit})")
+    option("--methods", type=names, default=methods, metavar="NAME,NAME", help=compare)
     _add_output(command)
 
 
 def _add_answers(command: argparse.ArgumentParser, longest: int) -> None:
     """The options of what asks several methods."""
-    command.add_argument("--text-decoder", metavar="FOLDER", help="a model trained on text, reads for NAME-trained")
-    command.add_argument(
-        "--max-new-tokens", type=count, default=longest, metavar="N", help=f"longest answer ({longest})"
-    )
+    option = command.add_argument
+    option("--text-decoder", metavar="FOLDER", help="a model trained on text, reads for NAME-trained")
+    option("--max-new-tokens", type=count, default=longest, metavar="N", help=f"longest answer ({longest})")
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     kept = "folder for results.json, examples.jsonl and the report; an interrupted run goes on where it stopped"
     command.add_argument("-o", "--output", metavar="DIR", help=kept)
     _add_log(command)
-    add_common(command)
+    share(command, *MODEL)
 
 
 def _add_log(command: argparse.ArgumentParser) -> None:

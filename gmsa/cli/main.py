@@ -12,7 +12,7 @@ import os
 import sys
 
 from gmsa import __version__
-from gmsa.cli import corpus, evaluate, mcp, memories, models, serve, store, train
+from gmsa.cli import evaluate, memories, models, serve, store
 from gmsa.cli.common import adder, plain
 from gmsa.errors import GmsaError
 
@@ -86,6 +86,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gmsa {__version__}")
     add = adder(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"))
-    for part in (memories, store, serve, mcp, corpus, models, train, evaluate):
+    for part in (memories, store, serve, models, evaluate):
         part.add_commands(add)
     return parser

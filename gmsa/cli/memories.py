@@ -1,4 +1,4 @@
-"""`gmsa compress`, `gmsa restore` and `gmsa ask`."""
+"""`gmsa compress`, `gmsa compress-corpus`, `gmsa restore` and `gmsa ask`: texts become memories, and are read again."""
 
 import argparse
 import dataclasses
@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gmsa.cli.common import (
+    MODEL,
     Add,
-    add_common,
-    add_decoder_weights,
-    add_encoding,
-    add_merge_size,
     check_output,
     conclude,
     count,
@@ -21,51 +18,65 @@ from gmsa.cli.common import (
     emit,
     load,
     note,
+    packages,
     plain,
     read_text,
     seconds,
+    share,
+    size,
     summary,
 )
-from gmsa.cli.store import add_place, open_memory
+from gmsa.cli.store import open_memory
 from gmsa.errors import InputError
 from gmsa.text import check_text
 
 if TYPE_CHECKING:
+    from gmsa.corpus import Record, Totals
     from gmsa.io.memory import Memory
+
+SHOWN = 10  # bad rows of a corpus
+ENOUGH = 100_000  # bytes of text, to reckon from
 
 
 def add_commands(add: Add) -> None:
     """Hang the commands on the command line."""
     command = add("compress", compress, "Compress a text file into a memory file.")
-    command.add_argument("file", metavar="FILE", help="text file, or - for standard input")
-    command.add_argument(
-        "-o", "--output", required=True, metavar="OUT", help="memory file to write (.safetensors), or - for stdout"
-    )
-    add_encoding(command)
-    add_merge_size(command)
-    add_common(command)
+    option = command.add_argument
+    option("file", metavar="FILE", help="text file, or - for standard input")
+    option("-o", "--output", required=True, metavar="OUT", help="memory file (.safetensors), or - for standard output")
+    share(command, "--encoding", "--merge-size", *MODEL)
+
+    command = add("compress-corpus", compress_corpus, "Compress every text of a corpus, here or with Ray.")
+    option = command.add_argument
+    option("inputs", nargs="+", metavar="IN", help=".jsonl (also .gz) or .parquet: path, glob or URL")
+    option("output", metavar="OUT", help="folder or URL for shards and manifest; a job begun is gone on with")
+    option("--engine", choices=["local", "ray"], default="local", help="this process, or Ray (local)")
+    option("--workers", type=count, default=1, metavar="N", help="models at work; several need Ray (1)")
+    option("--threads", type=count, metavar="N", help="per worker (with Ray: the CPUs shared out)")
+    option("--shard-size", type=size, default=10**6, metavar="N", help="text per shard, k, M or G (1M)")
+    option("--batch-size", type=count, default=8, metavar="N", help="windows encoded at once (8)")
+    option("--text-field", default="text", metavar="NAME", help="field of the text (text)")
+    option("--id-field", default="id", metavar="NAME", help="field of the id; the others are kept, too (id)")
+    option("--max-row-bytes", type=size, default=16 * 10**6, metavar="N", help="more is bad (16M)")
+    option("--on-error", choices=["skip", "fail"], default="fail", help="what to do with bad rows (fail)")
+    option("--price", type=float, metavar="X", help="of a worker hour, to reckon what a terabyte costs")
+    share(command, "--merge-size", "--form", *MODEL)
 
     command = add("restore", restore, "Write the text of a memory file as the model can restate it.")
-    command.add_argument("memory", metavar="MEM", help="memory file, or id of a stored memory")
-    command.add_argument(
-        "--check", action="store_true", help="compress what is restored again to tell what is right: exact, but slower"
-    )
-    add_place(command)
-    add_decoder_weights(command)
-    add_common(command)
+    option = command.add_argument
+    option("memory", metavar="MEM", help="memory file, or id of a stored memory")
+    option("--check", action="store_true", help="compress what is restored again to tell what is right: exact, slower")
+    share(command, "--store", "--decoder-weights", *MODEL)
 
     command = add("ask", ask, "Answer a question from texts or memory files.")
-    command.add_argument("question", metavar="QUESTION")
-    command.add_argument("--context", action="append", default=[], metavar="FILE", help="text file or -; repeatable")
-    add_encoding(command)
-    command.add_argument(
-        "--memory", action="append", default=[], metavar="MEM", help="memory file, or id of a stored memory; repeatable"
+    option = command.add_argument
+    option("question", metavar="QUESTION")
+    option("--context", action="append", default=[], metavar="FILE", help="text file or -; repeatable")
+    option(
+        "--memory", action="append", default=[], metavar="MEM", help="memory file, or id of a stored one; repeatable"
     )
-    add_place(command)
-    add_merge_size(command)
-    command.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (128)")
-    add_decoder_weights(command)
-    add_common(command)
+    option("--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (128)")
+    share(command, "--encoding", "--store", "--merge-size", "--decoder-weights", *MODEL)
 
 
 def compress(options: argparse.Namespace) -> None:
@@ -159,3 +170,62 @@ def ask(options: argparse.Namespace) -> None:
         if answer.finish_reason == "length":
             tokens = "1 token" if answer.tokens == 1 else f"{answer.tokens} tokens"
             note(f"note: cut after {tokens}: --max-new-tokens allows more")
+
+
+def compress_corpus(options: argparse.Namespace) -> None:
+    """Run `gmsa compress-corpus`."""
+    with packages("corpora need", "corpus"):
+        from gmsa.corpus import Job, bad_rows
+        from gmsa.corpus import compress_corpus as run
+    from tqdm import tqdm
+
+    settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(Job) if hasattr(options, f.name)}
+    settings["shard_bytes"] = options.shard_size
+    del settings["output"]
+
+    with tqdm(desc="compress", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(record: "Record", read: int, of: int) -> None:
+            bar.total, bar.n = of, max(bar.n, read)
+            bar.refresh()
+
+        totals = run(options.inputs, options.output, progress=progress, **settings)
+    if options.json:
+        facts = {**dataclasses.asdict(totals), "seconds": round(totals.seconds, 1)}
+        emit({"output": options.output, **facts, "per_terabyte": per_terabyte(totals, options.price)})
+    else:
+        print(corpus_report(options, totals), file=sys.stderr)
+        for line in bad_rows(options.output, SHOWN):
+            note(line)
+        if totals.bad > SHOWN:
+            note(f"and {totals.bad - SHOWN:,} more in {options.output}/bad-rows.jsonl")
+    if totals.lines and not totals.rows:
+        raise InputError(f"not one of {totals.lines:,} rows could be compressed")
+
+
+def per_terabyte(totals: "Totals", price: float | None) -> dict[str, float]:
+    """What 10^12 bytes of such text would take with such workers."""
+    share = 1e12 / max(totals.text_bytes, 1)
+    hours = totals.worker_seconds / 3600 * share
+    known = {"worker_hours": round(hours, 1), "output_terabytes": round(totals.bytes * share / 1e12, 2)}
+    return known if price is None else {**known, "cost": round(hours * price, 2)}
+
+
+def corpus_report(options: argparse.Namespace, t: "Totals") -> str:
+    """What a person is told."""
+    lines = [
+        f"{t.lines:,} lines = {t.rows:,} memories + {t.bad:,} bad rows + {t.blank:,} blank lines; "
+        f"{t.shards:,} shards in {options.output}, {t.done_now:,} of them made now in {t.seconds:.1f} s"
+    ]
+    if t.rows:
+        seconds = max(t.worker_seconds, 1e-9)
+        lines += [
+            f"{t.origin_tokens:,} tokens -> {t.soft_tokens:,} soft tokens, {t.bytes / 1e6:,.1f} MB from "
+            f"{t.text_bytes / 1e6:,.1f} MB of text",
+            f"one worker: {t.rows / seconds:,.1f} rows, {t.origin_tokens / seconds:,.0f} tokens, "
+            f"{t.text_bytes / seconds / 1e6:,.3f} MB of text per second",
+        ]
+    if t.text_bytes >= ENOUGH:
+        costs = [f"{value:,} {name.replace('_', ' ')}" for name, value in per_terabyte(t, options.price).items()]
+        lines.append(f"a terabyte of such text with such workers: {', '.join(costs)}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`gmsa serve`: the OpenAI-compatible server and its page."""
+"""`gmsa serve`, the OpenAI-compatible server and its page, and `gmsa mcp`, memories as tools of an agent."""
 
 import argparse
 import ipaddress
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from gmsa.cli.common import DTYPES, Add, add_decoder_weights, add_merge_size, count, note, size
+from gmsa.cli.common import Add, count, load, note, packages, share, size
 from gmsa.cli.store import store_path
-from gmsa.errors import CheckpointError, ConfigError, GmsaError, InputError
+from gmsa.errors import CheckpointError, ConfigError, InputError
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
@@ -24,59 +24,52 @@ MAX_BATCH = {LOCAL: 8, "vllm": 64}
 
 
 def add_commands(add: Add) -> None:
-    """Hang the command on the command line."""
+    """Hang the commands on the command line."""
     made = add("serve", serve, "Serve a model to OpenAI clients and to a page in the browser.")
-    made.add_argument("model", nargs="?", default="default", metavar="MODEL", help="folder or hub id (bundled model)")
-    add_address(made)
-    made.add_argument(
+    option = made.add_argument
+    add_common(made)
+    option(
         "--decoder",
         type=decoder,
         metavar="vllm:URL",
         help="vLLM server of `gmsa export decoder` that writes the answers; only the compressor runs here (local)",
     )
     key = made.add_mutually_exclusive_group()
-    key.add_argument(
-        "--decoder-api-key", metavar="KEY", help=f"what that server wants (default: {DECODER_KEY_VARIABLE}, if set)"
-    )
+    wanted = f"what that server wants (default: {DECODER_KEY_VARIABLE}, if set)"
+    key.add_argument("--decoder-api-key", metavar="KEY", help=wanted)
     key.add_argument("--decoder-api-key-file", metavar="FILE", help="the same, from a file")
-    made.add_argument("--decoder-name", metavar="NAME", help="of the model there (gmsa-FINGERPRINT, or the only one)")
-    made.add_argument("--store", metavar="PATH", help="file of the memory store (default: store.sqlite in GMSA_HOME)")
-    made.add_argument(
-        "--max-store", type=size, metavar="SIZE", help="least recently used memories go beyond it (no cap)"
-    )
-    made.add_argument("--served-name", action="append", metavar="NAME", help="the model's name; repeatable")
-    add_merge_size(made)
-    made.add_argument(
-        "--auto-compress", type=count, default=0, metavar="N", help="compress texts of more than N tokens (off)"
-    )
-    made.add_argument(
-        "--max-context-tokens", type=count, default=131_072, metavar="N", help="of a text to compress (131072)"
-    )
-    made.add_argument(
-        "--max-prompt-tokens", type=count, default=8192, metavar="N", help="prompt and answer, soft tokens too (8192)"
-    )
-    made.add_argument("--max-new-tokens", type=count, default=512, metavar="N", help="where none are asked for (512)")
-    made.add_argument("--max-batch", type=count, metavar="N", help="answers written at once (8; with --decoder 64)")
-    made.add_argument("--max-queue", type=count, default=32, metavar="N", help="requests that may wait (32)")
-    made.add_argument("--max-body", type=size, default=8 * 10**6, metavar="SIZE", help="of a request (8M)")
-    made.add_argument("--accept-soft-tokens", action="store_true", help="take memory files in requests")
-    made.add_argument("--drain-seconds", type=count, default=30, metavar="N", help="to end after SIGTERM (30)")
-    made.add_argument("--dtype", choices=DTYPES, help="of weights and compute")
-    add_decoder_weights(made)
+    option("--decoder-name", metavar="NAME", help="of the model there (gmsa-FINGERPRINT, or the only one)")
+    option("--served-name", action="append", metavar="NAME", help="the model's name; repeatable")
+    option("--auto-compress", type=count, default=0, metavar="N", help="compress texts of more than N tokens (off)")
+    option("--max-context-tokens", type=count, default=131_072, metavar="N", help="of a text to compress (131072)")
+    option("--max-prompt-tokens", type=count, default=8192, metavar="N", help="prompt and answer, soft ones too (8192)")
+    option("--max-new-tokens", type=count, default=512, metavar="N", help="where none are asked for (512)")
+    option("--max-batch", type=count, metavar="N", help="answers written at once (8; with --decoder 64)")
+    option("--max-queue", type=count, default=32, metavar="N", help="requests that may wait (32)")
+    option("--accept-soft-tokens", action="store_true", help="take memory files in requests")
+    option("--drain-seconds", type=count, default=30, metavar="N", help="to end after SIGTERM (30)")
+    share(made, "--decoder-weights")
+
+    made = add("mcp", mcp, "Give an agent tools to remember, ask, restore and forget long texts (MCP).")
+    add_common(made)
+    made.add_argument("--http", action="store_true", help="serve at http://HOST:PORT/mcp; default: standard streams")
+    made.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="of an answer (128)")
 
 
-def add_address(command: argparse.ArgumentParser) -> None:
-    """The options that say where to listen, and to whom."""
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    command.add_argument("--port", type=port, default=8000, metavar="N", help="0 takes a free one (8000)")
-    key = command.add_mutually_exclusive_group()
-    key.add_argument("--api-key", metavar="KEY", help=f"what clients must send (default: {KEY_VARIABLE}, if set)")
-    key.add_argument(
-        "--api-key-file",
-        metavar="FILE",
-        help="the same, from a file; or a name and a key a line, each with memories of its own",
-    )
-    key.add_argument("--anonymous", action="store_true", help="listen to other machines without a key")
+def add_common(command: argparse.ArgumentParser) -> None:
+    """The options of both: which model and store, where to listen, and to whom."""
+    option = command.add_argument
+    option("model", nargs="?", default="default", metavar="MODEL", help="folder or hub id (bundled model)")
+    option("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    option("--port", type=port, default=8000, metavar="N", help="0 takes a free one (8000)")
+    keys = command.add_mutually_exclusive_group()
+    keys.add_argument("--api-key", metavar="KEY", help=f"what clients must send (default: {KEY_VARIABLE}, if set)")
+    several = "the same, from a file; or a name and a key a line, each with memories of its own"
+    keys.add_argument("--api-key-file", metavar="FILE", help=several)
+    keys.add_argument("--anonymous", action="store_true", help="listen to other machines without a key")
+    option("--max-store", type=size, metavar="SIZE", help="least recently used memories go beyond it (no cap)")
+    option("--max-body", type=size, default=8 * 10**6, metavar="SIZE", help="of a request (8M)")
+    share(command, "--store", "--merge-size", "--dtype")
 
 
 def port(text: str) -> int:
@@ -102,12 +95,10 @@ def decoder(text: str) -> str | None:
 
 def serve(options: argparse.Namespace) -> None:
     """Run `gmsa serve`."""
-    try:
+    with packages("serving needs", "serve"):
         import uvicorn  # noqa: F401
         from fastapi import FastAPI  # noqa: F401
         from prometheus_client import Counter  # noqa: F401
-    except ImportError as error:
-        raise GmsaError(f"serving needs {error.name}: pip install 'gmsa[serve]'") from error
     settings = settings_of(options)  # what is wrong with the options is said before the model is loaded
     decoder_key = key_of(options.decoder_api_key, options.decoder_api_key_file, DECODER_KEY_VARIABLE)
     from gmsa.api import GMSA
@@ -130,11 +121,34 @@ def serve(options: argparse.Namespace) -> None:
     print("gmsa: stopped", file=sys.stderr)
 
 
-def remote_service(gmsa: "GMSA", settings: "Settings", url: str, name: str | None, api_key: str | None) -> "Service":
-    """A service whose answers are written by a decoder elsewhere, which is looked at first.
+def mcp(options: argparse.Namespace) -> None:
+    """Run `gmsa mcp`."""
+    with packages("an agent's tools need", "mcp"):
+        import uvicorn
+        from mcp.server import MCPServer  # noqa: F401
+    key, file = keys_of(options)
+    from gmsa.serve.mcp import http_app, make_server
+    from gmsa.serve.server import Announced, listen
+    from gmsa.serve.settings import Settings
+    from gmsa.serve.tenants import Keys, Stores
 
-    Raises:
-        GmsaError: it will not do. If it cannot be reached, that is a line on stderr.
+    stores = Stores(store_path(options), options.max_store)
+    try:
+        server = make_server(lambda: load(options), stores, options.merge_size, options.max_new_tokens)
+        if options.http:
+            app = http_app(server, Settings(max_body=options.max_body), Keys(key, file), options.host)
+            config = uvicorn.Config(app, options.host, options.port, log_level="warning", ws="none", access_log=False)
+            listen(Announced(config, "/mcp"))
+        else:
+            server.run("stdio")
+    finally:
+        stores.close()
+
+
+def remote_service(gmsa: "GMSA", settings: "Settings", url: str, name: str | None, api_key: str | None) -> "Service":
+    """A service whose answers are written by a decoder elsewhere, looked at first: GmsaError where it will not do.
+
+    If it cannot be reached, that is a line on stderr.
     """
     from gmsa.serve.metrics import Metrics
     from gmsa.serve.remote import RemoteDecoder
@@ -152,12 +166,7 @@ def remote_service(gmsa: "GMSA", settings: "Settings", url: str, name: str | Non
 
 
 def settings_of(options: argparse.Namespace) -> "Settings":
-    """The server's settings as the options give them.
-
-    Raises:
-        ConfigError: it would be open to other machines without a key.
-        InputError: the key file cannot be read.
-    """
+    """The server's settings as the options give them."""
     from gmsa.serve.settings import Settings
 
     key, file = keys_of(options)
@@ -181,8 +190,7 @@ def settings_of(options: argparse.Namespace) -> "Settings":
 def keys_of(options: argparse.Namespace) -> tuple[str | None, Path | None]:
     """The key for all, or the file of keys, as the options give them; both are None where everybody may ask.
 
-    Raises:
-        ConfigError: other machines could ask without a key, or the keys cannot be used. InputError: the file cannot.
+    ConfigError where other machines could ask without a key, or the keys cannot be used.
     """
     from gmsa.serve.tenants import Keys
 
@@ -197,11 +205,7 @@ def keys_of(options: argparse.Namespace) -> tuple[str | None, Path | None]:
 
 
 def key_of(given: str | None, file: str | None, variable: str) -> str | None:
-    """An API key: from a file, else as given, else from the environment.
-
-    Raises:
-        InputError: the file cannot be read. ConfigError: it is no key.
-    """
+    """An API key: from a file, else as given, else from the environment; an error if it is none."""
     key = given or os.environ.get(variable) or None
     if file is not None:
         try:

@@ -14,10 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from gmsa.cli.common import (
     Add,
-    add_common,
-    add_encoding,
-    add_json,
-    add_merge_size,
     conclude,
     count,
     emit,
@@ -27,7 +23,7 @@ from gmsa.cli.common import (
     plain,
     read_text,
     seconds,
-    size,
+    share,
     whole_text,
 )
 from gmsa.errors import (
@@ -55,61 +51,41 @@ def add_commands(add: Add) -> None:
 
     def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         made = add_one(name, run, summary)
-        add_place(made)
+        share(made, "--store", "--json")
         return made
+
+    pairs: dict[str, Any] = {"type": item, "action": "append", "default": [], "metavar": "KEY=VALUE"}
+    id_help = "or how it begins, four digits at least"
 
     made = command("add", add_texts, "Compress texts into the store; what is there is not compressed again.")
     made.add_argument("files", nargs="+", metavar="FILE", help="text file, or - for standard input")
-    add_encoding(made)
-    add_merge_size(made)
     made.add_argument("--label", type=whole_text, metavar="NAME", help="for all of them (default: the file's name)")
-    made.add_argument("--meta", type=item, action="append", default=[], metavar="KEY=VALUE", help="kept; repeatable")
-    made.add_argument("--form", choices=["bfloat16", "float32", "int8"], default="bfloat16", help="(bfloat16)")
-    add_cap(made)
-    add_common(made)
+    made.add_argument("--meta", **pairs, help="kept; repeatable")
+    share(made, "--encoding", "--merge-size", "--form", "--max-bytes", "--model", "--dtype")
 
     made = command("ls", ls, "List stored memories, newest first.")
     made.add_argument("--label", type=whole_text, metavar="NAME", help="only those with this label")
-    made.add_argument("--meta", type=item, action="append", default=[], metavar="KEY=VALUE", help="only with it")
+    made.add_argument("--meta", **pairs, help="only with it")
     made.add_argument("--limit", type=count, metavar="N", help="at most so many")
-    add_json(made)
 
     made = command("show", show, "Say what is known of a memory.")
-    made.add_argument("id", metavar="ID", help="or how it begins, four digits at least")
-    add_json(made)
+    made.add_argument("id", metavar="ID", help=id_help)
 
     made = command("rm", rm, "Delete memories.")
-    made.add_argument("ids", nargs="+", metavar="ID", help="or how it begins, four digits at least")
-    add_json(made)
+    made.add_argument("ids", nargs="+", metavar="ID", help=id_help)
 
     made = command("gc", gc, "Keep to a size, and give the space of deleted memories back to the disk.")
-    add_cap(made)
-    add_json(made)
+    share(made, "--max-bytes")
 
-    made = command("verify", verify, "Read the whole store; report what is damaged.")
-    add_json(made)
+    command("verify", verify, "Read the whole store; report what is damaged.")
 
     made = command("export", export, "Write memories into one portable file.")
     made.add_argument("output", metavar="OUT.tar", help="or, for one memory, OUT.safetensors")
     made.add_argument("ids", nargs="*", metavar="ID", help="(default: all)")
-    add_json(made)
 
     made = command("import", import_, "Take in memories from such files. Do so only from those you trust.")
     made.add_argument("files", nargs="+", metavar="FILE", help="a .tar or .safetensors file")
-    add_cap(made)
-    add_json(made)
-
-
-def add_place(command: argparse.ArgumentParser) -> None:
-    """The option that says which store."""
-    command.add_argument("--store", metavar="PATH", help="file of the store (default: store.sqlite in GMSA_HOME)")
-
-
-def add_cap(command: argparse.ArgumentParser) -> None:
-    """The option for a size cap."""
-    command.add_argument(
-        "--max-bytes", type=size, metavar="SIZE", help="least recently used memories go beyond it: 500M, 2G (no cap)"
-    )
+    share(made, "--max-bytes")
 
 
 def item(text: str) -> tuple[str, str]:
@@ -140,11 +116,7 @@ def open_store(options: argparse.Namespace, **more: Any) -> "MemoryStore":
 
 
 def open_memory(options: argparse.Namespace, name: str) -> "Memory":
-    """A memory from a file or, where there is no such file and the name may be an id, from the store.
-
-    Raises:
-        MemoryFileError, MemoryNotFoundError, InputError: there is none, or several.
-    """
+    """A memory from a file or, where there is no such file and the name may be an id, from the store."""
     from gmsa.io.memory import Memory
 
     if Path(name).is_file() or not re.fullmatch("[0-9a-f]{4,64}", name):
@@ -157,32 +129,30 @@ def add_texts(options: argparse.Namespace) -> None:
     """Run `gmsa store add`: what can be added is, what cannot is named."""
     if options.files.count("-") > 1:
         raise InputError("standard input can be read only once")
-    rows: list[dict[str, Any]] = []
     bad: list[GmsaError] = []
     texts: list[tuple[str, str]] = []
     for path in options.files:  # before the model is loaded
         with collected(bad):
             texts.append((path, read_text(path, options.encoding)))
-    try:
-        if texts:
-            add_all(options, texts, rows, bad)
-    finally:  # what was added before the disk was full, too
-        if options.json and rows:
-            emit({"memories": rows})
+    if texts:
+        add_named(options, texts, bad)
     fail(bad, len(options.files), "texts were not added")
 
 
-def add_all(
-    options: argparse.Namespace, texts: list[tuple[str, str]], rows: list[dict[str, Any]], bad: list[GmsaError]
-) -> None:
-    """Add named texts; `rows` gets what is said of each, `bad` what cannot be added."""
+def add_named(options: argparse.Namespace, texts: list[tuple[str, str]], bad: list[GmsaError]) -> None:
+    """Add named texts and say so; `bad` gets what cannot be added."""
     from tqdm import tqdm
 
-    with open_store(options, form=options.form) as store:
-        gmsa = load(options)
-        for path, text in tqdm(texts, desc="add", unit="text", disable=len(texts) == 1 or not sys.stderr.isatty()):
-            with collected(bad, path):
-                rows.append(add_text(options, store, gmsa, path, text))
+    rows: list[dict[str, Any]] = []
+    try:
+        with open_store(options, form=options.form) as store:
+            gmsa = load(options)
+            for path, text in tqdm(texts, desc="add", unit="text", disable=len(texts) == 1 or not sys.stderr.isatty()):
+                with collected(bad, path):
+                    rows.append(add_text(options, store, gmsa, path, text))
+    finally:  # what was added before the disk was full, too
+        if options.json and rows:
+            emit({"memories": rows})
 
 
 def add_text(options: argparse.Namespace, store: "MemoryStore", gmsa: "GMSA", path: str, text: str) -> dict[str, Any]:

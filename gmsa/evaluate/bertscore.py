@@ -16,20 +16,14 @@ from gmsa.io.backbones import quiet_transformers
 
 # The layer whose states are compared: for RoBERTa the one `bert-score` uses, for six layers what it uses for others.
 LAYERS = {"roberta-large": 17, "all-MiniLM-L6-v2": 5}
+MISSING = {
+    "roberta-large": "neither cached nor to be had from the hub",
+    "all-MiniLM-L6-v2": f"not installed: {INSTALL}",
+}
 
 
 class BertScorer:
-    """One of the models of `LAYERS`, or any encoder.
-
-    Args:
-        source: folder or hub id.
-        layer: whose states are compared, 1 the first.
-        name: as reported.
-        local_files_only: never download.
-
-    Raises:
-        OSError: the model is not at hand.
-    """
+    """One of the models of `LAYERS`, or any encoder by folder or hub id; `layer`'s states are compared, 1 the first."""
 
     def __init__(self, source: str, layer: int, name: str, local_files_only: bool = False) -> None:
         self.name = f"{name}, layer {layer}"
@@ -37,11 +31,10 @@ class BertScorer:
         with quiet_transformers():
             self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
             model = AutoModel.from_pretrained(source, local_files_only=local_files_only, dtype=torch.float32)
-        self.model = model.eval()
-        positions = self.model.config.max_position_embeddings
+        self.model, config = model.eval(), model.config
         # RoBERTa counts its positions from the padding token's number on.
-        offset = self.model.config.pad_token_id + 1 if self.model.config.model_type == "roberta" else 0
-        self.longest = positions - offset
+        offset = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+        self.longest = config.max_position_embeddings - offset
 
     @torch.no_grad()
     def f1(self, references: Sequence[str], predictions: Sequence[str], batch_size: int = 16) -> list[float]:
@@ -87,15 +80,11 @@ def find_scorer(name: str = "auto") -> BertScorer | None:
     if name == "none":
         return None
     offline = not hub_answers()
-    missing = {
-        "roberta-large": "BERTScore's roberta-large is neither cached nor to be had from the hub",
-        "all-MiniLM-L6-v2": f"all-MiniLM-L6-v2 is not installed: {INSTALL}",
-    }
     for model in LAYERS if name == "auto" else (name,):
         source = find_minilm() if model == "all-MiniLM-L6-v2" else model
         try:
             return BertScorer(source, LAYERS[model], model, offline or source not in (HUB_ID, model))
         except (OSError, ValueError) as error:  # transformers raises either where a model is not there
             if name != "auto":
-                raise InputError(missing[model]) from error
+                raise InputError(f"{model} is {MISSING[model]}") from error
     return None

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from gmsa.api import GMSA
 from gmsa.errors import InputError
+from gmsa.evaluate.metrics import means, means_and_intervals
 from gmsa.evaluate.restoration import texts_of_length
 from gmsa.evaluate.results import Result
-from gmsa.evaluate.statistics import means, means_and_intervals
 from gmsa.model.windows import make_windows
 from gmsa.text import encode
 
@@ -33,9 +33,7 @@ def influence(gmsa: GMSA, ids: Sequence[int], merge_size: int, seed: int = 0) ->
     """How much each token of a text matters to each soft token.
 
     Args:
-        gmsa: the model.
         ids: T token ids in the encoder's vocabulary, not all of them equal.
-        merge_size: to compress at.
         seed: of the draw of what a token is replaced by.
 
     Returns:
@@ -116,12 +114,8 @@ def evaluate_influence(
     """Measure texts of one length at each merge size.
 
     Args:
-        gmsa: the model.
-        path: JSONL of {"text"}.
-        length: of the texts, in tokens.
-        merge_sizes: to compress at, smaller than the length.
-        limit: texts.
-        show_progress_bar: on stderr.
+        path: JSONL of {"text"}; `limit` of them are measured.
+        length: of the texts, in tokens; more than any merge size.
         seed: of the draw of replacements, and of the bootstrap.
         method: what the rows call the model.
 

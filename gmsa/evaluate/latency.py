@@ -4,6 +4,7 @@ Every way of answering is run in turn in every round, so that a machine that slo
 """
 
 import contextlib
+import itertools
 import platform
 import re
 import tempfile
@@ -12,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from gmsa import __version__
 from gmsa.api import GMSA
 from gmsa.errors import InputError
-from gmsa.evaluate.results import AnswerCache, Result, key_of
+from gmsa.evaluate.results import AnswerCache, Result, key_of, processor
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.memory import Memory
 from gmsa.model.backbone import body_of, layers_of
@@ -35,7 +35,7 @@ QUESTION = "Which of the facts above is the most surprising, and why?"
 def text_of(gmsa: GMSA, length: int) -> str:
     """Plain sentences of `length` tokens or a few fewer. What they say does not matter for time."""
     text, tokens = "", []
-    for number in count(1):
+    for number in itertools.count(1):
         text += f"In the year {1000 + number % 1000} town {number} kept {number * 37 % 911} bridges in repair. "
         if number % 16 == 0 or length < 400:
             tokens = gmsa.template.encode(text)
@@ -78,12 +78,9 @@ def evaluate_latency(
     """Time the original prompt, GMSA from the text, and GMSA from a stored memory.
 
     Args:
-        gmsa: the model.
         lengths: of the contexts, in tokens.
-        merge_sizes: to compress at.
         new_tokens: so many are generated, no more and no fewer.
         rounds: of each; medians are reported. One more, before the first, is not counted.
-        show_progress_bar: on stderr.
         cache: a length and number of new tokens timed before, all ways and rounds of it, is not timed again.
         note: told in one line of each of those.
 
@@ -101,41 +98,31 @@ def evaluate_latency(
     if limit is not None and longest > limit:
         raise InputError(f"the original prompt of {max(lengths)} tokens does not fit the decoder's {limit} positions")
     cache = cache or AnswerCache(None, note)
-    plan = [(length, new) for length in lengths for new in new_tokens]
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        tqdm(total=len(plan) * (rounds + 1), unit="round", disable=not show_progress_bar) as bar,
-    ):
-        made_with = _made_with(gmsa, merge_sizes, rounds)
-        for length, new in plan:
-            key = key_of("latency", *made_with, length, new)
-            text = text_of(gmsa, length)
+    made_with = _made_with(gmsa, merge_sizes, rounds)
+    for length, new in itertools.product(lengths, new_tokens):
+        key, text = key_of("latency", *made_with, length, new), text_of(gmsa, length)
+        with tempfile.TemporaryDirectory() as scratch:
             ways = _ways(gmsa, text, merge_sizes, Path(scratch))
             if key in cache.answers:
                 note(f"{length} tokens, {new} new: timed before, in {cache.path}")
-                bar.update(rounds + 1)
             else:
                 taken: list[list[dict[str, Any]]] = [[] for _ in ways]
-                for number in range(rounds + 1):
+                name = f"{length} tokens, {new} new"
+                for number in tqdm(range(rounds + 1), desc=name, unit="round", disable=not show_progress_bar):
                     for way, found in zip(ways, taken, strict=True):
                         figures = _time(gmsa, way, new)
                         if number:
                             found.append(figures)
-                    bar.update()
                 cache.add(key, {"tokens": len(gmsa.template.encode(text)), "taken": taken})
-            yield from _rows(gmsa, ways, cache.answers[key], length, new)
+        yield from _rows(gmsa, ways, cache.answers[key], length, new)
 
 
 def _made_with(gmsa: GMSA, merge_sizes: Sequence[int], rounds: int) -> list[Any]:
     """All that times depend on and that can be told, beside the lengths: the model, the machine, how often."""
     device = gmsa.model.device
-    try:
-        processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        processor = None
     model = [gmsa.fingerprint, fingerprint_of(gmsa.model), str(gmsa.model.dtype)]
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    machine = [chip, processor[1] if processor else platform.processor(), platform.node(), torch.get_num_threads()]
+    machine = [chip, processor(), platform.node(), torch.get_num_threads()]
     return [*model, *machine, [torch.__version__, __version__], list(merge_sizes), rounds]
 
 
@@ -204,20 +191,23 @@ def _now(device: torch.device) -> float:
 
 
 def _reset_peak(device: torch.device) -> None:
-    """Begin to measure the peak anew; on Linux the kernel does so when asked."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    torch.cuda.reset_peak_memory_stats(device) if device.type == "cuda" else reset_resident_peak()
 
 
 def _peak(device: torch.device) -> int | None:
     """The most memory held since `_reset_peak`: of the GPU, or of the process; None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+
+
+def reset_resident_peak() -> None:
+    """Begin to measure the peak of resident memory anew; on Linux the kernel does so when asked."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(what: str = "VmRSS") -> int | None:
+    """Bytes this process has resident, or with VmHWM at most since `reset_resident_peak`; None where unknown."""
+    with contextlib.suppress(OSError):
+        found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else None
+    return None

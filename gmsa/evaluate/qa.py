@@ -15,8 +15,8 @@ from gmsa.errors import ContextTooLongError, InputError
 from gmsa.evaluate import metrics
 from gmsa.evaluate.methods import load_methods
 from gmsa.evaluate.methods.base import Method, Models, Question
+from gmsa.evaluate.metrics import means, means_and_intervals
 from gmsa.evaluate.results import AnswerCache, Result, key_of
-from gmsa.evaluate.statistics import means, means_and_intervals
 from gmsa.io.rows import documents_of, read_rows
 
 BATCH_SIZE = 32
@@ -26,18 +26,12 @@ BATCH_CHARACTERS = 65_536
 MEASURES = {"acc": metrics.accuracy, "em": metrics.exact_match, "f1": metrics.f1, "f1_first": metrics.f1_first}
 
 
-def spread(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """`limit` rows evenly spaced over a file, so that they do not all ask about its first few contexts."""
-    count = min(limit, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
 def choose(rows: Sequence[dict[str, Any]], limit: int, seed: int | None = None) -> list[dict[str, Any]]:
-    """`limit` rows: drawn at random with a seed, in the file's order; spread evenly without."""
+    """`limit` rows in the file's order: drawn with a seed; without, evenly spaced, as neighbours are alike."""
+    count = min(limit, len(rows))
     if seed is None:
-        return spread(rows, limit)
-    drawn = random.Random(seed).sample(range(len(rows)), min(limit, len(rows)))
-    return [rows[i] for i in sorted(drawn)]
+        return [rows[i * len(rows) // count] for i in range(count)]
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
 def evaluate_qa(
@@ -58,12 +52,8 @@ def evaluate_qa(
 
     Args:
         gmsa: the model under test.
-        path: JSONL of {"input", "prompt", "answer"}.
-        merge_sizes: to compress at.
-        limit: questions.
-        max_new_tokens: longest answer.
+        path: JSONL of {"input", "prompt", "answer"}; `limit` questions of it are asked.
         batch_size: questions at once, at most; long contexts come in smaller batches.
-        show_progress_bar: on stderr.
         methods: from `gmsa.evaluate.methods.load_methods`; None: the model under test alone.
         seed: draw questions at random; None: spread over the file.
         cache: answers found here are not made again.
@@ -130,11 +120,7 @@ class AnswerRun:
         return key_of(self.method.fingerprint, self.merge_size, self.max_new_tokens, question.documents, prompt)
 
     def answer(self, questions: Sequence[Question], done: Callable[[int], Any]) -> list[dict[str, Any]]:
-        """An entry of the cache per question, in order; `done` is called with how many more are there.
-
-        Raises:
-            ContextTooLongError: the decoder cannot read that much.
-        """
+        """An entry of the cache per question, in order; `done` is called with how many more are there."""
         keys = [self.key(question) for question in questions]
         missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in self.cache.answers}
         done(len(keys) - len(missing))
@@ -206,12 +192,14 @@ def _example(row: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
 
 def judge_summaries(answered: Iterable[Result]) -> Iterator[Result]:
     """Results of `evaluate_qa` with ROUGE (0-1) in place of Acc and EM, which mean little for long answers."""
+    exact = ("acc", "em", "f1_first")
     for row, examples in answered:
-        judged = [{**_without_exact(e), **metrics.rouge(e["predicted"], e["answer"])} for e in examples]
+        judged = [{**without(e, *exact), **metrics.rouge(e["predicted"], e["answer"])} for e in examples]
         means, bounds = means_and_intervals(judged, metrics.ROUGE)
-        found = {**means, **_without_exact(row["metrics"])}
+        found = {**means, **without(row["metrics"], *exact)}
         yield {**row, "task": "summ", "metrics": found, "ci": {**bounds, "f1": row["ci"]["f1"]}}, judged
 
 
-def _without_exact(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name not in ("acc", "em", "f1_first")}
+def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The other fields."""
+    return {name: value for name, value in fields.items() if name not in names}

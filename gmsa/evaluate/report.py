@@ -13,9 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from gmsa.evaluate.metrics import Piece, marked, word_differences
+from gmsa.evaluate.metrics import Piece, marked, paired_difference, word_differences
 from gmsa.evaluate.results import TASKS, Result, Run, merge_runs, read_jsonl, read_run, write_run, write_texts
-from gmsa.evaluate.statistics import paired_difference
 
 try:
     from gmsa.evaluate import charts
@@ -71,11 +70,7 @@ def write_results(
 
 
 def write_report(folders: Sequence[Path], output: Path, logs: Sequence[Path] = ()) -> None:
-    """Merge the results in several folders into one report.md and report.html.
-
-    Raises:
-        InputError: a folder without readable results, an unreadable log, or an output that cannot be written.
-    """
+    """Merge the results in several folders into one report.md and report.html; InputError where a file will not do."""
     named = [(path.parent.name if path.stem == "log" else path.stem, read_jsonl(path)) for path in logs]
     write_texts(output, render([read_run(folder) for folder in folders], named))
 

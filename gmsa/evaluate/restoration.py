@@ -15,9 +15,8 @@ from gmsa.api import GMSA, Score
 from gmsa.decode.checked import CANDIDATES
 from gmsa.errors import InputError
 from gmsa.evaluate.bertscore import BertScorer
-from gmsa.evaluate.metrics import ROUGE, bleu, prefix_exact_match, rouge
+from gmsa.evaluate.metrics import ROUGE, bleu, means, means_and_intervals, prefix_exact_match, rouge
 from gmsa.evaluate.results import AnswerCache, Result, key_of
-from gmsa.evaluate.statistics import means, means_and_intervals
 from gmsa.io.backbones import fingerprint_of
 from gmsa.io.memory import Memory
 from gmsa.io.rows import read_rows
@@ -27,11 +26,7 @@ PER_EXAMPLE = ("prefix_em", "token_accuracy", *ROUGE, "bertscore_f1")  # metrics
 
 
 def texts_of_length(gmsa: GMSA, path: str, length: int, limit: int) -> list[str]:
-    """The beginnings, `length` tokens long, of the first `limit` rows that have so many.
-
-    Raises:
-        InputError: no row is that long.
-    """
+    """The beginnings, `length` tokens long, of the first `limit` rows that have so many; InputError if none has."""
     texts = []
     for row in read_rows(path):
         if "text" not in row:
@@ -96,13 +91,9 @@ def evaluate_restoration(
     """Measure each length at each merge size.
 
     Args:
-        gmsa: the model.
         path: JSONL of {"text"}.
-        lengths: of the texts, in tokens.
-        merge_sizes: to compress at.
-        limit: texts per length.
+        lengths: of the texts, in tokens; `limit` texts of each.
         batch_size: texts compressed and windows restored at once; with `check` it is `GMSA.restore_checked`'s own.
-        show_progress_bar: on stderr.
         scorer: of BERTScore; None leaves that out.
         seed: of the bootstrap behind the intervals.
         method: what the rows call the model.

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,15 +30,6 @@ TASKS = {
     "attention": "What soft tokens stand for",
 }
 Result = tuple[dict[str, Any], list[dict[str, Any]]]  # a row and its examples
-# What an entry of the cache may hold: an answer (qa.py), a restored text or how well text itself is predicted
-# (restoration.py), or what every way of answering took (latency.py).
-ENTRIES = (
-    {"predicted", "answer_tokens", "context", "read", "cut", "prompt", "seconds"},
-    {"restored", "score", "context", "soft"},
-    {"restored", "score", "context", "soft", "confirmed"},
-    {"score"},
-    {"tokens", "taken"},
-)
 
 
 @contextlib.contextmanager
@@ -76,11 +68,24 @@ def merge_runs(runs: Sequence[Run]) -> list[Result]:
     return sorted(results, key=lambda result: (list(TASKS).index(result[0]["task"]), str(result[0]["dataset"] or "")))
 
 
+def versions() -> dict[str, str]:
+    """Of what results depend on."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {"gmsa": __version__, "python": platform.python_version(), **packages}
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
 def results_meta(gmsa: "GMSA", data: str, **more: Any) -> dict[str, Any]:
     """What made a result: versions, model, command; `more` is added, such as the seed."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {
-        "versions": {"gmsa": __version__, "python": platform.python_version(), **versions},
+        "versions": versions(),
         "model_fingerprint": gmsa.fingerprint,
         "dtype": str(gmsa.model.dtype).removeprefix("torch."),
         "data": Path(data).name,
@@ -95,11 +100,7 @@ def example_key(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_run(folder: Path, results: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
-    """Write results.json, with absent fields null, and examples.jsonl.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
+    """Write results.json, with absent fields null, and examples.jsonl."""
     rows = [{name: row.get(name) for name in FIELDS} for row in results["rows"]]
     lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
     written = json.dumps({**results, "rows": rows}, indent=1) + "\n"
@@ -107,11 +108,7 @@ def write_run(folder: Path, results: dict[str, Any], examples: Sequence[dict[str
 
 
 def read_run(folder: Path) -> Run:
-    """What `write_run` wrote; examples.jsonl may be missing.
-
-    Raises:
-        InputError: results.json is missing or damaged.
-    """
+    """What `write_run` wrote; examples.jsonl may be missing. InputError: results.json is missing or damaged."""
     path = folder / "results.json"
     with file_errors(f"cannot read {path}"):
         content = path.read_bytes()
@@ -128,11 +125,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file.
-
-    Raises:
-        InputError: it cannot be read, or is none.
-    """
+    """The objects of a JSONL file; InputError where it cannot be read, or is none."""
     with file_errors(f"cannot read {path}"):
         content = path.read_bytes()
     try:
@@ -142,11 +135,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_texts(folder: Path, texts: dict[str, str]) -> None:
-    """Write files by name into a folder, made where it does not exist.
-
-    Raises:
-        InputError: it cannot be written to.
-    """
+    """Write files by name into a folder, made where it does not exist; InputError where it cannot be written to."""
     with file_errors(f"cannot write results to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -164,11 +153,9 @@ class AnswerCache:
     An interrupted evaluation goes on, a repeated one costs nothing.
 
     Args:
-        path: of the file, made with its folder when needed; None keeps entries in memory only.
+        path: of the file, made with its folder when needed; None keeps entries in memory only. InputError where it
+            cannot be read or written.
         note: told of each line that is damaged, which is then ignored.
-
-    Raises:
-        InputError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path | None, note: Callable[[str], None]) -> None:
@@ -187,20 +174,12 @@ class AnswerCache:
                 continue
             try:
                 entry = json.loads(line)
-                key = entry.pop("key")
-                if set(entry) not in ENTRIES:
-                    raise ValueError
+                self.answers[entry.pop("key")] = entry
             except (ValueError, KeyError, TypeError, AttributeError):
                 note(f"{path}, line {number} is damaged and ignored")
-                continue
-            self.answers[key] = entry
 
     def add(self, key: str, answer: dict[str, Any]) -> None:
-        """Keep an entry; it is on disk when this returns.
-
-        Raises:
-            InputError: the disk is full or read-only.
-        """
+        """Keep an entry; it is on disk when this returns. InputError: the disk is full or read-only."""
         self.answers[key] = answer
         if self.path is None:
             return

@@ -10,13 +10,13 @@ import itertools
 import random
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from gmsa.errors import InputError
-from gmsa.evaluate.metrics import string_match
-from gmsa.evaluate.qa import evaluate_rows
+from gmsa.evaluate.metrics import means_and_intervals, string_match
+from gmsa.evaluate.qa import MEASURES, evaluate_rows, without
 from gmsa.evaluate.results import Result
-from gmsa.evaluate.statistics import means_and_intervals
 
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -35,20 +35,11 @@ Made = tuple[str, str, list[str]]  # context, prompt and what must all be answer
 
 
 def words(rng: random.Random, count: int) -> list[str]:
-    """Different pairs of words, such as "amber-anchor".
-
-    Raises:
-        InputError: there are not that many.
-    """
+    """Different pairs of words, such as "amber-anchor"; InputError if there are not that many."""
     pairs = list(itertools.product(FIRST.split(), SECOND.split()))
     if count > len(pairs):
         raise InputError("a text of this length takes more words than there are: ask for a shorter one")
     return [f"{first}-{second}" for first, second in rng.sample(pairs, count)]
-
-
-def number(rng: random.Random) -> str:
-    """A value of seven digits."""
-    return str(rng.randrange(10**6, 10**7))
 
 
 def hide(rng: random.Random, hay: Sequence[str], needles: Sequence[str]) -> str:
@@ -60,28 +51,14 @@ def hide(rng: random.Random, hay: Sequence[str], needles: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
-def _needles(rng: random.Random, units: int, keys: int, values: int) -> Made:
-    found = {key: [number(rng) for _ in range(values)] for key in words(rng, keys)}
-    needles = [NEEDLE.format(kind="numbers", key=key, value=value) for key in found for value in found[key]]
+def needles(rng: random.Random, units: int, keys: int = 1, values: int = 1) -> Made:
+    """Values of keys, hidden one by one; all values of one of the keys are asked for."""
+    found = {key: [str(rng.randrange(10**6, 10**7)) for _ in range(values)] for key in words(rng, keys)}
+    hidden = [NEEDLE.format(kind="numbers", key=key, value=value) for key in found for value in found[key]]
     key = rng.choice(list(found))
-    rng.shuffle(needles)
+    rng.shuffle(hidden)
     verb = "are all the special magic numbers" if values > 1 else "is the special magic number"
-    return hide(rng, [HAY] * units, needles), f"What {verb} for {key} mentioned in the provided text?", found[key]
-
-
-def niah_single(rng: random.Random, units: int) -> Made:
-    """One needle."""
-    return _needles(rng, units, 1, 1)
-
-
-def niah_multikey(rng: random.Random, units: int) -> Made:
-    """Several needles, one of them asked for."""
-    return _needles(rng, units, NEEDLES, 1)
-
-
-def niah_multivalue(rng: random.Random, units: int) -> Made:
-    """Several values of one key, all of them asked for."""
-    return _needles(rng, units, 1, NEEDLES)
+    return hide(rng, [HAY] * units, hidden), f"What {verb} for {key} mentioned in the provided text?", found[key]
 
 
 def key_value(rng: random.Random, units: int) -> Made:
@@ -112,22 +89,19 @@ def common_words(rng: random.Random, units: int) -> Made:
 
 
 TASKS: dict[str, Callable[[random.Random, int], Made]] = {
-    task.__name__: task
-    for task in (niah_single, niah_multikey, niah_multivalue, key_value, variable_tracking, common_words)
+    "niah_single": needles,
+    "niah_multikey": partial(needles, keys=NEEDLES),
+    "niah_multivalue": partial(needles, values=NEEDLES),
+    "key_value": key_value,
+    "variable_tracking": variable_tracking,
+    "common_words": common_words,
 }
 
 
 def make_row(task: str, length: int, seed: str, tokens: Callable[[str], int]) -> dict[str, Any]:
-    """A row whose context has as much hay as fits into `length` tokens.
+    """A row of a task whose context has as much hay as fits into `length` tokens; InputError where nothing does.
 
-    Args:
-        task: of TASKS.
-        length: of the context.
-        seed: the same gives the same row.
-        tokens: how many a text has.
-
-    Raises:
-        InputError: what is asked for does not fit; or see `words`.
+    The same seed gives the same row; `tokens` tells how many a text has.
     """
 
     def made(units: int) -> Made:
@@ -154,10 +128,8 @@ def evaluate_ruler(
 
     Args:
         tokens: how many a text has, by the decoder's tokenizer.
-        tasks: names of TASKS.
+        tasks: names of TASKS; `limit` rows of each.
         lengths: of contexts, in tokens.
-        limit: rows of each.
-        seed: of the rows.
         options: of `evaluate_rows`.
 
     Yields:
@@ -174,11 +146,8 @@ def evaluate_ruler(
         for length in lengths:
             rows = [make_row(task, length, f"{seed}/{task}/{length}/{i}", tokens) for i in range(limit)]
             for row, examples in evaluate_rows(rows, task, **options):
-                judged = [_judged(example, length) for example in examples]
+                judged = [without(example, *MEASURES) for example in examples]
+                for example in judged:
+                    example |= {"length": length, "string_match": string_match(example["predicted"], example["answer"])}
                 found, bounds = means_and_intervals(judged, ["string_match"], digits=2)
                 yield {**row, "task": "ruler", "length": length, "metrics": found, "ci": bounds}, judged
-
-
-def _judged(example: dict[str, Any], length: int) -> dict[str, Any]:
-    kept = {name: value for name, value in example.items() if name not in ("acc", "em", "f1", "f1_first")}
-    return {**kept, "length": length, "string_match": string_match(example["predicted"], example["answer"])}

@@ -67,17 +67,12 @@ class GmsaChatGenerator:
             streaming_callback: replaces that given at the start.
         """
         callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=False)
-        return self._reply(messages, documents, generation_kwargs, callback)
+        options = Options.of(self.generation_kwargs, generation_kwargs or {})
+        return self._reply(_chat(messages, documents or []), options, callback)
 
     def _reply(
-        self,
-        messages: list[ChatMessage] | str,
-        documents: list[Document] | None,
-        generation_kwargs: dict[str, Any] | None,
-        callback: Callable[[StreamingChunk], None] | None,
+        self, chat: list[Message], options: Options, callback: Callable[[StreamingChunk], None] | None
     ) -> dict[str, list[ChatMessage]]:
-        chat = _chat(messages, documents or [])
-        options = Options.of(self.generation_kwargs, generation_kwargs or {})
         if callback is None:
             answer = self.reader.answer(chat, options)
             meta: dict[str, Any] = {"model": "gmsa", "usage": answer.usage, "finish_reason": answer.finish_reason}
@@ -107,7 +102,8 @@ class GmsaChatGenerator:
             asyncio.run_coroutine_threadsafe(given(chunk), loop).result()
 
         callback = awaited if inspect.iscoroutinefunction(given) else given
-        return await asyncio.to_thread(self._reply, messages, documents, generation_kwargs, callback)
+        options = Options.of(self.generation_kwargs, generation_kwargs or {})
+        return await asyncio.to_thread(self._reply, _chat(messages, documents or []), options, callback)
 
     def to_dict(self) -> dict[str, Any]:
         """The component as a pipeline writes it down.
@@ -151,17 +147,8 @@ class MemoryAttacher:
     @component.output_types(documents=list[Document])
     def run(self, documents: list[Document]) -> dict[str, list[Document]]:
         """Documents with text, in order; those without, and blank ones, are passed on as they are."""
-        texts = [document for document in documents if not is_blank(document.content)]
-        memories = self.reader.remember([document.content or "" for document in texts])
-        found = {id(document): memory for document, memory in zip(texts, memories, strict=True) if memory}
-        return {
-            "documents": [
-                replace(document, meta={**document.meta, **found[id(document)].metadata})
-                if id(document) in found
-                else document
-                for document in documents
-            ]
-        }
+        found = self.reader.remembered((document.content, document.meta) for document in documents)
+        return {"documents": [replace(d, meta=meta) for d, meta in zip(documents, found, strict=True)]}
 
     def to_dict(self) -> dict[str, Any]:
         """The component as a pipeline writes it down; see `GmsaChatGenerator.to_dict`."""
@@ -175,11 +162,7 @@ class MemoryAttacher:
 
 
 def _chat(messages: Sequence[ChatMessage] | str, documents: Sequence[Document]) -> list[Message]:
-    """Haystack's messages as the reader takes them, the documents before the last one's text.
-
-    Raises:
-        InputError: no message, or one that is not text.
-    """
+    """Haystack's messages as the reader takes them, the documents before the last one's text."""
     given = [ChatMessage.from_user(messages)] if isinstance(messages, str) else list(messages)
     if not given:
         raise InputError("there is no message to answer")
@@ -196,11 +179,7 @@ def _chat(messages: Sequence[ChatMessage] | str, documents: Sequence[Document]) 
 
 
 def reader_from_dict(data: dict[str, Any]) -> Reader:
-    """What `Reader.to_dict` was called of.
-
-    Raises:
-        InputError: it describes no reader.
-    """
+    """What `Reader.to_dict` was called of; InputError if it describes no reader."""
     kinds: dict[str, type[Reader]] = {kind.__name__: kind for kind in (LocalReader, ServerReader)}
     if data.get("type") not in kinds:
         raise InputError(f"a reader is one of {', '.join(kinds)}, got {data.get('type')!r}")

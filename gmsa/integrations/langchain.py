@@ -126,14 +126,8 @@ def attach_memories(documents: Sequence[Document], reader: Reader) -> list[Docum
 
     Also the way to compress a corpus ahead of questions. Blank documents are passed on as they are.
     """
-    new = [document for document in documents if not document.metadata.get(MEMORY_ID)]
-    made = dict(zip(map(id, new), reader.remember([document.page_content for document in new]), strict=True))
-    copies = []
-    for document in documents:
-        memory = made.get(id(document))
-        added = memory.metadata if memory else {}
-        copies.append(document.model_copy(update={"metadata": {**document.metadata, **added}}))
-    return copies
+    found = reader.remembered((document.page_content, document.metadata) for document in documents)
+    return [d.model_copy(update={"metadata": metadata}) for d, metadata in zip(documents, found, strict=True)]
 
 
 def memory_message(question: str, documents: Sequence[Document]) -> HumanMessage:
@@ -152,11 +146,7 @@ def memory_messages(inputs: Mapping[str, Any]) -> list[BaseMessage]:
 
 
 def _messages(messages: Sequence[BaseMessage]) -> list[Message]:
-    """LangChain's messages as the reader takes them.
-
-    Raises:
-        InputError: a role or a part that is neither text nor memory, or a call of a tool.
-    """
+    """LangChain's messages as the reader takes them; InputError for what is neither text nor memory."""
     made = []
     for message in messages:
         role = getattr(message, "role", ROLES.get(message.type))

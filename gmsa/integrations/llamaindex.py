@@ -11,10 +11,13 @@ which the LLM of the same reader takes for the node's memory; what the node itse
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llama_index.core.base.llms.generic_utils import (
+    chat_response_to_completion_response,
+    stream_chat_response_to_completion_response,
+)
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -79,74 +82,67 @@ class GmsaLLM(LLM):
             context_window=self.context_window, num_output=self.max_tokens, is_chat_model=True, model_name="gmsa"
         )
 
+    def _chat(self, messages: Sequence[ChatMessage], given: Mapping[str, Any]) -> ChatResponse:
+        answer = self.reader.answer(self._messages(messages), self._options(given))
+        message = ChatMessage(role=MessageRole.ASSISTANT, content=answer.text)
+        return ChatResponse(message=message, raw=answer.metadata, additional_kwargs=answer.metadata)
+
+    def _stream_chat(self, messages: Sequence[ChatMessage], given: Mapping[str, Any]) -> ChatResponseGen:
+        text = ""
+        pieces = self.reader.stream(self._messages(messages), self._options(given))
+        for piece in pieces:
+            text += piece
+            yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
+        ended = {"finish_reason": pieces.finish_reason}
+        message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
+        yield ChatResponse(message=message, delta="", raw=ended, additional_kwargs=ended)
+
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a chat."""
-        answer = self.reader.answer(self._messages(messages), self._options(kwargs))
-        message = ChatMessage(role=MessageRole.ASSISTANT, content=answer.text)
-        return ChatResponse(message=message, raw=answer.metadata, additional_kwargs=answer.metadata)
+        return self._chat(messages, kwargs)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a chat, piece by piece."""
-
-        def pieces() -> ChatResponseGen:
-            text = ""
-            written = self.reader.stream(self._messages(messages), self._options(kwargs))
-            for piece in written:
-                text += piece
-                yield ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=piece)
-            ended = {"finish_reason": written.finish_reason}
-            message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
-            yield ChatResponse(message=message, delta="", raw=ended, additional_kwargs=ended)
-
-        return pieces()
+        return self._stream_chat(messages, kwargs)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer one message."""
-        answer = self.reader.answer(self._messages(_asked(prompt)), self._options(kwargs))
-        return CompletionResponse(text=answer.text, raw=answer.metadata, additional_kwargs=answer.metadata)
+        return chat_response_to_completion_response(self._chat([ChatMessage(content=prompt)], kwargs))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer one message, piece by piece."""
+        return stream_chat_response_to_completion_response(self._stream_chat([ChatMessage(content=prompt)], kwargs))
 
-        def pieces() -> CompletionResponseGen:
-            text = ""
-            written = self.reader.stream(self._messages(_asked(prompt)), self._options(kwargs))
-            for piece in written:
-                text += piece
-                yield CompletionResponse(text=text, delta=piece)
-            ended = {"finish_reason": written.finish_reason}
-            yield CompletionResponse(text=text, delta="", raw=ended, additional_kwargs=ended)
-
-        return pieces()
+    # In threads, as chats that wait for the model at the same time are answered together.
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """`chat` in a thread; chats that wait for the model at the same time are answered together."""
-        return await asyncio.to_thread(partial(self.chat, messages, **kwargs))
+        """`chat` in a thread."""
+        return await asyncio.to_thread(self.chat, messages, **kwargs)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat`, every piece awaited in a thread."""
-        return _awaited(partial(self.stream_chat, messages, **kwargs))
+        return _awaited(self.stream_chat(messages, **kwargs))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete` in a thread."""
-        return await asyncio.to_thread(partial(self.complete, prompt, formatted, **kwargs))
+        return await asyncio.to_thread(self.complete, prompt, formatted, **kwargs)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete`, every piece awaited in a thread."""
-        return _awaited(partial(self.stream_complete, prompt, formatted, **kwargs))
+        return _awaited(self.stream_complete(prompt, formatted, **kwargs))
 
     def _messages(self, messages: Sequence[ChatMessage]) -> list[Message]:
         return [Message(ROLES.get(m.role, m.role.value), self.reader.split(m.content or "")) for m in messages]
 
-    def _options(self, given: dict[str, Any]) -> Options:
+    def _options(self, given: Mapping[str, Any]) -> Options:
         mine = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p")}
         return Options.of(mine, given)
 
@@ -180,12 +176,9 @@ class MemoryPostprocessor(BaseNodePostprocessor):
             mark = self.reader.mark(Source(id=id) if id else Source(text="{content}"))
             # Without any metadata that the LLM may see the template would not be used.
             hidden = [name for name in node.excluded_llm_metadata_keys if name != MEMORY_ID]
-            changes = {
-                "text_template": mark,
-                "metadata": {MEMORY_ID: id, **node.metadata},
-                "excluded_llm_metadata_keys": hidden,
-            }
-            made.append(NodeWithScore(node=node.model_copy(update=changes), score=found.score))
+            changes = {"text_template": mark, "excluded_llm_metadata_keys": hidden}
+            marked = node.model_copy(update={**changes, "metadata": {MEMORY_ID: id, **node.metadata}})
+            made.append(NodeWithScore(node=marked, score=found.score))
         return made
 
 
@@ -194,21 +187,10 @@ def attach_memories(nodes: Sequence[BaseNode], reader: Reader) -> list[BaseNode]
 
     Also the way to compress a corpus ahead of questions. Blank nodes are passed on as they are.
     """
-    new = [node for node in nodes if not node.metadata.get(MEMORY_ID)]
-    made = dict(zip(map(id, new), reader.remember([node.get_content() for node in new]), strict=True))
-    copies = []
-    for node in nodes:
-        memory = made.get(id(node))
-        added = memory.metadata if memory else {}
-        copies.append(node.model_copy(update={"metadata": {**node.metadata, **added}}))
-    return copies
+    found = reader.remembered((node.get_content(), node.metadata) for node in nodes)
+    return [node.model_copy(update={"metadata": metadata}) for node, metadata in zip(nodes, found, strict=True)]
 
 
-def _asked(prompt: str) -> list[ChatMessage]:
-    return [ChatMessage(role=MessageRole.USER, content=prompt)]
-
-
-async def _awaited(start: Callable[[], Any]) -> Any:
-    pieces = await asyncio.to_thread(start)
+async def _awaited(pieces: Iterator[Any]) -> Any:
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
         yield piece

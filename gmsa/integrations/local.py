@@ -4,6 +4,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Generator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from gmsa.io.memory import Memory
     from gmsa.store import MemoryStore
 
+GONE = (MemoryNotFoundError, MemoryFileError)  # of the store: compress the text, if there is one
+
 
 @dataclass
 class _Job:
@@ -38,37 +41,16 @@ class _Job:
 
     messages: Sequence[Message]
     options: Options
-    result: Answer | BaseException | None = None
+    result: "Future[Answer]" = field(default_factory=Future)
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """What the engine takes: memories and token ids between them, with the text before and after."""
+class _Prompt:
+    """A chat as the engine takes it: what stands between two texts, and the memories among it."""
 
-    prompt: "Frame"
+    frame: "Frame"
     content: "list[Memory | Tensor]"
-    soft_tokens: int
-    origin_tokens: int
-
-    def __len__(self) -> int:
-        return len(self.prompt.before) + sum(map(len, self.content)) + len(self.prompt.after)
-
-
-@dataclass
-class _Waiting:
-    jobs: list[_Job] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, job: _Job) -> None:
-        with self.lock:
-            self.jobs.append(job)
-
-    def take(self, options: Options) -> list[_Job]:
-        """All that can be answered as one batch."""
-        with self.lock:
-            taken = [job for job in self.jobs if job.options == options]
-            self.jobs = [job for job in self.jobs if job.options != options]
-        return taken
+    memories: "list[Memory]"
 
 
 class LocalReader(Reader):
@@ -100,7 +82,7 @@ class LocalReader(Reader):
         self.keep = keep
         self.batch_size = check_whole("batch_size", batch_size, error=InputError)
         self._lock = threading.Lock()  # one object of GMSA serves one caller at a time
-        self._waiting = _Waiting()
+        self._waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
 
     @cached_property
     def gmsa(self) -> "GMSA":
@@ -125,54 +107,52 @@ class LocalReader(Reader):
             return [None for _ in texts]
         with self._lock:
             if self.keep:
-                self._by_text([text for text in texts if not is_blank(text)])
+                self._memories([text for text in texts if not is_blank(text)])
             entries = [self.store.find(text, self.gmsa.fingerprint, self.merge_size) for text in texts]
         return [Remembered(e.id, e.soft_tokens, e.origin_tokens) if e else None for e in entries]
 
     def answer(self, messages: Sequence[Message], options: Options = GREEDY) -> Answer:
         """See `Reader.answer`."""
         job = _Job(messages, options)
-        self._waiting.add(job)
+        self._waiting.put(job)
         with self._lock:
-            if job.result is None:  # else whoever had the model before has answered it
-                self._run(self._waiting.take(options))
-        if isinstance(job.result, BaseException):
-            raise job.result
-        assert job.result is not None
-        return job.result
+            if not job.result.done():  # by whoever had the model before
+                self._run(self._take(options))
+        return job.result.result()
 
     def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> AnswerPieces:
         """See `Reader.stream`. A thread writes, so that a slow or abandoned stream does not keep the model."""
-        return AnswerPieces(self._stream(messages, options))
+        return AnswerPieces(self._pieces(messages, options))
 
-    def _stream(self, messages: Sequence[Message], options: Options) -> Generator[str, None, str | None]:
-        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+    def _pieces(self, messages: Sequence[Message], options: Options) -> Generator[str, None, str | None]:
+        written: queue.SimpleQueue[tuple[str | None, str | BaseException | None]] = queue.SimpleQueue()
         gone = threading.Event()
-        finish: list[str] = []
 
         def write() -> None:
             try:
                 with self._lock:
-                    ready = self._ready(messages, {})
-                    written = self.gmsa.answer(ready.prompt, ready.content, stream=True, **_arguments(options))
-                    for piece in written:
-                        pieces.put(piece)
+                    prompt = self._prompt(messages, {})
+                    stream = self.gmsa.answer(prompt.frame, prompt.content, stream=True, **_arguments(options))
+                    for piece in stream:
+                        written.put((piece, None))
                         if gone.is_set():
                             break
-                    finish.extend([written.answer.finish_reason] if written.answer else [])
-                pieces.put(None)
+                    answer = stream.answer
+                written.put((None, answer and answer.finish_reason))
             except BaseException as error:
-                pieces.put(error)
+                written.put((None, error))
 
         threading.Thread(target=write, daemon=True, name="gmsa-stream").start()
         try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
+            while True:
+                piece, end = written.get()
+                if isinstance(end, BaseException):
+                    raise end
+                if piece is None:
+                    return end
                 yield piece
         finally:
             gone.set()
-        return finish[0] if finish else None
 
     def to_dict(self) -> dict[str, Any]:
         """See `Reader.to_dict`."""
@@ -185,42 +165,50 @@ class LocalReader(Reader):
 
     # -- with the model in hand ------------------------------------------------------------------------------------
 
+    def _take(self, options: Options) -> list[_Job]:
+        """All who wait and can be answered as one batch."""
+        waiting = [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]
+        for job in waiting:
+            if job.options != options:
+                self._waiting.put(job)
+        return [job for job in waiting if job.options == options]
+
     def _run(self, jobs: Sequence[_Job]) -> None:
         """Give every job its result."""
         held: dict[Source, Memory] = {}
-        ready: list[tuple[_Job, _Ready]] = []
+        ready: list[tuple[_Job, _Prompt]] = []
         try:
             for job in jobs:
                 try:
-                    ready.append((job, self._ready(job.messages, held)))
+                    ready.append((job, self._prompt(job.messages, held)))
                 except GmsaError as error:
-                    job.result = error
+                    job.result.set_exception(error)
             try:
-                self._answer_all(ready)
+                self._read(ready)
             except GmsaError:  # of one of them; which?
                 for one in ready:
                     try:
-                        self._answer_all([one])
+                        self._read([one])
                     except GmsaError as error:
-                        one[0].result = error
+                        one[0].result.set_exception(error)
         except BaseException as error:  # whoever waits must hear of it
             for job in jobs:
-                job.result = job.result or error
+                if not job.result.done():
+                    job.result.set_exception(error)
 
-    def _answer_all(self, ready: Sequence[tuple[_Job, _Ready]]) -> None:
+    def _read(self, ready: Sequence[tuple[_Job, _Prompt]]) -> None:
         if not ready:
             return
-        answers = self.gmsa.read(
-            [one.prompt for _, one in ready],
-            [one.content for _, one in ready],
-            batch_size=self.batch_size,
-            **_arguments(ready[0][0].options),
-        )
-        for (job, one), answer in zip(ready, answers, strict=True):
-            sizes = len(one), one.soft_tokens, one.origin_tokens, answer.tokens
-            job.result = Answer(str(answer), *sizes, answer.finish_reason)
+        prompts = [prompt for _, prompt in ready]
+        frames, contents = [prompt.frame for prompt in prompts], [prompt.content for prompt in prompts]
+        options = _arguments(ready[0][0].options)
+        answers = self.gmsa.read(frames, contents, batch_size=self.batch_size, **options)
+        for (job, prompt), answer in zip(ready, answers, strict=True):
+            read = len(prompt.frame.before) + sum(map(len, prompt.content)) + len(prompt.frame.after)
+            soft, origin = sum(map(len, prompt.memories)), sum(memory.origin_tokens for memory in prompt.memories)
+            job.result.set_result(Answer(str(answer), read, soft, origin, answer.tokens, answer.finish_reason))
 
-    def _ready(self, messages: Sequence[Message], held: "dict[Source, Memory]") -> _Ready:
+    def _prompt(self, messages: Sequence[Message], held: "dict[Source, Memory]") -> _Prompt:
         """A chat through the decoder's template. `held`: memories at hand, which are added to."""
         from gmsa.decode.prompt import Frame, Turn
 
@@ -231,9 +219,7 @@ class LocalReader(Reader):
             raise InputError("the question is empty")
         first, *content = self.gmsa.template.chat(turns)
         last = content.pop() if content else first[:0]
-        memories = [held[source] for source in sources]
-        soft, origin = sum(map(len, memories)), sum(memory.origin_tokens for memory in memories)
-        return _Ready(Frame(first, last), content, soft, origin)
+        return _Prompt(Frame(first, last), content, [held[source] for source in sources])
 
     def _load(self, sources: Sequence[Source], held: "dict[Source, Memory]") -> None:
         """Memories by id where they are stored, else by text."""
@@ -243,28 +229,29 @@ class LocalReader(Reader):
                 if source.id is None or self.store is None:
                     raise MemoryNotFoundError(f"there is no store to find memory {source.id} in: give the reader one")
                 held[source] = self.store.load(source.id, self.gmsa.fingerprint)
-            except (MemoryNotFoundError, MemoryFileError):
+            except GONE:
                 if is_blank(source.text):
                     raise
                 missing.append(source)
-        memories = self._by_text([source.text for source in missing if source.text is not None])
+        memories = self._memories([source.text for source in missing if source.text is not None])
         held.update(zip(missing, memories, strict=True))
 
-    def _by_text(self, texts: Sequence[str]) -> "list[Memory]":
+    def _memories(self, texts: Sequence[str]) -> "list[Memory]":
         """The memories of texts; those not stored are compressed together."""
+        store = self.store
         found: dict[str, Memory] = {}
-        if self.store is not None:
+        if store is not None:
             for text in dict.fromkeys(texts):
-                with contextlib.suppress(MemoryNotFoundError, MemoryFileError):
-                    found[text] = self.store.load(self.store.key(text, self.gmsa.fingerprint, self.merge_size))
+                with contextlib.suppress(*GONE):
+                    found[text] = store.load(store.key(text, self.gmsa.fingerprint, self.merge_size))
         new = [text for text in dict.fromkeys(texts) if text not in found]
         for text, memory in zip(new, self.gmsa.compress(new, self.merge_size) if new else [], strict=True):
             found[text] = memory
-            if self.store is not None and self.keep:
-                entry = self.store.put(text, memory)
-                with contextlib.suppress(MemoryNotFoundError, MemoryFileError):  # gone already: a small cap
+            if store is not None and self.keep:
+                entry = store.put(text, memory)
+                with contextlib.suppress(*GONE):  # gone already: a small cap
                     # As it reads back, so that the first answer comes from the same numbers as all later ones.
-                    found[text] = self.store.load(entry.id)
+                    found[text] = store.load(entry.id)
         return [found[text] for text in texts]
 
 

@@ -8,7 +8,7 @@ import math
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,11 +161,8 @@ class Remembered:
     @property
     def metadata(self) -> dict[str, Any]:
         """What a framework's document is given, so that it is answered from this memory."""
-        return {
-            MEMORY_ID: self.id,
-            "gmsa_soft_tokens": self.soft_tokens,
-            "gmsa_origin_tokens": self.origin_tokens,
-        }
+        sizes = {"gmsa_soft_tokens": self.soft_tokens, "gmsa_origin_tokens": self.origin_tokens}
+        return {MEMORY_ID: self.id, **sizes}
 
 
 def is_blank(text: str | None) -> bool:
@@ -202,6 +199,18 @@ class Reader(ABC):
         Raises:
             InputError: one of them is no text; says which.
         """
+
+    def remembered(self, documents: Iterable[tuple[str | None, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """The metadata of a framework's documents with their memories' ids and sizes in it; see `remember`.
+
+        Args:
+            documents: the text and the metadata of each; what has a memory's id already, or no text, gets no other.
+        """
+        given = list(documents)
+        new = [number for number, (text, metadata) in enumerate(given) if text and not metadata.get(MEMORY_ID)]
+        made = dict(zip(new, self.remember([given[number][0] or "" for number in new]), strict=True))
+        found = [made.get(number) for number in range(len(given))]
+        return [{**old, **(one.metadata if one else {})} for (_, old), one in zip(given, found, strict=True)]
 
     @abstractmethod
     def answer(self, messages: Sequence[Message], options: Options = GREEDY) -> Answer:

@@ -1,5 +1,6 @@
 """The model behind `gmsa serve`: memories are made and kept there and named in requests."""
 
+import contextlib
 import json
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -22,7 +23,6 @@ from gmsa.text import check_text, check_texts
 
 if TYPE_CHECKING:
     import httpx
-
 
 OF_THE_REQUEST = (400, 413, 422)  # another request may well be served
 
@@ -96,15 +96,15 @@ class ServerReader(Reader):
             said = self._send("/v1/chat/completions", self._body(messages, options))
         except MemoryNotFoundError:
             said = self._send("/v1/chat/completions", self._body(_by_text(messages), options))
-        usage = said["usage"]
+        choice, usage = said["choices"][0], said["usage"]
         details = usage["prompt_tokens_details"]
         return Answer(
-            said["choices"][0]["message"]["content"],
-            usage["prompt_tokens"],
-            details["soft_tokens"],
-            details["origin_tokens"],
-            usage["completion_tokens"],
-            said["choices"][0]["finish_reason"],
+            text=choice["message"]["content"],
+            prompt_tokens=usage["prompt_tokens"],
+            soft_tokens=details["soft_tokens"],
+            origin_tokens=details["origin_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            finish_reason=choice["finish_reason"],
         )
 
     def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> AnswerPieces:
@@ -126,8 +126,7 @@ class ServerReader(Reader):
         def part(given: str | Source) -> dict[str, Any]:
             if isinstance(given, str):
                 return {"type": "text", "text": given}
-            id = given.id or self._remember(given.text or "").id
-            return {"type": "memory", "memory_id": id}
+            return {"type": "memory", "memory_id": given.id or self._remember(given.text or "").id}
 
         body: dict[str, Any] = {
             "messages": [{"role": m.role, "content": [part(p) for p in m.parts]} for m in messages],
@@ -139,38 +138,41 @@ class ServerReader(Reader):
             body["model"] = self.model
         return body | ({"stop": list(options.stop)} if options.stop else {})
 
-    def _send(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _asking(self) -> "Iterator[httpx.Client]":
+        """Raise RemoteDecoderError where the server cannot be reached."""
+        client = self._client  # first: it says so where httpx is missing
         import httpx
 
         try:
-            response = self._client.post(path, json=body)
+            yield client
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RemoteDecoderError(f"{self.url} cannot be asked: {error or type(error).__name__}") from error
+
+    def _send(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        with self._asking() as client:
+            response = client.post(path, json=body)
         self._check(response)
         return response.json()
 
     def _stream(self, body: dict[str, Any]) -> Generator[str, None, str | None]:
-        import httpx
-
         finish: str | None = None
-        try:
-            with self._client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
-                if response.is_error:
-                    response.read()
-                self._check(response)
-                for line in _lines(response.iter_bytes()):
-                    data = line.removeprefix(b"data:").strip()
-                    if not line.startswith(b"data:") or data == b"[DONE]":
-                        continue
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise RemoteDecoderError(f"{self.url} gave up: {event['error'].get('message')}")
-                    for choice in event.get("choices", []):
-                        finish = choice.get("finish_reason") or finish
-                        if piece := choice["delta"].get("content"):
-                            yield piece
-        except httpx.HTTPError as error:
-            raise RemoteDecoderError(f"{self.url} cannot be asked: {error or type(error).__name__}") from error
+        body = {**body, "stream": True}
+        with self._asking() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.is_error:
+                response.read()
+            self._check(response)
+            for line in _lines(response.iter_bytes()):
+                data = line.removeprefix(b"data:").strip()
+                if not line.startswith(b"data:") or data == b"[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise RemoteDecoderError(f"{self.url} gave up: {event['error'].get('message')}")
+                for choice in event.get("choices", []):
+                    finish = choice.get("finish_reason") or finish
+                    if piece := choice["delta"].get("content"):
+                        yield piece
         return finish
 
     def _check(self, response: "httpx.Response") -> None:
@@ -188,11 +190,7 @@ class ServerReader(Reader):
 
 
 def _by_text(messages: Sequence[Message]) -> list[Message]:
-    """The same with sources by text alone, after an id was not found.
-
-    Raises:
-        MemoryNotFoundError: a source has none.
-    """
+    """The same with sources by text alone, after an id was not found; MemoryNotFoundError where a source has none."""
     made = []
     for message in messages:
         parts: list[str | Source] = []

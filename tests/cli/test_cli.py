@@ -10,8 +10,6 @@ import pytest
 
 from gmsa import GMSA
 from gmsa.cli import main as cli
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 
 TEXT = "The mill was built in 1731 by two brothers. It stands by the river still."
 
@@ -76,16 +74,17 @@ def test_compress_restore_ask(model: str, text_file: str, tmp_path: Path, capsys
     assert facts["origin_tokens"] == 2 * len(TEXT)
 
 
-def test_ask_prints_the_answer_alone_on_stdout(model: str, text_file: str) -> None:
-    arguments = ["ask", "When?", "--context", "-", "--max-new-tokens", "6", "--model", model, "--dtype", "float32"]
-    piped = run(*arguments, stdin=TEXT)
-    as_json = run(*arguments, "--json", stdin=TEXT)
-    assert piped.returncode == as_json.returncode == 0, piped.stderr
-    assert piped.stdout == json.loads(as_json.stdout)["answer"] + "\n"
+def test_ask_prints_the_answer_alone_on_stdout(model: str, text_file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["ask", "When?", "--max-new-tokens", "6", "--model", model, "--dtype", "float32"]
+    piped = run(*arguments, "--context", "-", stdin=TEXT)
+    assert piped.returncode == 0, piped.stderr
+    assert cli.main([*arguments, "--context", text_file, "--json"]) == 0
+    facts = capfd.readouterr()
+    assert piped.stdout == json.loads(facts.out)["answer"] + "\n"
     assert "soft tokens" in piped.stderr
-    cut = json.loads(as_json.stdout)["finish_reason"] == "length"
+    cut = json.loads(facts.out)["finish_reason"] == "length"
     assert ("note: cut after 6 tokens: --max-new-tokens allows more" in piped.stderr) == cut
-    assert "note" not in as_json.stdout
+    assert "note" not in facts.out
 
 
 def test_ask_streams_on_a_terminal(model: str, text_file: str) -> None:
@@ -138,11 +137,10 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 def test_a_memory_of_another_model(
-    model: str, text_file: str, tmp_path: Path, tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel], capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    make_gmsa: Callable[..., GMSA], model: str, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
-    GMSA(tiny_model("llama", system_prompt="", encoder_layers=3), tiny_backbone("llama")).save_pretrained(other)
+    make_gmsa(encoder_layers=3).save_pretrained(other)
     out = str(tmp_path / "m.safetensors")
     assert cli.main(["compress", text_file, "-o", out, "--model", str(other), "--dtype", "float32"]) == 0
     capsys.readouterr()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gmsa import MemoryStore
 from gmsa.cli import main as cli
 from gmsa.cli.common import check_output, decode, emit, plain
 from gmsa.errors import InputError
@@ -169,12 +170,14 @@ def test_half_characters_in_arguments_are_one_line(model: str, text_file: Path, 
         assert b"Traceback" not in listed.stderr
 
 
-def test_a_name_of_raw_bytes_is_valid_json_and_plain_text(model: str, text_file: Path, tmp_path: Path) -> None:
+def test_a_name_of_raw_bytes_is_valid_json_and_plain_text(
+    model: str, text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = os.fsencode(tmp_path) + b"/\xff\x1b[1m.safetensors"
-    done = run("compress", str(text_file), "-o", out, "--model", model, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.decode())["output"] == str(tmp_path) + "/\\xff\x1b[1m.safetensors"
+    assert cli.main(["compress", str(text_file), "-o", os.fsdecode(out), "--model", model, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["output"] == str(tmp_path) + "/\\xff\x1b[1m.safetensors"
     told = run("compress", str(text_file), "-o", out, "--model", model)
+    assert told.returncode == 0, told.stderr
     assert b"\x1b" not in told.stderr
     assert rb"/\xff\x1b[1m.safetensors" in told.stderr
     missing = run("compress", b"\xff\x1b[1m", "-o", "x", "--model", model)
@@ -209,15 +212,22 @@ def test_a_plain_text_does_nothing_to_a_terminal() -> None:
     assert plain("a\x1b[2Jb\nc\u202ed\udcff") == "a\\x1b[2Jb\\nc\\u202ed\\xff"
 
 
-@pytest.mark.parametrize("ends", [">&-", "2>&-", "<&-"])
-def test_a_closed_stream_ends_no_command(ends: str, model: str) -> None:
-    done = run("info", model, ends=ends)
+@pytest.fixture
+def empty_store(tmp_path: Path) -> str:
+    """For a command that prints, and takes less time to start than one that knows models."""
+    with MemoryStore(tmp_path / "store"):
+        return str(tmp_path / "store")
+
+
+@pytest.mark.parametrize(("ends", "more"), [(">&-", ["--json"]), ("2>&-", []), ("<&-", ["--json"])])
+def test_a_closed_stream_ends_no_command(ends: str, more: list[str], empty_store: str) -> None:
+    done = run("store", "ls", "--store", empty_store, *more, ends=ends)
     assert done.returncode == 0, done.stderr
     assert done.stderr == b""
 
 
-def test_a_full_disk_is_one_line(model: str) -> None:
-    done = run("info", model, "--json", ends=">/dev/full")
+def test_a_full_disk_is_one_line(empty_store: str) -> None:
+    done = run("store", "ls", "--store", empty_store, "--json", ends=">/dev/full")
     assert done.returncode == 1
     assert done.stderr.startswith(b"gmsa: cannot write the output: ")
     assert done.stderr.count(b"\n") == 1

@@ -11,7 +11,7 @@ from gmsa import GMSA, Memory
 from gmsa.cli.main import main
 from gmsa.errors import InputError
 from gmsa.evaluate import metrics
-from gmsa.evaluate.qa import evaluate_qa, spread
+from gmsa.evaluate.qa import choose, evaluate_qa
 from gmsa.evaluate.restoration import evaluate_restoration
 from gmsa.evaluate.results import FIELDS, AnswerCache
 from gmsa.io.backbones import Backbone
@@ -78,14 +78,9 @@ def test_an_exact_match_has_full_f1(prediction: str, references: list[str]) -> N
 
 def test_questions_are_spread_over_the_file() -> None:
     rows = [{"n": i} for i in range(100)]
-    assert [r["n"] for r in spread(rows, 4)] == [0, 25, 50, 75]
-    assert [r["n"] for r in spread(rows, 60)][-3:] == [95, 96, 98]  # up to the end, also where every second is too few
-    assert spread(rows[:3], 10) == rows[:3]
-
-
-@pytest.fixture(scope="module")
-def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
-    return GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+    assert [r["n"] for r in choose(rows, 4)] == [0, 25, 50, 75]
+    assert [r["n"] for r in choose(rows, 60)][-3:] == [95, 96, 98]  # up to the end, also where every second is too few
+    assert choose(rows[:3], 10) == rows[:3]
 
 
 @pytest.fixture
@@ -176,12 +171,12 @@ def test_an_interrupted_restoration_goes_on(
 
 
 def test_restored_texts_of_other_settings_are_kept_apart(
-    gmsa: GMSA, data: Path, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+    make_gmsa: Callable[..., GMSA], gmsa: GMSA, data: Path
 ) -> None:
     cache = AnswerCache(None, print)
     list(evaluate_restoration(gmsa, str(data), [20], [4, 2], 3, cache=cache))
     assert len(cache.answers) == 3 + 2 * 3  # the texts themselves, and at each merge size
-    other = GMSA(tiny_model("llama", system_prompt="Be brief."), tiny_backbone("llama"))
+    other = make_gmsa(system_prompt="Be brief.")
     list(evaluate_restoration(other, str(data), [20], [4], 3, cache=cache))
     assert len(cache.answers) == 9 + 6
 

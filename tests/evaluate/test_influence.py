@@ -10,21 +10,19 @@ from gmsa import GMSA
 from gmsa.cli.main import main
 from gmsa.errors import InputError
 from gmsa.evaluate.influence import MEASURES, evaluate_influence, influence, measures
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 
 APPENDED = {"merging": "appended", "lsa": "mlp", "max_appended": 64, "window_size": 64}
 
 
 @pytest.fixture
-def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
-    return GMSA(tiny_model("llama", system_prompt="", window_size=64), tiny_backbone("llama"))
+def gmsa(make_gmsa: Callable[..., GMSA]) -> GMSA:
+    return make_gmsa(window_size=64)
 
 
 @pytest.fixture
-def appended(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
+def appended(make_gmsa: Callable[..., GMSA]) -> GMSA:
     fields = {**APPENDED, "trained": ["lsa"]}
-    return GMSA(tiny_model("llama", system_prompt="", **fields), tiny_backbone("llama"))
+    return make_gmsa(**fields)
 
 
 def write_texts(path: Path) -> Path:

@@ -15,13 +15,12 @@ from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model,
 from gmsa import GMSA
 from gmsa.cli.main import main
 from gmsa.errors import CheckpointError, InputError
-from gmsa.evaluate.methods import METHODS, kv_cache, load_methods, open_provence, provence, semanticache, sentences
+from gmsa.evaluate.methods import METHODS, kv_cache, load_methods, provence, semanticache, sentences
 from gmsa.evaluate.methods import exit as exit_method
 from gmsa.evaluate.methods.base import Method, Models, Question, TextMethod
 from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
 from gmsa.evaluate.qa import choose, evaluate_qa
 from gmsa.evaluate.results import AnswerCache
-from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 
 UNAVAILABLE = ("llmlingua-2", "provence", "open-provence", "exit")  # offline; the last three have tests of their own
@@ -36,8 +35,8 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def gmsa(tiny_backbone: Callable[..., Backbone], trained_model: Callable[..., GmsaModel]) -> GMSA:
-    return GMSA(trained_model("llama", system_prompt=""), tiny_backbone("llama"))
+def gmsa(make_gmsa: Callable[..., GMSA]) -> GMSA:
+    return make_gmsa(taught=True)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +273,7 @@ def provence_folder(tmp_path: Path) -> Path:
 def test_provence_ranks_by_the_mean_over_a_sentence(
     gmsa: GMSA, provence_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provence, "MODEL", str(provence_folder))
+    monkeypatch.setattr(provence.Provence, "made_with", str(provence_folder))
     [method] = load_methods(["provence"], Models(gmsa), print)
     question, sentences = "Who?", ["It was she. ", "He left. "]
     ids = [BEGIN, *b"Who?", END, *b"It was she. He left. ", END]
@@ -294,7 +293,7 @@ def test_provence_ranks_by_the_mean_over_a_sentence(
 
 
 def test_other_weights_than_provence(gmsa: GMSA, provence_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provence, "MODEL", str(provence_folder))
+    monkeypatch.setattr(provence.Provence, "made_with", str(provence_folder))
     save_file({"deberta.x": torch.zeros(1)}, provence_folder / "model.safetensors")
     notes: list[str] = []
     assert load_methods(["provence"], Models(gmsa), notes.append) == []
@@ -316,7 +315,7 @@ def test_open_provence_reads_the_states_before_the_last_norm(
     make_tokenizer(cls_token="<|begin|>", sep_token="<|end|>").save_pretrained(tmp_path)
     entries = {"model_type": "open_provence", "base_model_config": config.to_dict()}
     (tmp_path / "config.json").write_text(json.dumps(entries))
-    monkeypatch.setattr(open_provence, "MODEL", str(tmp_path))
+    monkeypatch.setattr(provence.OpenProvence, "made_with", str(tmp_path))
     [method] = load_methods(["open-provence"], Models(gmsa), print)
     byte = {i: method.tokenizer.encode(chr(i), add_special_tokens=False)[0] for i in range(32, 127)}
     ids = [BEGIN, *(byte[i] for i in b"Who?"), END, *(byte[i] for i in b"It was she. He left. "), END]
@@ -369,9 +368,9 @@ def test_exit_asks_of_every_sentence(
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "cohere"])
 @pytest.mark.parametrize("name", ["snapkv", "kvzip", "streaming-llm", "semanticache"])
 def test_a_cache_kept_whole_answers_as_the_original_prompt(
-    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel], name: str, family: str
+    make_gmsa: Callable[..., GMSA], name: str, family: str
 ) -> None:
-    models = Models(GMSA(tiny_model(family, system_prompt=""), tiny_backbone(family)))
+    models = Models(make_gmsa(family))
     found = []
     for method in load_methods([name, "original-prompt"], models, print):
         found.append(method.answer(QUESTIONS, method.read(QUESTIONS, 1), 8, 2))
@@ -474,10 +473,8 @@ def test_semanticache_attends_to_a_core_as_to_all_that_it_stands_for(load: Calla
             torch.testing.assert_close(found, weights @ core_values, atol=1e-4, rtol=1e-4)
 
 
-def test_streaming_keeps_both_ends(
-    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
-) -> None:
-    models = Models(GMSA(tiny_model("llama", prompt="plain"), tiny_backbone("llama")))
+def test_streaming_keeps_both_ends(make_gmsa: Callable[..., GMSA]) -> None:
+    models = Models(make_gmsa(prompt="plain"))
     [method] = load_methods(["streaming-llm"], models, print)
     [reading] = method.read(QUESTIONS[:1], 4)
     out, (start, end) = prefilled(method, QUESTIONS[0])
@@ -500,11 +497,9 @@ def test_what_is_dropped_from_a_cache_does_not_reach_the_answer(load: Callable[[
     assert answers[0] != answers[1]  # nothing else holds the text
 
 
-def test_local_attention_has_no_cache_to_choose_from(
-    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
-) -> None:
+def test_local_attention_has_no_cache_to_choose_from(make_gmsa: Callable[..., GMSA]) -> None:
     notes: list[str] = []
-    models = Models(GMSA(tiny_model("gemma3"), tiny_backbone("gemma3")))
+    models = Models(make_gmsa("gemma3"))
     assert load_methods(["snapkv"], models, notes.append) == []
     assert notes == ["snapkv is skipped: it needs a decoder that attends to everything in every layer, without windows"]
 
@@ -532,11 +527,9 @@ def test_the_documentation_lists_every_method() -> None:
     assert [name for name in METHODS if name not in named] == []
 
 
-def test_other_checkpoints_are_methods(
-    gmsa: GMSA, tmp_path: Path, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
-) -> None:
+def test_other_checkpoints_are_methods(make_gmsa: Callable[..., GMSA], gmsa: GMSA, tmp_path: Path) -> None:
     fields = {"merging": "appended", "lsa": "mlp", "max_appended": 64, "window_size": 64, "trained": ["lsa"]}
-    GMSA(tiny_model("llama", system_prompt="", **fields), tiny_backbone("llama")).save_pretrained(tmp_path / "appended")
+    make_gmsa(**fields).save_pretrained(tmp_path / "appended")
     methods = load_methods(["gmsa", f"icae-like={tmp_path / 'appended'}"], Models(gmsa), print)
     assert [method.name for method in methods] == ["gmsa", "icae-like"]
     assert len({method.fingerprint for method in methods}) == 2
@@ -546,7 +539,7 @@ def test_other_checkpoints_are_methods(
     # One window of 64 tokens against several of 16, each rounded up.
     assert rows[1]["tokens"]["soft"] < rows[0]["tokens"]["soft"]
     assert rows[1]["tokens"]["context"] == rows[0]["tokens"]["context"]
-    GMSA(tiny_model("qwen2", trained=["encoder"]), tiny_backbone("qwen2")).save_pretrained(tmp_path / "other")
+    make_gmsa("qwen2", trained=["encoder"]).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="another decoder backbone"):
         load_methods([f"other={tmp_path / 'other'}"], Models(gmsa), print)
     with pytest.raises(CheckpointError):
@@ -564,10 +557,8 @@ def test_what_is_not_at_hand_is_skipped_in_one_line(gmsa: GMSA) -> None:
         assert "\n" not in note
 
 
-def test_a_text_decoder_stands_on_the_same_backbone(
-    gmsa: GMSA, tmp_path: Path, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
-) -> None:
-    GMSA(tiny_model("qwen2", trained=["encoder"]), tiny_backbone("qwen2")).save_pretrained(tmp_path / "other")
+def test_a_text_decoder_stands_on_the_same_backbone(make_gmsa: Callable[..., GMSA], gmsa: GMSA, tmp_path: Path) -> None:
+    make_gmsa("qwen2", trained=["encoder"]).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="another decoder backbone"):
         load_methods(["closed-book-trained"], Models(gmsa, str(tmp_path / "other")), print)
 

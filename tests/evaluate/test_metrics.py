@@ -21,8 +21,6 @@ from gmsa.evaluate import bertscore, metrics
 from gmsa.evaluate.bertscore import BertScorer, find_scorer
 from gmsa.evaluate.methods import base
 from gmsa.evaluate.restoration import perplexity, score_given_text
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 
 WORDS = st.lists(
     st.sampled_from(["the", "a", "An", "mill", "Mill,", "1731", "was", "über", "naïve.", "水車", "it's", "—", "x_y"]),
@@ -255,10 +253,8 @@ def test_bertscore_by_minilm_is_that_of_the_bert_score_package() -> None:
 # -- perplexity given the text -----------------------------------------------------------------------------------------
 
 
-def test_the_text_given_as_text_is_predicted_as_by_the_decoder_alone(
-    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
-) -> None:
-    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+def test_the_text_given_as_text_is_predicted_as_by_the_decoder_alone(make_gmsa: Callable[..., GMSA]) -> None:
+    gmsa = make_gmsa()
     text = "The mill was built in 1731."  # 27 tokens: two windows, of 16 and 11
     found = score_given_text(gmsa, text)
     ids, prompt = gmsa.template.encode(text), gmsa.template.restore()
@@ -275,9 +271,7 @@ def test_the_text_given_as_text_is_predicted_as_by_the_decoder_alone(
     assert perplexity([found]) == pytest.approx(math.exp(nll / 27), rel=1e-5)
 
 
-def test_a_text_that_does_not_fit_twice_has_no_perplexity(
-    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
-) -> None:
-    gmsa = GMSA(tiny_model("llama", system_prompt="", window_size=None), tiny_backbone("llama"))
+def test_a_text_that_does_not_fit_twice_has_no_perplexity(make_gmsa: Callable[..., GMSA]) -> None:
+    gmsa = make_gmsa(window_size=None)
     assert score_given_text(gmsa, "x" * 250) is None  # of 512 positions
     assert perplexity([None]) is None

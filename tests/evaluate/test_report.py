@@ -290,8 +290,9 @@ RESULTS = sorted((Path(__file__).parents[2] / "docs/results").glob("*.json"))
 def test_every_published_result_is_read(path: Path, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(path.read_text())
     run = read_run(tmp_path)
-    assert [table.rows for table in tables_of(report_sections([run]), "method")]
-    assert all(str(row["n"]) in page_of([run]) for row in run.rows)
+    page = page_of([run])
+    assert "<th>method</th>" in page
+    assert all(str(row["n"]) in page for row in run.rows)
 
 
 def test_bad_folders_and_logs_are_one_line(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ from gmsa.cli.main import main
 from gmsa.errors import InputError
 from gmsa.evaluate import ruler
 from gmsa.evaluate.metrics import string_match
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 
 
 def tokens(text: str) -> int:
@@ -30,11 +28,11 @@ def test_a_row_fills_its_length_and_holds_what_is_asked_for(task: str, length: i
 
 def test_needles_are_the_only_answer() -> None:
     rng = random.Random(0)
-    context, prompt, [value] = ruler.niah_multikey(rng, 5)
+    context, prompt, [value] = ruler.TASKS["niah_multikey"](rng, 5)
     key = next(key for key in prompt.split() if "-" in key)
     assert f"numbers for {key} is: {value}." in context
     assert context.count("magic numbers for") == 4
-    context, prompt, values = ruler.niah_multivalue(rng, 5)
+    context, prompt, values = ruler.TASKS["niah_multivalue"](rng, 5)
     assert len(values) == context.count("magic numbers for") == 4
     context, prompt, [value] = ruler.key_value(rng, 20)
     assert context.count("magic uuids for") == 21
@@ -67,13 +65,8 @@ def test_what_cannot_be_made_is_said() -> None:
         list(ruler.evaluate_ruler(tokens, ["niah"], [100], 1, 0))
 
 
-def test_the_command(
-    tmp_path: Path,
-    tiny_backbone: Callable[..., Backbone],
-    trained_model: Callable[..., GmsaModel],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    GMSA(trained_model("llama", system_prompt=""), tiny_backbone("llama")).save_pretrained(tmp_path / "model")
+def test_the_command(make_gmsa: Callable[..., GMSA], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_gmsa(taught=True).save_pretrained(tmp_path / "model")
     command = ["eval", "ruler", "--model", str(tmp_path / "model"), "--dtype", "float32", "--lengths", "250,300"]
     command += ["--tasks", "niah_single,variable_tracking", "--limit", "2", "--merge-size", "4"]
     command += ["--methods", "gmsa,truncate-head,closed-book", "--max-new-tokens", "3", "-o", str(tmp_path / "out")]

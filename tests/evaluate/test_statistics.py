@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gmsa.errors import InputError
-from gmsa.evaluate.statistics import bootstrap_means, interval, paired_difference
+from gmsa.evaluate.metrics import bootstrap_means, interval, paired_difference
 
 FINITE = st.floats(-1e6, 1e6)
 

@@ -1,6 +1,7 @@
 """What the integrations share: readers in process and of a server answer chats that hold memories."""
 
 import json
+import queue
 import subprocess
 import sys
 import threading
@@ -16,28 +17,12 @@ from server import running
 from gmsa import GMSA, MemoryStore
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, MemoryNotFoundError, RemoteDecoderError
 from gmsa.integrations import Answer, LocalReader, Message, Options, Reader, ServerReader, Source
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 from gmsa.serve.service import Service
 from gmsa.serve.settings import Settings
 
 DOCUMENTS = ["The mill stood by the river.", "A bridge was built in 1302, of stone.", "Third."]
 QUESTION = "What stood where?"
 SHORT = Options(max_new_tokens=8)
-
-
-@pytest.fixture(scope="module")
-def make_gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> Callable[..., GMSA]:
-    def make(**fields: Any) -> GMSA:
-        torch.manual_seed(0)
-        return GMSA(tiny_model("llama", system_prompt="", **fields), tiny_backbone("llama"))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def gmsa(make_gmsa: Callable[..., GMSA]) -> GMSA:
-    return make_gmsa()
 
 
 @pytest.fixture
@@ -207,6 +192,18 @@ def together(reader: Reader, chats: list[list[Message]]) -> list[Answer | Except
     return found
 
 
+class Noticed(queue.Queue):
+    """Those who wait for the model; a semaphore tells that one more does."""
+
+    def __init__(self, seen: threading.Semaphore) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def put(self, item: Any, *args: Any) -> None:
+        super().put(item, *args)
+        self.seen.release()
+
+
 def test_chats_that_wait_are_answered_as_one_batch(
     reader: LocalReader, gmsa: GMSA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,21 +219,19 @@ def test_chats_that_wait_are_answered_as_one_batch(
                 assert asked.acquire(timeout=20)
         return real(questions, *args, **kwargs)
 
-    add = reader._waiting.add
-    monkeypatch.setattr(reader._waiting, "add", lambda job: (add(job), asked.release()))
+    reader._waiting = Noticed(asked)
     monkeypatch.setattr(gmsa, "read", read)
     assert together(reader, chats) == alone
     assert sum(sizes) == 6
     assert len(sizes) == 2  # whoever came first, perhaps with some, then all others
 
 
-def test_one_bad_chat_spoils_no_other(reader: LocalReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bad_chat_spoils_no_other(reader: LocalReader) -> None:
     good, long, lost = about(*DOCUMENTS), about("x", question="long " * 200), about(Source(id="0" * 64))
     expected = reader.answer(good, SHORT)
     reader._lock.acquire()
     seen = threading.Semaphore(0)
-    add = reader._waiting.add
-    monkeypatch.setattr(reader._waiting, "add", lambda job: (add(job), seen.release()))
+    reader._waiting = Noticed(seen)
 
     def release() -> None:
         for _ in range(3):

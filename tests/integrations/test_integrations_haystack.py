@@ -1,7 +1,6 @@
 """Haystack's own classes over a tiny model."""
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,6 @@ from gmsa import GMSA, MemoryStore
 from gmsa.errors import InputError
 from gmsa.integrations import LocalReader, Message, Options, ServerReader, Source
 from gmsa.integrations.haystack import GmsaChatGenerator, MemoryAttacher
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 
 DOCUMENTS = ["The mill stood by the river.", "What stood here was a bridge of stone."]
 QUESTION = "What stood where?"
@@ -29,11 +26,6 @@ SHORT = {"max_tokens": 8}
 
 def print_chunk(chunk: StreamingChunk) -> None:
     print(chunk.content)
-
-
-@pytest.fixture(scope="module")
-def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
-    return GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from gmsa import GMSA, MemoryStore
 from gmsa.errors import InputError, MemoryMismatchError
 from gmsa.integrations import LocalReader, Message, Options, Source
 from gmsa.integrations.langchain import ChatGmsa, MemoryRetriever, attach_memories, memory_message, memory_messages
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 
 DOCUMENTS = ["The mill stood by the river.", "A bridge was built in 1302, of stone."]
 QUESTION = "What stood where?"
@@ -33,11 +31,6 @@ class Fixed(BaseRetriever):
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         return [Document(page_content=text, metadata={"place": i}) for i, text in enumerate(DOCUMENTS)]
-
-
-@pytest.fixture(scope="module")
-def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
-    return GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
 
 
 @pytest.fixture
@@ -93,9 +86,9 @@ def test_a_document_is_answered_from_its_stored_memory(
 
 
 def test_a_memory_of_another_model_is_refused(
-    model: ChatGmsa, reader: LocalReader, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+    make_gmsa: Callable[..., GMSA], model: ChatGmsa, reader: LocalReader
 ) -> None:
-    other = GMSA(tiny_model("llama", encoder_layers=1), tiny_backbone("llama"))
+    other = make_gmsa(encoder_layers=1)
     entry = reader.store.put(DOCUMENTS[0], other.compress(DOCUMENTS[0], 4))
     document = Document(page_content=DOCUMENTS[0], metadata={"gmsa_memory_id": entry.id})
     with pytest.raises(MemoryMismatchError):

@@ -1,7 +1,6 @@
 """LlamaIndex's own classes over a tiny model."""
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,6 @@ from gmsa import GMSA, MemoryStore
 from gmsa.errors import InputError
 from gmsa.integrations import LocalReader, Message, Options, Source
 from gmsa.integrations.llamaindex import QA_TEMPLATE, GmsaLLM, MemoryPostprocessor, attach_memories
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 
 DOCUMENTS = ["The mill {stood} by the river.", "A bridge was built in 1302, of stone."]
 QUESTION = "What stood where?"
@@ -32,11 +29,6 @@ class Fixed(BaseRetriever):
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         nodes = [TextNode(text=text, metadata={"place": i}) for i, text in enumerate(DOCUMENTS)]
         return [NodeWithScore(node=node, score=1 - i / 4) for i, node in enumerate(nodes)]
-
-
-@pytest.fixture(scope="module")
-def gmsa(tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]) -> GMSA:
-    return GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
 
 
 @pytest.fixture(params=[True, False], ids=["kept", "not kept"])

@@ -12,7 +12,6 @@ import torch
 
 from gmsa import GMSA
 from gmsa.integrations import LocalReader
-from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 
 ROOT = Path(__file__).parents[2]
@@ -36,17 +35,16 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_examples(
+    make_gmsa: Callable[..., GMSA],
     framework: str,
     load: Callable[..., Any],
-    tiny_backbone: Callable[..., Backbone],
-    tiny_model: Callable[..., GmsaModel],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip(FRAMEWORKS[framework])
     example = load("examples/rag", f"{framework}_rag")
-    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
+    gmsa = make_gmsa()
     reader = LocalReader(gmsa, tmp_path / "store", merge_size=8)
     monkeypatch.setattr(example, "reader_of", lambda _: reader)
     example.main()

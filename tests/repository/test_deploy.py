@@ -19,8 +19,6 @@ from server import eventually
 
 from gmsa import GMSA
 from gmsa.cli.main import build_parser
-from gmsa.io.backbones import Backbone
-from gmsa.io.loading import GmsaModel
 from gmsa.serve.remote import RemoteDecoder
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -78,8 +76,8 @@ def test_the_kubernetes_file_is_of_one_piece() -> None:
 
 
 @pytest.fixture(scope="module")
-def gmsa(tiny_backbone: Callable[..., Backbone], trained_model: Callable[..., GmsaModel]) -> GMSA:
-    return GMSA(trained_model("llama", system_prompt=""), tiny_backbone("llama"))
+def gmsa(make_gmsa: Callable[..., GMSA]) -> GMSA:
+    return make_gmsa(taught=True)
 
 
 @pytest.fixture(scope="module")

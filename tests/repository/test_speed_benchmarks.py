@@ -1,8 +1,11 @@
 """The benchmarks of speed run on a small model and say what they must. What they measure is never asserted."""
 
+import contextlib
 import importlib
+import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +43,21 @@ def run(
         sys.modules.pop(name, None)
 
 
+def run_here(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Let a benchmark run its sides in this process: loading PyTorch anew would take longer. Returns its commands."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
+        commands.append(command)
+        assert command[:2] == [sys.executable, module.__file__]
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            module.main(command[2:])
+        return subprocess.CompletedProcess(command, 0, said.getvalue())
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    return commands
+
+
 def test_answering(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = tmp_path / "a.png"
     rows = run("answering", "--image", str(image))["rows"]
@@ -59,9 +77,11 @@ def test_answering(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: p
     assert "prefilled" in capsys.readouterr().out
 
 
-def test_compression(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_compression(run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = tmp_path / "c.png"
+    commands = run_here(importlib.import_module("compression"), monkeypatch)
     results = run("compression", "--image", str(image))
+    assert [command[command.index("--side") + 1] for command in commands] == ["naive", "ours"]
     assert image.stat().st_size > 0
     assert results["largest_difference"] < 1e-3  # both sides compute the same
     speed, memory, growth = results["throughput"], results["memory"], results["growth"]
@@ -172,6 +192,45 @@ def test_processor_time_is_taken_on_one_thread(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert measuring.now(torch.device("cpu")) == 2.0
     sys.modules.pop("measuring", None)
+
+
+def test_training(
+    save_backbone: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("training")
+    commands = run_here(module, monkeypatch)
+    data, output, image = tmp_path / "texts.jsonl", tmp_path / "results.json", tmp_path / "speed.png"
+    data.write_text("".join(json.dumps({"text": f"Text {n}: " + "the mill stood by the river. " * 3}) + "\n"
+                            for n in range(60)))  # fmt: skip
+    options = {
+        "data": data, "backbone": save_backbone("llama"), "encoder-layers": 2, "tokens-per-batch": 64, "steps": 3,
+        "rounds": 1, "threads": 1, "precision": "fp32", "device": "cpu", "output": output, "image": image,
+    }  # fmt: skip
+    arguments = ["--lengths", "8", "48"]
+    for name, value in options.items():
+        arguments += [f"--{name}", str(value)]
+    module.main(arguments)
+    for name in ("training", "measuring"):
+        sys.modules.pop(name, None)
+    assert [command[-1] for command in commands] == ["naive", "ours", "recomputing"]
+    results = json.loads(output.read_text())
+    naive = results["sides"]["naive"]
+    assert set(results["ratios_to_naive"]) == {"ours", "recomputing"}
+    for name, ratios in results["ratios_to_naive"].items():
+        side = results["sides"][name]
+        assert set(ratios) == {"tokens_per_second", "peak_bytes", "tensor_bytes"}
+        assert side["first_loss"] == pytest.approx(naive["first_loss"], rel=0.02)
+        for figure in ("tokens", "trained_weights"):  # the same work on every side
+            assert side[figure] == naive[figure] > 0
+        assert set(side["seconds_by_part"]) == set(naive["seconds_by_part"])
+        assert side["seconds_by_part"]["unused LM heads"] == 0
+    assert {"versions", "machine", "command"} <= set(results["meta"])
+    assert image.stat().st_size > 0
+    assert "tokens per second" in capsys.readouterr().out
 
 
 def test_gpu_on_tiny_shapes(

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.wait(30), process.stderr.read()
 
 
-def test_memories_outlive_the_server_and_answers_its_end(model: Path, tmp_path: Path) -> None:
+def test_memories_outlive_the_server_and_its_kill_and_answers_its_end(model: Path, tmp_path: Path) -> None:
     store = ("--store", str(tmp_path / "store"))
     with serving(model, *store) as (url, process):
         memory = httpx.post(f"{url}/v1/memories", json={"text": TEXT}).json()
@@ -83,15 +84,21 @@ def test_memories_outlive_the_server_and_answers_its_end(model: Path, tmp_path: 
         assert httpx.get(f"{url}/v1/memories/{memory['id']}").json()["label"] is None
         assert httpx.post(f"{url}/v1/memories", json={"text": TEXT}).json()["existing"] is True
         assert httpx.post(f"{url}/v1/chat/completions", json=question).json()["choices"] == before
+        newer = httpx.post(f"{url}/v1/memories", json={"text": TEXT[:20]}).json()
+        process.kill()
+        process.wait()
+    with serving(model, *store) as (url, process):
+        for kept in (memory, newer):
+            assert httpx.get(f"{url}/v1/memories/{kept['id']}").status_code == 200
         process.send_signal(signal.SIGINT)
         assert ended(process) == (0, "gmsa: stopped\n")
     assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("store*")} == {0o600}
 
 
-def test_a_drain_ends_in_time_and_memories_survive_a_kill(model: Path, tmp_path: Path) -> None:
-    store = ("--store", str(tmp_path / "store"))
+def test_a_drain_ends_in_time(model: Path, tmp_path: Path) -> None:
+    options = ("--store", str(tmp_path / "store"), "--drain-seconds", "1", "--max-batch", "2")
     # Answers of this length would take far longer than the second they are given.
-    with serving(model, *store, "--drain-seconds", "1", "--max-batch", "2") as (url, process):
+    with serving(model, *options) as (url, process):
         body = {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 450, "n": 16}
         pool = ThreadPoolExecutor(1)
         waiting = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60)
@@ -100,16 +107,10 @@ def test_a_drain_ends_in_time_and_memories_survive_a_kill(model: Path, tmp_path:
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         code, said = ended(process)
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 25  # by itself it would wait for 30
         assert code == 0
         assert "Traceback" not in said
         assert waiting.result().status_code == 503
-    with serving(model, *store) as (url, process):
-        memory = httpx.post(f"{url}/v1/memories", json={"text": TEXT}).json()
-        process.kill()
-        process.wait()
-    with serving(model, *store) as (url, _):
-        assert httpx.get(f"{url}/v1/memories/{memory['id']}").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -152,20 +153,10 @@ def test_the_key_comes_from_option_file_or_environment(tmp_path: Path, monkeypat
 
 
 def test_a_port_that_is_taken(model: Path, tmp_path: Path) -> None:
-    with serving(model, "--store", str(tmp_path / "store")) as (url, _):
-        taken = str(httpx.URL(url).port)
-        command = [
-            sys.executable,
-            "-m",
-            "gmsa",
-            "serve",
-            str(model),
-            "--port",
-            taken,
-            "--store",
-            str(tmp_path / "other"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=60)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        command = [sys.executable, "-m", "gmsa", "serve", str(model), "--port", taken, "--store", str(tmp_path / "s")]
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=300)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"gmsa: cannot listen on 127.0.0.1:{taken}: choose another --host or --port"

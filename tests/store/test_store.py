@@ -1125,7 +1125,7 @@ def test_command_line_errors(run: Callable[..., Any], tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("1k", 1000), ("2.5 MB", 2_500_000), ("3G", 3 * 10**9)])
 def test_sizes(text: str, value: int) -> None:
-    from gmsa.cli.store import size
+    from gmsa.cli.common import size
 
     assert size(text) == value
 

@@ -16,7 +16,7 @@ OWN_READER = ("gmsa", "gmsa-hybrid")
 # Where each method's class is; it is imported, and what it needs loaded, only when the method is asked for.
 METHODS = {
     "gmsa": "plain:GmsaMethod",
-    "gmsa-hybrid": "hybrid:Hybrid",
+    "gmsa-hybrid": "plain:Hybrid",
     "original-prompt": "plain:OriginalPrompt",
     "closed-book": "plain:ClosedBook",
     "truncate-head": "plain:TruncateHead",
@@ -30,7 +30,7 @@ METHODS = {
     "longllmlingua": "llmlingua:LongLLMLingua",
     "llmlingua-2": "llmlingua:LLMLingua2",
     "provence": "provence:Provence",
-    "open-provence": "open_provence:OpenProvence",
+    "open-provence": "provence:OpenProvence",
     "exit": "exit:Exit",
     "snapkv": "kv_cache:SnapKV",
     "kvzip": "kv_cache:KVzip",
@@ -43,9 +43,7 @@ TRAINED = "-trained"  # after a method's name: read by the decoder that was trai
 def check_methods(names: Sequence[str], checkpoints_only: bool = False) -> None:
     """Raise InputError if one is no method, naming the nearest, or a checkpoint's name cannot be told from another's.
 
-    Args:
-        names: as for `load_methods`.
-        checkpoints_only: whether soft tokens alone make sense: gmsa and NAME=FOLDER.
+    Names are as for `load_methods`; with `checkpoints_only` soft tokens alone make sense: gmsa and NAME=FOLDER.
     """
     known = [*METHODS, *(name + TRAINED for name in METHODS if name not in OWN_READER)]
     for name in names:

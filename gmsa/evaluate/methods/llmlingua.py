@@ -39,11 +39,7 @@ class TupleCaches:
 
 
 def make_compressor(lm: GMSA) -> Any:
-    """The package's PromptCompressor on a language model that is already loaded.
-
-    Raises:
-        MethodUnavailable: llmlingua is not installed.
-    """
+    """The package's PromptCompressor on a language model that is already loaded."""
 
     class Compressor(require("llmlingua", "baselines").PromptCompressor):  # type: ignore[misc]
         def __init__(self) -> None:  # its own would load weights again and fetch a tokenizer of OpenAI's
@@ -122,7 +118,7 @@ class LLMLingua2(TextMethod):
                 self.load_model(MODEL, str(reader.model.device), {"trust_remote_code": False, **options})
                 self.init_llmlingua2()
 
-        with from_hub(f"{MODEL} from the hub (hf download {MODEL})") as options:
+        with from_hub(MODEL) as options:
             self.compressor = Compressor(**options)
 
     def shorten(self, context: str, question: str, budget: int) -> str:

@@ -2,13 +2,24 @@
 
 As published, a sentence is worth the mean probability of its tokens, read together with the question and the other
 sentences of a window of 512 tokens. There a threshold decides how many stay; here the budget does, as for all methods.
-The weights, CC BY-NC-ND 4.0, are read into transformers' own DeBERTa: none of the code beside them is run.
+Its weights, CC BY-NC-ND 4.0, are read into transformers' own DeBERTa: none of the code beside them is run.
 """
+
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 
 from gmsa.api import GMSA
@@ -16,40 +27,35 @@ from gmsa.evaluate.methods.base import MethodUnavailable, Models, from_hub
 from gmsa.evaluate.methods.sentences import SentenceMethod
 from gmsa.text import encode
 
-MODEL = "naver/provence-reranker-debertav3-v1"
 LONGEST = 512  # tokens of question and sentences together
 
 
 class Provence(SentenceMethod):
     """The decoder reads the sentences that a trained pruner finds the question to need."""
 
-    made_with = MODEL
+    made_with = "naver/provence-reranker-debertav3-v1"
+    prefixes = ("deberta.", "token_classifier.")  # of the names of the weights of body and head
 
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
-        with from_hub(f"{MODEL} from the hub (hf download {MODEL})") as options:
-            # Not the Auto classes: its configuration names code of its own.
-            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL, **options)
-            config = DebertaV2Config.from_pretrained(MODEL, **options)
-            weights = load_file(cached_file(MODEL, "model.safetensors", **options))
-        self.body: nn.Module = DebertaV2Model(config)
-        self.head = nn.Linear(config.hidden_size, 2)  # drop, keep
-        self.fill(MODEL, weights, {"deberta.": self.body, "token_classifier.": self.head})
-
-    def fill(self, model: str, weights: dict[str, torch.Tensor], parts: dict[str, nn.Module]) -> None:
-        """Give the parts the weights of one file, by the beginnings of their names.
-
-        Raises:
-            MethodUnavailable: they do not fit.
-        """
-        for prefix, part in parts.items():
+        with from_hub(self.made_with) as options:
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.made_with, **options)
+            self.body = self.make_body(options)
+            weights = load_file(cached_file(self.made_with, "model.safetensors", **options))
+        self.head = nn.Linear(self.body.config.hidden_size, 2)  # drop, keep
+        for prefix, part in zip(self.prefixes, (self.body, self.head), strict=True):
             own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
             try:
                 part.load_state_dict(own)
             except RuntimeError as error:
-                wrong = f"the weights of {model} are not those of a {type(self.body).__name__} with a token head"
+                kind = type(self.body).__name__
+                wrong = f"the weights of {self.made_with} are not those of a {kind} with a token head"
                 raise MethodUnavailable(wrong) from error
-            part.to(self.reader.model.device).eval()
+            part.to(reader.model.device).eval()
+
+    def make_body(self, options: dict[str, Any]) -> PreTrainedModel:
+        """The network below the head, its weights still to come. Not by Auto classes: its configuration names code."""
+        return DebertaV2Model(DebertaV2Config.from_pretrained(self.made_with, **options))
 
     @torch.no_grad()
     def rank(self, sentences: list[str], question: str) -> list[float]:
@@ -63,6 +69,24 @@ class Provence(SentenceMethod):
             keep = self.head(states)[0].softmax(dim=-1)[len(asked) + 2 : -1, 1]
             scores += [float(part.mean()) if len(part) else 0.0 for part in keep.split([len(part) for part in window])]
         return scores
+
+
+class OpenProvence(Provence):
+    """The same with OpenProvence's ModernBERT (https://github.com/hotchpotch/open_provence), small and MIT-licensed."""
+
+    made_with = "hotchpotch/open-provence-reranker-xsmall-v1"
+    prefixes = ("ranking_model.model.", "pruning_head.classifier.")
+
+    def __init__(self, models: Models, reader: GMSA) -> None:
+        super().__init__(models, reader)
+        # The head was trained on transformers 4's last hidden state: the last block's, before the norm.
+        self.body.final_norm = nn.Identity()
+
+    def make_body(self, options: dict[str, Any]) -> PreTrainedModel:
+        """As its configuration says, a part of the published one."""
+        file = Path(cached_file(self.made_with, "config.json", **options))
+        entries = json.loads(file.read_text())["base_model_config"]
+        return AutoModel.from_config(AutoConfig.for_model(entries.pop("model_type"), **entries))
 
 
 def windows(parts: list[list[int]], room: int) -> list[list[list[int]]]:

@@ -83,7 +83,7 @@ class EmbeddingSentences(SentenceMethod):
 
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
-        with from_hub(f"{HUB_ID}: {INSTALL}") as options:
+        with from_hub(HUB_ID, f"{HUB_ID}: {INSTALL}") as options:
             name = find_minilm()
             self.tokenizer = AutoTokenizer.from_pretrained(name, **options)
             model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
