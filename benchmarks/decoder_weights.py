@@ -19,10 +19,9 @@ import measuring
 from gmsa import GMSA
 from gmsa.decode.cpu import FastDecoder
 from gmsa.decode.loop import Row
-from gmsa.evaluate.metrics import bleu, f1
-from gmsa.evaluate.qa import spread
+from gmsa.evaluate.metrics import Difference, bleu, f1, paired_difference
+from gmsa.evaluate.qa import choose
 from gmsa.evaluate.restoration import texts_of_length
-from gmsa.evaluate.statistics import Difference, paired_difference
 from gmsa.io.rows import read_rows
 
 WAYS = ("exact", "int8")
@@ -55,7 +54,7 @@ def restore(gmsa: GMSA, fast: dict[str, FastDecoder], options: argparse.Namespac
 
 def answer(gmsa: GMSA, fast: dict[str, FastDecoder], options: argparse.Namespace) -> dict[str, Any]:
     """F1 of both ways' answers."""
-    rows = spread(list(read_rows(str(options.questions))), options.count)
+    rows = choose(list(read_rows(str(options.questions))), options.count)
     memories = gmsa.compress([row["input"] for row in rows], options.merge_size)
     prompts = [
         gmsa.template(row["prompt"]).around(memory.soft_tokens) for row, memory in zip(rows, memories, strict=True)

@@ -33,7 +33,7 @@ from gmsa.decode.cpu import FastDecoder
 from gmsa.decode.loop import Loop, Row
 from gmsa.decode.sampler import Sampling
 from gmsa.errors import BackboneError
-from gmsa.evaluate.latency import QUESTION, text_of
+from gmsa.evaluate.latency import QUESTION, resident, text_of
 
 READ_BYTES = 512 * 2**20
 
@@ -150,9 +150,9 @@ def with_peak(run: Callable[[], dict[str, float]]) -> Callable[[], dict[str, flo
 
     def measured() -> dict[str, float]:
         measuring.reset_peak()
-        before = measuring.resident()
+        before = resident() or 0
         figures = run()
-        return {**figures, "peak": measuring.resident("VmHWM") - before}
+        return {**figures, "peak": (resident("VmHWM") or 0) - before}
 
     return measured
 
