@@ -40,6 +40,7 @@ import httpx
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ["How long did the work take?", "How many bricks were used?", "Who was the chief engineer?", "Why?"]
 RETELL = "Restate the aforementioned Text."
+RETELL_SIZE = 2  # merge size at which it is restated surely: one that ends an answer early would compare other work
 KINDS = ["compress", "ask", "ask", "stream", "stream", "long text", "long text", "long text"]
 PERCENTILES = (50, 90, 99)
 
@@ -203,9 +204,9 @@ async def measure_beside_api(options: argparse.Namespace) -> dict[str, object]:
             for turn in range(options.rounds + 1):  # the first one warms up
                 # New texts each time: the server would find what it has read before.
                 texts = [f"{turn} {row} {text[40 * row : 40 * row + 1200]}" for row in range(rows)]
-                made = [await http.post("/v1/memories", json={"text": t, "merge_size": 4}) for t in texts]
+                made = [await http.post("/v1/memories", json={"text": t, "merge_size": RETELL_SIZE}) for t in texts]
                 ids = [answer.raise_for_status().json()["id"] for answer in made]
-                memories = [[memory] for memory in gmsa.compress(texts, 4)]
+                memories = [[memory] for memory in gmsa.compress(texts, RETELL_SIZE)]
                 taken = await processor_seconds(http)
                 said, spent = await ask_server(http, ids, options.new_tokens)
                 taken = max(await processor_seconds(http) - taken, 0.01)  # the clock's tick

@@ -103,10 +103,6 @@ class Scheduler:
             self._changed.notify()
 
     def _run(self) -> None:
-        with self.loop.fast.applied():  # once: looking at all weights takes a millisecond
-            self._turns()
-
-    def _turns(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._inbox or self.loop.busy)
