@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,12 +36,15 @@ from gmsa.serve import tracing
 from gmsa.serve.chat import split_question
 from gmsa.serve.errors import ApiError
 from gmsa.serve.metrics import Metrics
-from gmsa.serve.scheduler import Decoding, Scheduler
+from gmsa.serve.scheduler import Scheduler
 from gmsa.serve.schemas import CompletionRequest, Generation, MemoryPart, OpenChatRequest, ToolMessage
 from gmsa.serve.settings import Settings
 from gmsa.serve.tenants import TENANT, Keys, Stores
 from gmsa.store import MemoryStore, StoredMemory
 from gmsa.text import encode
+
+if TYPE_CHECKING:  # needs httpx, which not every server has
+    from gmsa.serve.remote_scheduler import RemoteScheduler
 
 T = TypeVar("T")
 RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other requests
@@ -193,12 +196,12 @@ class Service:
     Args:
         gmsa: the model; it belongs to this service from now on. A compressor alone will do where `decoding` is given.
         settings: limits and defaults.
-        decoding: what makes the answers; None: the model's own decoder, in this process.
+        decoding: makes the answers elsewhere; None: the model's own decoder does, in this process.
         metrics: those that `decoding` counts in.
     """
 
     def __init__(
-        self, gmsa: GMSA, settings: Settings, decoding: Decoding | None = None, metrics: Metrics | None = None
+        self, gmsa: GMSA, settings: Settings, decoding: "RemoteScheduler | None" = None, metrics: Metrics | None = None
     ) -> None:
         self.gmsa = gmsa
         self.settings = settings
@@ -215,7 +218,7 @@ class Service:
         self.prompting = ThreadPoolExecutor(1, "gmsa-prompts")
         self.compressing = ThreadPoolExecutor(1, "gmsa-compress")
         self.checking = ThreadPoolExecutor(1, "gmsa-check")
-        self.scheduler = decoding or _own_decoder(gmsa, settings, self.metrics)
+        self.scheduler: Scheduler | RemoteScheduler = decoding or _own_decoder(gmsa, settings, self.metrics)
         self._checker = gmsa.share_weights() if decoding is None else None  # for that thread alone
         self.checks = 0
         self._stopping = False
@@ -611,7 +614,7 @@ def join_tools(turns: Sequence[Turn], request: OpenChatRequest) -> list[Turn]:
     return joined
 
 
-def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Decoding:
+def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Scheduler:
     loop = Loop(
         gmsa.model,
         copy.deepcopy(gmsa.tokenizer),
