@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import measuring
+from gmsa.evaluate.statistics import Difference, paired_difference
 
 from gmsa import GMSA
 from gmsa.decode.cpu import FastDecoder
@@ -22,7 +23,6 @@ from gmsa.decode.loop import Row
 from gmsa.evaluate.metrics import bleu, f1
 from gmsa.evaluate.qa import spread
 from gmsa.evaluate.restoration import texts_of_length
-from gmsa.evaluate.statistics import Difference, paired_difference
 from gmsa.io.rows import read_rows
 
 WAYS = ("exact", "int8")
