@@ -203,7 +203,7 @@ async def measure_beside_api(options: argparse.Namespace) -> dict[str, object]:
             rounds, agreed = [], 0
             for turn in range(options.rounds + 1):  # the first one warms up
                 # New texts each time: the server would find what it has read before.
-                texts = [f"{turn} {row} {text[40 * row : 40 * row + 1200]}" for row in range(rows)]
+                texts = [f"{turn} {row} {text[40 * row : 40 * row + 600]}" for row in range(rows)]
                 made = [await http.post("/v1/memories", json={"text": t, "merge_size": RETELL_SIZE}) for t in texts]
                 ids = [answer.raise_for_status().json()["id"] for answer in made]
                 memories = [[memory] for memory in gmsa.compress(texts, RETELL_SIZE)]
