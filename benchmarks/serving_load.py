@@ -284,7 +284,7 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"n": len(values), **{f"p{p}": round(cuts[p - 1], 3) for p in PERCENTILES}, "max": round(max(values), 3)}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table; 1 if anything but 429 went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="of a running server")
@@ -305,7 +305,7 @@ def main() -> int:
     prefix.add_argument("--tokens", type=int, default=4096, help="of the text")
     prefix.add_argument("--merge-size", type=int, default=8)
     prefix.add_argument("--at-once", type=int, nargs="+", default=[1, 4], help="users")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.new_tokens = options.new_tokens or (64 if options.beside_api else 16)
     measure = measure_prefix if options.prefix else measure_beside_api if options.beside_api else measure_users
     found: dict[str, Any] = asyncio.run(measure(options))
