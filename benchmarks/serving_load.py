@@ -10,7 +10,8 @@ error makes the exit code 1.
     python benchmarks/serving_load.py http://127.0.0.1:8000 --beside-api --output docs/results/serving-beside-api.json
 
 asks the idle server and, by turns, `GMSA.answer` in this process the same questions about the same memories, one at a
-time and several at once: how much of the engine's speed is left behind HTTP.
+time and several at once: how much of the engine's speed is left behind HTTP. Beside the clock's time stands what each
+process took of the processor, which other work on the machine changes little.
 
     python benchmarks/serving_load.py http://127.0.0.1:8000 --prefix --output docs/results/serving-prefix.json
 
@@ -21,6 +22,7 @@ of a memory is not read again.
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import random
@@ -38,6 +40,7 @@ import httpx
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ["How long did the work take?", "How many bricks were used?", "Who was the chief engineer?", "Why?"]
 RETELL = "Restate the aforementioned Text."
+RETELL_SIZE = 2  # merge size at which it is restated surely: one that ends an answer early would compare other work
 KINDS = ["compress", "ask", "ask", "stream", "stream", "long text", "long text", "long text"]
 PERCENTILES = (50, 90, 99)
 
@@ -123,17 +126,28 @@ class User:
         return {"messages": [{"role": "user", "content": content}], "max_tokens": self.new}
 
 
-async def measure(url: str, key: str | None, users: int, seconds: float, new: int, text: str) -> dict[str, Any]:
+def connect(options: argparse.Namespace) -> httpx.AsyncClient:
+    """A client of the server."""
+    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600, limits=limits)
+
+
+def machine() -> dict[str, object]:
+    """Where this runs. Answers wait for other work on the machine, too: the load says how much of it there was."""
+    return {"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
+
+
+async def measure_users(options: argparse.Namespace) -> dict[str, object]:
     """Let the users loose; what they found, in numbers."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    users, new, text = options.users, options.new_tokens, options.text.read_text()
     found = Findings()
-    limits = httpx.Limits(max_connections=users)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120, limits=limits) as http:
+    async with connect(options) as http:
         model = (await http.get("/v1/models")).raise_for_status().json()["data"][0]
         made = (await http.post("/v1/memories", json={"text": text, "label": "load"})).raise_for_status().json()
         started = time.perf_counter()
         crowd = [User(number, http, text, made["id"], new, found) for number in range(users)]
-        await asyncio.gather(*(user.run(started + seconds) for user in crowd))
+        await asyncio.gather(*(user.run(started + options.seconds) for user in crowd))
         spent = time.perf_counter() - started
         health = (await http.get("/health")).json()["status"]
     answered = found.statuses["200"] + found.statuses["201"]
@@ -149,6 +163,7 @@ async def measure(url: str, key: str | None, users: int, seconds: float, new: in
         "errors": found.errors,
         "health_after": health,
         "latency_seconds": {kind: summary(values) for kind, values in sorted(found.seconds.items())},
+        "meta": machine(),
     }
 
 
@@ -165,48 +180,54 @@ async def ask_server(http: httpx.AsyncClient, memories: list[str], new: int) -> 
     return await asyncio.gather(*map(one, memories)), time.perf_counter() - started
 
 
+async def processor_seconds(http: httpx.AsyncClient) -> float:
+    """What the server's process has taken so far."""
+    said = (await http.get("/metrics")).raise_for_status().text
+    found = [line for line in said.splitlines() if line.startswith("process_cpu_seconds_total ")]
+    return float(found[0].split()[1]) if found else math.nan  # told on Linux alone
+
+
 async def measure_beside_api(options: argparse.Namespace) -> dict[str, object]:
-    """Tokens per second of the server and of the API, by turns; medians over rounds."""
+    """Tokens per second of the server and of the API, by turns, and of their processes' time; medians over rounds."""
     from gmsa import GMSA
 
     gmsa = GMSA.from_pretrained(options.model, dtype=options.dtype)
     text = options.text.read_text()
-    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     found: list[dict[str, float]] = []
-    async with httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600) as http:
+
+    def tokens(texts: Sequence[str]) -> int:
+        return sum(len(gmsa.template.encode(text)) for text in texts)
+
+    async with connect(options) as http:
         for rows in options.rows:
-            rates: dict[str, list[float]] = {"api": [], "server": []}
-            agreed = 0
+            rounds, agreed = [], 0
             for turn in range(options.rounds + 1):  # the first one warms up
                 # New texts each time: the server would find what it has read before.
-                texts = [f"{turn} {row} {text[40 * row : 40 * row + 1200]}" for row in range(rows)]
-                made = [await http.post("/v1/memories", json={"text": t, "merge_size": 4}) for t in texts]
+                texts = [f"{turn} {row} {text[40 * row : 40 * row + 600]}" for row in range(rows)]
+                made = [await http.post("/v1/memories", json={"text": t, "merge_size": RETELL_SIZE}) for t in texts]
                 ids = [answer.raise_for_status().json()["id"] for answer in made]
-                memories = gmsa.compress(texts, 4)
+                memories = [[memory] for memory in gmsa.compress(texts, RETELL_SIZE)]
+                taken = await processor_seconds(http)
                 said, spent = await ask_server(http, ids, options.new_tokens)
-                started = time.perf_counter()
-                answers = gmsa.answer(
-                    [RETELL] * rows, [[m] for m in memories], max_new_tokens=options.new_tokens, batch_size=rows
-                )
-                alone = time.perf_counter() - started
+                taken = max(await processor_seconds(http) - taken, 0.01)  # the clock's tick
+                started, begun = time.perf_counter(), time.process_time()
+                answers = gmsa.answer([RETELL] * rows, memories, max_new_tokens=options.new_tokens, batch_size=rows)
+                alone, used = time.perf_counter() - started, time.process_time() - begun
+                server, api = tokens(said), tokens(answers)
                 if turn:
-                    rates["server"].append(sum(len(gmsa.template.encode(t)) for t in said) / spent)
-                    rates["api"].append(sum(len(gmsa.template.encode(t)) for t in answers) / alone)
                     agreed += sum(a == b for a, b in zip(said, answers, strict=True))
-            row = {name: round(statistics.median(values), 2) for name, values in rates.items()}
-            ratios = [a / b for a, b in zip(rates["server"], rates["api"], strict=True)]
-            found.append(
-                {
-                    "rows": rows,
-                    **row,
-                    "server_over_api": round(statistics.median(ratios), 3),
-                    "same_answers": agreed / (rows * options.rounds),
-                }
-            )
+                    ratio, of_processor = server / spent / (api / alone), server / taken / (api / used)
+                    rounds.append((api / alone, server / spent, ratio, of_processor))
+            names = ("api", "server", "server_over_api", "by_processor_time")
+            medians = {
+                name: round(statistics.median(v), 3) for name, v in zip(names, zip(*rounds, strict=True), strict=True)
+            }
+            found.append({"rows": rows, **medians, "same_answers": agreed / (rows * options.rounds)})
     return {
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
         "tokens_per_second": found,
+        "meta": machine(),
     }
 
 
@@ -223,12 +244,11 @@ async def first_token(http: httpx.AsyncClient, memory: str, question: str) -> fl
     return first
 
 
-async def measure_prefix(options: argparse.Namespace) -> dict[str, Any]:
+async def measure_prefix(options: argparse.Namespace) -> dict[str, object]:
     """Time to the first token of a second question over that of the first, for users with a memory each, at once."""
     base = options.text.read_text()
-    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     found: list[dict[str, object]] = []
-    async with httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600) as http:
+    async with connect(options) as http:
 
         async def remember(text: str) -> dict[str, Any]:
             body = {"text": text, "merge_size": options.merge_size, "label": "load"}
@@ -254,6 +274,7 @@ async def measure_prefix(options: argparse.Namespace) -> dict[str, Any]:
         "merge_size": options.merge_size,
         "rounds": options.rounds,
         "seconds_to_first_token": found,
+        "meta": machine(),
     }
 
 
@@ -261,17 +282,6 @@ def summary(values: list[float]) -> dict[str, float]:
     """How many, and percentiles."""
     cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
     return {"n": len(values), **{f"p{p}": round(cuts[p - 1], 3) for p in PERCENTILES}, "max": round(max(values), 3)}
-
-
-def write(path: Path | None, found: dict[str, Any]) -> None:
-    """Results, the command that makes them, and where."""
-    # Answers wait for other work on the machine, too: the load says how much of it there was.
-    found["meta"] = {
-        **{"machine": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
-        "command": " ".join(["python", "benchmarks/serving_load.py", *sys.argv[1:]]),
-    }
-    if path:
-        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -297,15 +307,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prefix.add_argument("--at-once", type=int, nargs="+", default=[1, 4], help="users")
     options = parser.parse_args(arguments)
     options.new_tokens = options.new_tokens or (64 if options.beside_api else 16)
-    if options.prefix or options.beside_api:
-        found = asyncio.run(measure_prefix(options) if options.prefix else measure_beside_api(options))
-        write(options.output, found)
+    measure = measure_prefix if options.prefix else measure_beside_api if options.beside_api else measure_users
+    found: dict[str, Any] = asyncio.run(measure(options))
+    found["meta"]["command"] = " ".join(["python", "benchmarks/serving_load.py", *sys.argv[1:]])
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
+    if measure is not measure_users:
         for row in found["seconds_to_first_token" if options.prefix else "tokens_per_second"]:
             print("  ".join(f"{name} {value}" for name, value in row.items()))
         return 0
-    asked = (options.url, options.api_key, options.users, options.seconds, options.new_tokens)
-    found = asyncio.run(measure(*asked, options.text.read_text()))
-    write(options.output, found)
     print(f"{'':20}{'n':>6}" + "".join(f"{f'p{p}':>9}" for p in PERCENTILES) + f"{'max':>9}")
     for kind, row in found["latency_seconds"].items():
         print(

@@ -13,13 +13,14 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from gmsa.decode.checked import CheckedPiece
-from gmsa.serve.errors import ApiError, ClientGoneError, body_of
+from gmsa.serve.errors import ApiError, ClientGoneError
 from gmsa.serve.schemas import (
     AnswerMessage,
     ChatChoice,
     ChatResponse,
     CompletionChoice,
     CompletionResponse,
+    FinishReason,
     Generation,
     PromptDetails,
     Usage,
@@ -43,21 +44,20 @@ class Form(Protocol):
 class ChatForm:
     """OpenAI's chat.completion and its chunks."""
 
-    chunk = "chat.completion.chunk"
+    prefix, chunk = "chatcmpl", "chat.completion.chunk"
+    response: type[ChatResponse | CompletionResponse] = ChatResponse
 
     def __init__(self, model: str, wants_usage: bool) -> None:
         self.model = model
         self.wants_usage = wants_usage
-        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
 
     def whole(self, texts: list[str], finishes: list[Any], usage: Usage) -> BaseModel:
         """All answers."""
-        choices = [
-            ChatChoice(index=i, message=AnswerMessage(content=text), finish_reason=finish)
-            for i, (text, finish) in enumerate(zip(texts, finishes, strict=True))
-        ]
-        return ChatResponse(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+        said = enumerate(zip(texts, finishes, strict=True))
+        choices: Any = [self._said(number, text, finish) for number, (text, finish) in said]
+        return self.response(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
     async def stream(self, job: Job, usage: Callable[[], Usage]) -> AsyncIterator[str]:
         """The answers as they are written."""
@@ -72,11 +72,14 @@ class ChatForm:
                 for choice in self._part(number, piece.text, piece.finish):
                     yield event({**head, "choices": [choice]})
         except ApiError as error:  # the status is out already
-            yield event(body_of(error.message, error.status, error.code))
+            yield event(error.body)
             return
         if self.wants_usage:
             yield event({**head, "choices": [], "usage": usage().model_dump()})
         yield "data: [DONE]\n\n"
+
+    def _said(self, number: int, text: str, finish: FinishReason) -> ChatChoice | CompletionChoice:
+        return ChatChoice(index=number, message=AnswerMessage(content=text), finish_reason=finish)
 
     def _opening(self, number: int) -> list[dict[str, Any]]:
         return [self._choice(number, {"role": "assistant", "content": ""}, None)]
@@ -93,19 +96,11 @@ class ChatForm:
 class CompletionForm(ChatForm):
     """The same for text_completion."""
 
-    chunk = "text_completion"
+    prefix, chunk = "cmpl", "text_completion"
+    response = CompletionResponse
 
-    def __init__(self, model: str, wants_usage: bool) -> None:
-        super().__init__(model, wants_usage)
-        self.id = f"cmpl-{secrets.token_hex(12)}"
-
-    def whole(self, texts: list[str], finishes: list[Any], usage: Usage) -> BaseModel:
-        """All continuations."""
-        choices = [
-            CompletionChoice(index=i, text=text, finish_reason=finish)
-            for i, (text, finish) in enumerate(zip(texts, finishes, strict=True))
-        ]
-        return CompletionResponse(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+    def _said(self, number: int, text: str, finish: FinishReason) -> ChatChoice | CompletionChoice:
+        return CompletionChoice(index=number, text=text, finish_reason=finish)
 
     def _opening(self, number: int) -> list[dict[str, Any]]:
         return []
@@ -124,9 +119,7 @@ async def answer(
     make_prompts: Callable[[], Awaitable[list[ReadyPrompt]]],
 ) -> Response:
     """Answer a request, at once or as a stream; its place is given back at the end of either."""
-    job = service.admit()
-    streaming = False
-    try:
+    with service.admit() as job:
         prompts = await while_connected(request, make_prompts())
         service.start_answers(job, prompts, body)
 
@@ -134,12 +127,8 @@ async def answer(
             return usage_of(job, prompts)
 
         if body.stream:
-            streaming = True
             return JobStream(job, form.stream(job, usage))
         return JSONResponse((await while_connected(request, _whole(job, form, usage))).model_dump())
-    finally:
-        if not streaming:
-            job.close()
 
 
 async def _whole(job: Job, form: Form, usage: Callable[[], Usage]) -> BaseModel:
@@ -161,11 +150,12 @@ def usage_of(job: Job, prompts: list[ReadyPrompt]) -> Usage:
 
 
 class JobStream(StreamingResponse):
-    """A stream of events that closes its job however it ends, also if it never began."""
+    """A stream of events that takes over its job and closes it however it ends, also if it never began."""
 
     def __init__(self, job: Job, content: AsyncIterator[str]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.job = job
+        job.streams = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""

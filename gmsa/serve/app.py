@@ -262,12 +262,9 @@ def _add_memory_routes(app: FastAPI, service: Service) -> None:
     )
     async def make_memory(body: MemoryRequest, request: Request) -> Response:
         """Compress a text and keep its memory; the same text and merge size give the same memory."""
-        job = service.admit(answers=False)
-        try:
+        with service.admit(answers=False) as job:
             work = service.remember(body.text, body.merge_size, body.label, body.metadata)
             entry, _, there = await while_connected(request, work)
-        finally:
-            job.close()
         spent = time.perf_counter() - job.started
         made = MadeMemory(**described(entry), existing=there, seconds=round(spent, 4))
         return JSONResponse(made.model_dump(), 200 if there else 201)
@@ -311,13 +308,10 @@ def _add_restoration(app: FastAPI, service: Service) -> None:
 
         With `check` an event stands for a soft token, and says whether it is "confirmed".
         """
-        job = service.admit()
-        streaming = False
-        try:
+        with service.admit() as job:
             memory = await while_connected(request, service.load(id))
             pieces = service.checked(job, memory) if body.check else service.restored(job, memory)
             if body.stream:
-                streaming = True
                 return JobStream(job, _restored_events(pieces))
 
             async def whole() -> dict[str, Any]:
@@ -327,9 +321,6 @@ def _add_restoration(app: FastAPI, service: Service) -> None:
             found = await while_connected(request, whole())
             spent = time.perf_counter() - job.started
             return JSONResponse(RestoredMemory(id=id, seconds=round(spent, 4), **found).model_dump(exclude_none=True))
-        finally:
-            if not streaming:
-                job.close()
 
 
 async def _restored_events(pieces: AsyncIterator[str] | AsyncIterator[CheckedPiece]) -> AsyncIterator[str]:

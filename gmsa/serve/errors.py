@@ -46,6 +46,11 @@ class ApiError(Exception):
         self.code = code
         self.param = param
 
+    @property
+    def body(self) -> dict[str, object]:
+        """Its JSON."""
+        return body_of(self.message, self.status, self.code, self.param)
+
 
 class ClientGoneError(Exception):
     """The client closed its connection before it had its answer."""

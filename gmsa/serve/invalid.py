@@ -4,7 +4,7 @@ pydantic tells of every alternative of a union, by names of its own. Here the on
 closest to, and places are those of the request. What the client sent is not repeated, but for numbers and the like.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 WANTED = {
@@ -87,7 +87,7 @@ def _said(errors: Sequence[Any]) -> str:
     other = [error for error in errors if error["type"] not in WANTED]
     if other:  # it was of one of the types wanted
         return _complaint(other[0])
-    wanted = " or ".join(_unique(WANTED[error["type"]] for error in errors))
+    wanted = " or ".join(dict.fromkeys(WANTED[error["type"]] for error in errors))
     given = errors[0]["input"]
     return f"must be {wanted}" + ("" if errors[0]["type"].endswith("parsing") else f", got {_kind(given)}")
 
@@ -122,7 +122,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:g}" if isinstance(value, float) else str(value)[:20]
     return "a text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"
-
-
-def _unique(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(words))

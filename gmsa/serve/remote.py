@@ -277,19 +277,15 @@ class RemoteDecoder:
 
     async def pieces(self, content: bytes, route: str = "completions") -> AsyncGenerator[RemotePiece]:
         """The pieces of a streaming answer to a request; closing the generator ends it."""
-        finished = False
         with talking(self.url):
             async with contextlib.aclosing(self.events(content, route)) as events:
                 async for event in events:
                     if event.get("choices"):
-                        piece = piece_of(event)
-                        finished = finished or piece.finish is not None
-                        yield piece
-        if not finished:
-            raise self._broke_off()
+                        yield piece_of(event)
 
     async def events(self, content: bytes, route: str) -> AsyncGenerator[dict[str, Any]]:
         """What the server sends of a streaming answer, as it sends it; closing the generator ends it."""
+        ended = False
         with talking(self.url):
             async with self._client.stream("POST", f"{self.url}/v1/{route}", content=content) as response:
                 if response.is_error:
@@ -300,7 +296,10 @@ class RemoteDecoder:
                     # At line feeds alone: text in an event may hold other marks that end lines for Python.
                     *lines, rest = (rest + part).split(b"\n")
                     for event in filter(None, map(read_line, lines)):
+                        ended = ended or any(choice.get("finish_reason") for choice in event.get("choices") or ())
                         yield event
+        if not ended:
+            raise RemoteDecoderError(f"the decoder at {self.url} broke off in the middle of an answer: ask again")
 
     async def chat_events(self, content: bytes, stream: bool) -> AsyncGenerator[dict[str, Any]]:
         """What the chat route sends, whole or as it is written."""
@@ -308,16 +307,9 @@ class RemoteDecoder:
             with talking(self.url):
                 yield await self._ask("POST", "chat/completions", content=content)
             return
-        ended = False
         async with contextlib.aclosing(self.events(content, "chat/completions")) as events:
             async for event in events:
-                ended = ended or any(choice.get("finish_reason") for choice in event.get("choices") or ())
                 yield event
-        if not ended:
-            raise self._broke_off()
-
-    def _broke_off(self) -> RemoteDecoderError:
-        return RemoteDecoderError(f"the decoder at {self.url} broke off in the middle of an answer: ask again")
 
     def chat_messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """Turns as vLLM's chat route takes them, the model's own system prompt before them."""

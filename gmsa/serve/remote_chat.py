@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from gmsa.decode.prompt import Turn, memories_of
 from gmsa.serve import tracing
 from gmsa.serve.answers import JobStream, while_connected
-from gmsa.serve.errors import ApiError, body_of
+from gmsa.serve.errors import ApiError
 from gmsa.serve.remote import RefusedError, chat_content
 from gmsa.serve.remote_scheduler import Relay, RemoteScheduler, salt
 from gmsa.serve.schemas import ChatRequest, OpenChatRequest, PromptDetails, event
@@ -48,18 +48,12 @@ def takes_chats(service: Service) -> bool:
 async def relay(service: Service, request: Request, body: OpenChatRequest, model: str) -> Response:
     """Hand a chat on, and its answer back."""
     raw = await request.json()
-    job = service.admit()
-    streaming = False
-    try:
+    with service.admit() as job:
         chat = Chat(service, job, body, model)
         await while_connected(request, chat.ask(raw))
         if body.stream:
-            streaming = True
             return JobStream(job, chat.events())
         return JSONResponse(await while_connected(request, chat.whole()))
-    finally:
-        if not streaming:
-            job.close()
 
 
 class Chat:
@@ -82,7 +76,7 @@ class Chat:
         turns = await self.service.chat_turns(self.body)
         memories = [memory for turn in turns for memory in memories_of(turn.parts)]
         self.soft, self.origin = sum(map(len, memories)), sum(memory.origin_tokens for memory in memories)
-        content = await self.service.call_prompting(lambda: self._request(raw, turns))
+        content = await self.service.prompt_thread(lambda: self._request(raw, turns))
         loop = asyncio.get_running_loop()
 
         def emit(said: dict[str, Any] | Exception | None) -> None:
@@ -157,7 +151,7 @@ class Chat:
                 if wants or said.get("choices"):
                     yield event(said if wants else {**said, "usage": None} if "usage" in said else said)
         except ApiError as error:  # the status is out already
-            yield event(body_of(error.message, error.status, error.code))
+            yield event(error.body)
             return
         finally:
             self._note()

@@ -12,16 +12,16 @@ from gmsa.serve.errors import ApiError
 from gmsa.serve.schemas import (
     MAX_MESSAGES,
     MAX_PARTS,
-    STRICT,
     AnyText,
+    Asked,
     ChatRequest,
     Limit,
     MemoryPart,
-    MergeSize,
-    Natural,
     Off,
+    PromptDetails,
     RefusalPart,
     ResponseFormat,
+    Strict,
     Text,
     Tools,
     Usage,
@@ -38,10 +38,9 @@ def _kept(value: Any) -> None:
 NotKept = Annotated[None, BeforeValidator(_kept), WithJsonSchema({"type": "null"})]
 
 
-class InputText(BaseModel):
+class InputText(Strict):
     """Text, which the server may compress."""
 
-    model_config = STRICT
     type: Literal["input_text", "output_text", "text"]
     text: AnyText
 
@@ -56,10 +55,9 @@ def _parts(content: str | list[InputText | MemoryPart | RefusalPart]) -> str | l
     return [p.model_dump() if isinstance(p, MemoryPart) else {"type": "text", "text": p.text} for p in content]
 
 
-class InputMessage(BaseModel):
+class InputMessage(Strict):
     """One turn."""
 
-    model_config = STRICT
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: InputContent
@@ -69,10 +67,9 @@ class InputMessage(BaseModel):
         return {"role": self.role, "content": _parts(self.content)}
 
 
-class CallItem(BaseModel):
+class CallItem(Strict):
     """A tool that an earlier answer called; read as text."""
 
-    model_config = STRICT
     type: Literal["function_call", "custom_tool_call"]
     name: AnyText
     arguments: AnyText = ""
@@ -84,10 +81,9 @@ class CallItem(BaseModel):
         return {"role": "assistant", "tool_calls": [{"function": called}]}
 
 
-class OutputItem(BaseModel):
+class OutputItem(Strict):
     """What the tool gave; read as text."""
 
-    model_config = STRICT
     type: Literal["function_call_output", "custom_tool_call_output"]
     output: InputContent
 
@@ -96,10 +92,9 @@ class OutputItem(BaseModel):
         return {"role": "tool", "content": _parts(self.output)}
 
 
-class ReasoningItem(BaseModel):
+class ReasoningItem(Strict):
     """What a model thought before; left out."""
 
-    model_config = STRICT
     type: Literal["reasoning"]
 
     def message(self) -> None:
@@ -109,24 +104,18 @@ class ReasoningItem(BaseModel):
 Item = InputMessage | CallItem | OutputItem | ReasoningItem
 
 
-class TextOptions(BaseModel):
+class TextOptions(Strict):
     """Only text is written."""
 
-    model_config = STRICT
     format: ResponseFormat | None = None
 
 
-class ResponseRequest(BaseModel):
+class ResponseRequest(Asked):
     """Body of /v1/responses."""
 
-    model_config = STRICT
-    model: str | None = Field(None, description="one of /v1/models; may be left out")
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: AnyText | None = Field(None, description="of the system, before the input")
     max_output_tokens: Limit = Field(None, description="-1, as null: the server's limit")
-    temperature: float | None = Field(None, ge=0, le=2, description="0, the default here, takes the likeliest token")
-    top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token")
-    stream: bool | None = None
     text: TextOptions | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16, description="given back with the answer")
     tool_choice: Any = None
@@ -134,8 +123,6 @@ class ResponseRequest(BaseModel):
     background: Off | None = None
     previous_response_id: NotKept = None
     conversation: NotKept = None
-    auto_compress: Natural | None = Field(None, description="as in a chat")
-    merge_size: MergeSize | None = Field(None, description="as in a chat")
 
     def chat(self) -> ChatRequest:
         """The chat that asks the same.
@@ -150,9 +137,8 @@ class ResponseRequest(BaseModel):
             said += [message for item in self.input if (message := item.message()) is not None]
         if not said:
             raise InputError("the input holds no message")
-        shared = ("model", "temperature", "top_p", "stream", "auto_compress", "merge_size")
-        given = {name: getattr(self, name) for name in shared}
-        return ChatRequest.model_validate({**given, "messages": said, "max_tokens": self.max_output_tokens})
+        shared = self.model_dump(include=set(Asked.model_fields))
+        return ChatRequest.model_validate({**shared, "messages": said, "max_tokens": self.max_output_tokens})
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -180,14 +166,11 @@ class OutputMessage(BaseModel):
     content: list[OutputText]
 
 
-class InputDetails(BaseModel):
-    """What a prompt was made of; see `PromptDetails`."""
+class InputDetails(PromptDetails):
+    """The same with what OpenAI counts."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
-    soft_tokens: int
-    origin_tokens: int
-    saved_tokens: int
 
 
 class OutputDetails(BaseModel):

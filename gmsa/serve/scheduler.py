@@ -3,49 +3,14 @@
 import logging
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 from gmsa.decode.loop import Loop, Piece, Row
 
 log = logging.getLogger(__name__)
 
 
-class Decoding(Protocol):
-    """What makes answers of rows: `Scheduler` here, `RemoteScheduler` elsewhere.
-
-    Attributes:
-        on_step: called with the rows worked on and the rows waiting whenever these may have changed.
-    """
-
-    on_step: Callable[[int, int], None]
-
-    @property
-    def max_length(self) -> int | None:
-        """Positions that a prompt and its answer may have together, where there is such a limit."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether rows are being worked on."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether a row submitted now is likely to be answered."""
-
-    def start(self) -> None:
-        """Begin to work."""
-
-    def stop(self) -> None:
-        """End; rows under way end with an error."""
-
-    def submit(self, row: Row) -> None:
-        """Queue a row."""
-
-    def cancel(self, row: Row) -> None:
-        """Give up a row, wherever it is."""
-
-
 class Scheduler:
-    """Runs a loop's turns from `start` to `stop`.
+    """Runs a loop's turns from `start` to `stop`. `RemoteScheduler` has the same methods over a decoder elsewhere.
 
     Args:
         loop: for this thread alone from now on.

@@ -22,8 +22,6 @@ from pydantic import (
 
 from gmsa.text import HALF_SURROGATE
 
-# JSON is typed already: "1" is no number and 1 no truth.
-STRICT = ConfigDict(strict=True)
 MAX_PARTS = 256
 MAX_MESSAGES = 1024
 MAX_CHOICES = 16
@@ -71,18 +69,22 @@ Text = Annotated[AnyText, StringConstraints(min_length=1)]
 MergeSize = Annotated[int, Field(ge=1, le=1_000_000, description="tokens per soft token"), _Integral]
 
 
-class TextPart(BaseModel):
+class Strict(BaseModel):
+    """Part of a request. JSON is typed already: "1" is no number and 1 no truth."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class TextPart(Strict):
     """Text, which the server may compress."""
 
-    model_config = STRICT
     type: Literal["text"]
     text: AnyText
 
 
-class MemoryPart(BaseModel):
+class MemoryPart(Strict):
     """A memory, read where it stands: one that is stored, or soft tokens where the server takes them."""
 
-    model_config = STRICT
     type: Literal["memory"]
     memory_id: MemoryId | None = Field(None, description="of a stored memory")
     safetensors: str | None = Field(
@@ -90,13 +92,30 @@ class MemoryPart(BaseModel):
     )
 
 
-Part = Annotated[TextPart | MemoryPart, Field(discriminator="type")]
+class StoredFile(Strict):
+    """What a file part names."""
+
+    file_id: MemoryId
 
 
-class RefusalPart(BaseModel):
+class FilePart(Strict):
+    """A stored memory as OpenAI's clients name a file: gateways let this through, and no type they do not know."""
+
+    type: Literal["file"]
+    file: StoredFile
+
+    @property
+    def memory(self) -> MemoryPart:
+        """The same as a memory."""
+        return MemoryPart(type="memory", memory_id=self.file.file_id, safetensors=None)
+
+
+Part = Annotated[TextPart | MemoryPart | FilePart, Field(discriminator="type")]
+
+
+class RefusalPart(Strict):
     """What a model said instead of an answer."""
 
-    model_config = STRICT
     type: Literal["refusal"]
     refusal: AnyText
 
@@ -106,10 +125,9 @@ class RefusalPart(BaseModel):
         return self.refusal
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(Strict):
     """What an earlier answer called, and with what."""
 
-    model_config = STRICT
     name: AnyText
     arguments: AnyText | dict[str, Any] | None = ""
     input: AnyText = Field("", description="of a custom tool")
@@ -119,10 +137,9 @@ class CalledFunction(BaseModel):
         return f"{self.name}({given if isinstance(given, str) else json.dumps(given)})"
 
 
-class ToolCall(BaseModel):
+class ToolCall(Strict):
     """A call of a tool in a chat's history."""
 
-    model_config = STRICT
     function: CalledFunction | None = None
     custom: CalledFunction | None = None
 
@@ -130,57 +147,39 @@ class ToolCall(BaseModel):
         return str(self.function or self.custom or "")
 
 
-class Message(BaseModel):
+class Message(Strict):
     """One turn of a chat."""
 
-    model_config = STRICT
     role: Literal["system", "developer", "user"]
     content: AnyText | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
-
-    @property
-    def turn(self) -> str:
-        """Whose turn it is."""
-        return self.role
 
     def parts(self) -> list[str | MemoryPart]:
         """Texts and memories in order."""
         return _parts(self.content)
 
 
-class ToolMessage(BaseModel):
+class ToolMessage(Strict):
     """What a tool gave; for the model, the user says it."""
 
-    model_config = STRICT
     role: Literal["tool", "function"]
     content: AnyText | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
-
-    @property
-    def turn(self) -> str:
-        """Whose turn it is."""
-        return "user"
 
     def parts(self) -> list[str | MemoryPart]:
         """Texts and memories in order; an empty text where there is nothing."""
         return _parts(self.content) or [""]
 
 
-SaidPart = Annotated[TextPart | MemoryPart | RefusalPart, Field(discriminator="type")]
+SaidPart = Annotated[TextPart | MemoryPart | FilePart | RefusalPart, Field(discriminator="type")]
 
 
-class AssistantMessage(BaseModel):
+class AssistantMessage(Strict):
     """What a model said before."""
 
-    model_config = STRICT
     role: Literal["assistant"]
     content: AnyText | Annotated[list[SaidPart], Field(max_length=MAX_PARTS)] | None = None
     refusal: AnyText | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = Field(None, description="read as text")
     function_call: CalledFunction | None = Field(None, description="the older form of tool_calls")
-
-    @property
-    def turn(self) -> str:
-        """Whose turn it is."""
-        return self.role
 
     def parts(self) -> list[str | MemoryPart]:
         """Texts and memories in order, and calls of tools as text; an empty text where there is nothing."""
@@ -189,30 +188,39 @@ class AssistantMessage(BaseModel):
         return [part for part in said if part] or [""]
 
 
-def _parts(content: str | Sequence[TextPart | MemoryPart | RefusalPart] | None) -> list[str | MemoryPart]:
+def _parts(content: str | Sequence[TextPart | MemoryPart | FilePart | RefusalPart] | None) -> list[str | MemoryPart]:
     if content is None or isinstance(content, str):
         return [content] if content is not None else []
-    return [part if isinstance(part, MemoryPart) else part.text for part in content]
+    given = (part.memory if isinstance(part, FilePart) else part for part in content)
+    return [part if isinstance(part, MemoryPart) else part.text for part in given]
 
 
 AnyMessage = Annotated[Message | ToolMessage | AssistantMessage, Field(discriminator="role")]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """What a stream tells besides text."""
 
-    model_config = STRICT
     include_usage: bool = Field(False, description="a last chunk with the usage")
 
 
-class Generation(BaseModel):
-    """What chat and plain completions have in common."""
+class Asked(Strict):
+    """What all requests for an answer have in common."""
 
-    model_config = STRICT
     model: str | None = Field(None, description="one of /v1/models; may be left out")
-    max_tokens: Limit = Field(None, description="of each answer; -1, as null: the server's limit")
     temperature: float | None = Field(None, ge=0, le=2, description="0, the default here, takes the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token")
+    stream: bool | None = None
+    auto_compress: Natural | None = Field(
+        None, description="compress texts of more tokens than this; 0: none; default: the server's"
+    )
+    merge_size: MergeSize | None = Field(None, description="of texts that are compressed; default: the server's")
+
+
+class Generation(Asked):
+    """What chat and plain completions have in common."""
+
+    max_tokens: Limit = Field(None, description="of each answer; -1, as null: the server's limit")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: Seed | None = None
@@ -220,12 +228,7 @@ class Generation(BaseModel):
     stop: AnyText | Annotated[list[AnyText], Field(max_length=16)] | None = Field(
         None, description="strings that end it; empty ones are left out"
     )
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    auto_compress: Natural | None = Field(
-        None, description="compress texts of more tokens than this; 0: none; default: the server's"
-    )
-    merge_size: MergeSize | None = Field(None, description="of texts that are compressed; default: the server's")
 
     def stops(self) -> tuple[str, ...]:
         """The strings that end an answer."""
@@ -253,10 +256,9 @@ def _no_tools(tools: list[Any], info: ValidationInfo) -> list[Any]:
 Tools = Annotated[list[Any], AfterValidator(_no_tools), WithJsonSchema({"type": "array", "items": {}, "maxItems": 0})]
 
 
-class Unsupported(BaseModel):
+class Unsupported(Strict):
     """Options that change an answer and are not to be had here; anything but their neutral values is refused."""
 
-    model_config = STRICT
     tool_choice: Any = None  # before the tools, which are looked at with it
     function_call: Any = None
     tools: Tools | None = None
@@ -265,10 +267,9 @@ class Unsupported(BaseModel):
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Strict):
     """Only text is written."""
 
-    model_config = STRICT
     type: Literal["text"]
 
 
@@ -308,10 +309,9 @@ class CompletionRequest(Generation):
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
-class MemoryRequest(BaseModel):
+class MemoryRequest(Strict):
     """Body of POST /v1/memories."""
 
-    model_config = STRICT
     text: Text
     merge_size: MergeSize | None = Field(None, description="default: the server's")
     label: Annotated[AnyText, StringConstraints(max_length=200)] | None = Field(None, description="a name for people")
@@ -323,10 +323,9 @@ class MemoryRequest(BaseModel):
     ) = Field(None, max_length=16)
 
 
-class RestoreRequest(BaseModel):
+class RestoreRequest(Strict):
     """Body of POST /v1/memories/{id}/restore."""
 
-    model_config = STRICT
     stream: bool = False
     check: bool = Field(False, description="compress what is restored again and say what is proven; far slower")
 

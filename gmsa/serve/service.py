@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,12 +36,15 @@ from gmsa.serve import tracing
 from gmsa.serve.chat import split_question
 from gmsa.serve.errors import ApiError
 from gmsa.serve.metrics import Metrics
-from gmsa.serve.scheduler import Decoding, Scheduler
+from gmsa.serve.scheduler import Scheduler
 from gmsa.serve.schemas import CompletionRequest, Generation, MemoryPart, OpenChatRequest, ToolMessage
 from gmsa.serve.settings import Settings
 from gmsa.serve.tenants import TENANT, Keys, Stores
 from gmsa.store import MemoryStore, StoredMemory
 from gmsa.text import encode
+
+if TYPE_CHECKING:  # needs httpx, which not every server has
+    from gmsa.serve.remote_scheduler import RemoteScheduler
 
 T = TypeVar("T")
 RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other requests
@@ -83,7 +86,10 @@ Part = str | LongText | MemoryPart
 
 
 class Job:
-    """An admitted request: its place among the open ones, and its rows. Close it, whatever happens."""
+    """An admitted request: its place among the open ones, and its rows. Close it, whatever happens.
+
+    At the end of a `with` it is closed, unless a stream has taken it over (`streams`), which closes it then.
+    """
 
     def __init__(self, service: "Service") -> None:
         self.service = service
@@ -95,9 +101,15 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._left = 0
         self._first = True
-        self.closed = False
-        self.checks = False
+        self.closed = self.checks = self.streams = False
         self.relay: Any = None
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.streams:
+            self.close()
 
     def submit(
         self,
@@ -184,12 +196,12 @@ class Service:
     Args:
         gmsa: the model; it belongs to this service from now on. A compressor alone will do where `decoding` is given.
         settings: limits and defaults.
-        decoding: what makes the answers; None: the model's own decoder, in this process.
+        decoding: makes the answers elsewhere; None: the model's own decoder does, in this process.
         metrics: those that `decoding` counts in.
     """
 
     def __init__(
-        self, gmsa: GMSA, settings: Settings, decoding: Decoding | None = None, metrics: Metrics | None = None
+        self, gmsa: GMSA, settings: Settings, decoding: "RemoteScheduler | None" = None, metrics: Metrics | None = None
     ) -> None:
         self.gmsa = gmsa
         self.settings = settings
@@ -206,7 +218,7 @@ class Service:
         self.prompting = ThreadPoolExecutor(1, "gmsa-prompts")
         self.compressing = ThreadPoolExecutor(1, "gmsa-compress")
         self.checking = ThreadPoolExecutor(1, "gmsa-check")
-        self.scheduler = decoding or _own_decoder(gmsa, settings, self.metrics)
+        self.scheduler: Scheduler | RemoteScheduler = decoding or _own_decoder(gmsa, settings, self.metrics)
         self._checker = gmsa.share_weights() if decoding is None else None  # for that thread alone
         self.checks = 0
         self._stopping = False
@@ -266,7 +278,7 @@ class Service:
         size = merge_size or self.settings.merge_size
         # Looked up first, so that a text that is there does not wait behind one that is being compressed.
         with tracing.span("store", operation="find"):
-            held = await self._prompting(lambda: self.store.find(text, self.gmsa.fingerprint, size))
+            held = await self.prompt_thread(lambda: self.store.find(text, self.gmsa.fingerprint, size))
         pool = self.prompting if held is not None else self.compressing
         entry, memory, there = await self._in(pool, lambda: self._get_or_compress(text, size, label, metadata, held))
         self.metrics.memories.labels("found" if there else "made").inc()
@@ -300,12 +312,12 @@ class Service:
     async def load(self, id: str) -> Memory:
         """A stored memory that this model can read."""
         with tracing.span("store", operation="load"):
-            return await self._prompting(lambda: self.store.load(id, self.gmsa.fingerprint))
+            return await self.prompt_thread(lambda: self.store.load(id, self.gmsa.fingerprint))
 
     async def call_store(self, work: Callable[[MemoryStore], T]) -> T:
         """Do something with the store."""
         with tracing.span("store", operation="call"):
-            return await self._prompting(lambda: work(self.store))
+            return await self.prompt_thread(lambda: work(self.store))
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -318,11 +330,11 @@ class Service:
                 self._check_fits(part)
             return self._prompt(self.template.chat(join_tools(turns, request)))
 
-        return [await self._prompting(prompt)]
+        return [await self.prompt_thread(prompt)]
 
     async def chat_turns(self, request: OpenChatRequest) -> list[Turn]:
         """Each message as a turn; long texts are compressed, memories looked up."""
-        plan = await self._prompting(lambda: self._plan(request))
+        plan = await self.prompt_thread(lambda: self._plan(request))
         return [Turn(role, [await self._resolve(part, request) for part in parts]) for role, parts in plan]
 
     async def completion_prompts(self, request: CompletionRequest) -> list[ReadyPrompt]:
@@ -330,14 +342,14 @@ class Service:
         memories = [await self.load(id) for id in request.memory_ids]
         prompts = []
         for text in request.prompts():
-            parts = await self._prompting(lambda text=text: self._shorten(text, request, last=True))  # type: ignore[misc]
+            parts = await self.prompt_thread(lambda text=text: self._shorten(text, request, last=True))  # type: ignore[misc]
             given = [*memories, *[await self._resolve(part, request) for part in parts]]
-            prompts.append(await self._prompting(lambda given=given: self._prompt(self._bare(given))))  # type: ignore[misc]
+            prompts.append(await self.prompt_thread(lambda given=given: self._prompt(self._bare(given))))  # type: ignore[misc]
         return prompts
 
     async def restore_prompts(self, memory: Memory) -> list[tuple[ReadyPrompt, int]]:
         """For each window of a memory the prompt that restores it, and the most tokens that can take."""
-        return await self._prompting(lambda: self._restore_prompts(memory))
+        return await self.prompt_thread(lambda: self._restore_prompts(memory))
 
     def _restore_prompts(self, memory: Memory) -> list[tuple[ReadyPrompt, int]]:
         frame = self.template.restore()
@@ -357,7 +369,7 @@ class Service:
             for number, part in enumerate(given):
                 at_end = last and number == len(given) - 1
                 parts += [part] if isinstance(part, MemoryPart) else self._shorten(part, request, at_end)
-            turns.append((message.turn, parts))
+            turns.append(("user" if isinstance(message, ToolMessage) else message.role, parts))
         return turns
 
     def _shorten(self, text: str, request: Generation, last: bool) -> list[Part]:
@@ -379,7 +391,7 @@ class Service:
             return await self.load(part.memory_id)
         assert part.safetensors is not None
         raw = part.safetensors
-        return await self._prompting(lambda: self._received(raw))
+        return await self.prompt_thread(lambda: self._received(raw))
 
     def _received(self, encoded: str) -> Memory:
         """Soft tokens from a request, checked before the decoder may see them.
@@ -580,11 +592,8 @@ class Service:
 
     # -- threads ---------------------------------------------------------------------------------------------------
 
-    async def call_prompting(self, work: Callable[[], T]) -> T:
-        """Do something with tokenizers or embeddings."""
-        return await self._prompting(work)
-
-    async def _prompting(self, work: Callable[[], T]) -> T:
+    async def prompt_thread(self, work: Callable[[], T]) -> T:
+        """Do something with the store, tokenizers or embeddings."""
         return await self._in(self.prompting, work)
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
@@ -605,7 +614,7 @@ def join_tools(turns: Sequence[Turn], request: OpenChatRequest) -> list[Turn]:
     return joined
 
 
-def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Decoding:
+def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Scheduler:
     loop = Loop(
         gmsa.model,
         copy.deepcopy(gmsa.tokenizer),

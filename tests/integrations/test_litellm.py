@@ -108,3 +108,22 @@ def test_errors_keep_their_status_and_their_words(proxy: openai.OpenAI) -> None:
         {"role": "tool", "tool_call_id": "1", "content": "42"},
     ]  # fmt: skip
     assert proxy.chat.completions.create(model="gmsa", messages=history, max_tokens=3).choices[0].message.content
+
+
+def test_memories_pass_through(proxy: openai.OpenAI, direct: openai.OpenAI, url: str) -> None:
+    theirs = {"Authorization": "Bearer ours"}
+    made = httpx.post(f"{url}/v1/memories", json={"text": TEXT}, headers=theirs).raise_for_status().json()
+    content = [{"type": "file", "file": {"file_id": made["id"]}}, {"type": "text", "text": "Which word?"}]
+    ours = direct.chat.completions.create(model="gmsa-default", **asking(content))
+    said = proxy.chat.completions.create(model="gmsa", **asking(content))
+    assert said.choices[0].message.content == ours.choices[0].message.content
+    assert said.usage.prompt_tokens == ours.usage.prompt_tokens
+    chunks = proxy.chat.completions.create(model="gmsa", **asking(content), stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == ours.choices[0].message.content
+    with pytest.raises(openai.APIStatusError, match="no stored memory"):
+        proxy.chat.completions.create(
+            model="gmsa", **asking([{"type": "file", "file": {"file_id": "0" * 64}}, *content[1:]])
+        )
+    with pytest.raises(openai.APIStatusError, match="Invalid user message"):  # LiteLLM's words for types of others
+        proxy.chat.completions.create(model="gmsa", **asking([{"type": "memory", "memory_id": made["id"]}]))

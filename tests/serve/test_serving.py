@@ -112,6 +112,10 @@ def test_an_answer_is_the_engines_own(client: openai.OpenAI, url: str, gmsa: GMS
     assert said.usage.prompt_tokens == around + len(memory)
     assert said.usage.prompt_tokens_details.soft_tokens == len(memory)
     assert said.usage.prompt_tokens_details.origin_tokens == len(TEXT)
+    as_file = about(stored, QUESTIONS[1])
+    as_file[0]["content"][0] = {"type": "file", "file": {"file_id": stored["id"]}}
+    again = client.chat.completions.create(model="gmsa", messages=as_file, max_tokens=NEW)
+    assert (again.choices, again.usage) == (said.choices, said.usage)
 
 
 def test_text_is_read_in_full_where_it_is_not_to_be_compressed(client: openai.OpenAI, gmsa: GMSA) -> None:
