@@ -1,15 +1,16 @@
 """A decoder's steps on the CPU: its weights laid out for speed.
 
 A step multiplies a few rows by every weight of the decoder: it takes what reading them takes, and what is done between
-the products. `FastDecoder` has two ways to make it faster:
+the products. `FastDecoder` makes both faster:
 
+- decoders of the Llama kind are walked by the few operations of `LlamaStep` in place of transformers' modules;
 - "exact": bf16 weights are packed. oneDNN brings a plain weight into the order of AMX or AVX512-BF16 tiles at every
   product, which takes as long as the product;
-- "int8": decoders of the Llama kind get weights of 8 bits and a scale per output channel, half as many bytes to read,
-  and are walked by the few operations of `Int8Step` in place of transformers' modules.
+- "int8": steps have weights of 8 bits and a scale per output channel, half as many bytes to read.
 """
 
 import contextlib
+import functools
 import math
 import platform
 import warnings
@@ -27,8 +28,10 @@ from gmsa.errors import BackboneError
 from gmsa.model.backbone import body_of, layers_of
 
 MOST_BYTES = 2**30  # of weights: a second copy of more is not worth its memory
-FEW = 8  # tokens of a row: where there are more, a prompt is read, and products take longer than all between them
-KINDS = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks are those of `Int8Step`
+# Tokens of a row: where there are more, a prompt is read, whose products take longer than all between them. A question
+# about a memory that was read before has fewer.
+FEW: dict[str, int] = {"exact": 128, "int8": 8}
+KINDS = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks are those of `LlamaStep`
 MOST_ROWS = 64  # of a batch
 RESCORED = 16  # likeliest tokens of 8 bits whose logits are computed anew
 
@@ -53,13 +56,14 @@ class FastDecoder:
         if weights == "int8":
             if why := _why_no_int8(decoder):
                 raise BackboneError(f"weights of 8 bits cannot be had: {why}")
-            self._kinds[body_of(decoder)] = Int8Step
             if type(head := decoder.get_output_embeddings()) is nn.Linear:
                 self._kinds[head] = Int8Head
         else:
             linears = [m for m in decoder.modules() if type(m) is nn.Linear and _is_packable(m.weight)]
             if sum(linear.weight.nbytes for linear in linears) <= MOST_BYTES:
                 self._kinds = dict.fromkeys(linears, PackedLinear)
+        if _has_llama_blocks(decoder):
+            self._kinds[body_of(decoder)] = functools.partial(LlamaStep, weights=weights)
 
     @property
     def nbytes(self) -> int:
@@ -200,26 +204,54 @@ class Int8Head:
         return logits.scatter_(1, best, exact).view(*states.shape[:-1], -1)
 
 
-class Int8Step:
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+class ExactProduct:
+    """The linears as they are, or with whatever stands in for them now.
+
+    Args:
+        linears: of the same input, whose outputs stand side by side.
+    """
+
+    nbytes = 0  # beside them
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.linears = linears
+
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(N, in) and what is added to the product (N, out) -> (N, out), fp32."""
+        x = x.to(self.linears[0].weight.dtype)
+        parts = [linear(x) for linear in self.linears]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return out.float() if plus is None else plus + out
+
+
+class LlamaStep:
     """The forward pass of a body of the Llama kind for a few tokens of every row, in fp32 between its products.
 
     Args:
         body: its embeddings are used as they are.
+        weights: of its products.
     """
 
-    def __init__(self, body: PreTrainedModel) -> None:
+    def __init__(self, body: PreTrainedModel, weights: DecoderWeights) -> None:
         config = body.config
+        self.most_tokens = FEW[weights]
         self.kv_heads = config.num_key_value_heads
         self.heads = config.num_attention_heads
         self.embeddings: Any = body.get_input_embeddings()
         self.rotary: Any = body.rotary_emb
         self.eps = torch.tensor(math.sqrt(config.hidden_size * config.rms_norm_eps))
         self.norm = _norm_weight(body.norm)
-        self.blocks = [Int8Block(layer) for layer in cast(Any, layers_of(body))]
+        self.blocks = [
+            LlamaBlock(layer, Int8Product if weights == "int8" else ExactProduct)
+            for layer in cast(Any, layers_of(body))
+        ]
         self.nbytes = sum(part.nbytes for block in self.blocks for part in block.products)
 
-    @staticmethod
     def takes(
+        self,
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
@@ -229,7 +261,7 @@ class Int8Step:
         """Whether it can be called with this: a few tokens of text for a `Batch` that has read something."""
         given = input_ids if input_ids is not None else inputs_embeds
         cache = _cache_of(caches)
-        if given is None or cache is None or given.shape[1] > FEW or len(given) > MOST_ROWS:
+        if given is None or cache is None or given.shape[1] > self.most_tokens or len(given) > MOST_ROWS:
             return False
         layer = cache.layers[0]
         return isinstance(layer, PreallocatedLayer) and layer.is_initialized and not layer.places.soft
@@ -280,7 +312,7 @@ class Int8Step:
         return F.pad(cos, values, value=1.0), F.pad(sin, values)
 
     def _attended(
-        self, block: "Int8Block", x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, layer: PreallocatedLayer
+        self, block: "LlamaBlock", x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, layer: PreallocatedLayer
     ) -> Tensor:
         """What the heads make of queries, keys and values (N, heads * size) side by side: (N, H * size)."""
         size, parts = block.head_size, (self.heads, self.kv_heads, self.kv_heads)
@@ -299,19 +331,20 @@ class Int8Step:
         return out.float().reshape(x.shape[0], -1)
 
 
-class Int8Block:
+class LlamaBlock:
     """One block's products and norms.
 
     Args:
         layer: of transformers.
+        product: kind of all its products.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, product: type[Int8Product] | type[ExactProduct]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = Int8Product([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = Int8Product([attention.o_proj])
-        self.gate_up = Int8Product([mlp.gate_proj, mlp.up_proj])
-        self.down = Int8Product([mlp.down_proj])
+        self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = product([attention.o_proj])
+        self.gate_up = product([mlp.gate_proj, mlp.up_proj])
+        self.down = product([mlp.down_proj])
         self.products = [self.qkv, self.out, self.gate_up, self.down]
         self.norm, self.mlp_norm = _norm_weight(layer.input_layernorm), _norm_weight(layer.post_attention_layernorm)
         self.q_norm, self.k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))  # Qwen3

@@ -1,6 +1,6 @@
 """Steps on the CPU: the same states as transformers' modules give, whatever lies ready for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +9,8 @@ from tiny import random_ids
 from torch import Tensor
 
 from gmsa import GMSA
-from gmsa.decode import cpu
 from gmsa.decode.batch import Batch
-from gmsa.decode.cpu import KINDS, FastDecoder, Int8Step
+from gmsa.decode.cpu import KINDS, FastDecoder, LlamaStep
 from gmsa.errors import BackboneError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
@@ -24,35 +23,14 @@ WALKED = [kind for kind in KINDS if kind != "mistral"]  # the tiny one of which 
 def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of a row in every pass that was walked here."""
     found: list[int] = []
-    real = Int8Step.__call__
+    real = LlamaStep.__call__
 
-    def note(self: Int8Step, **given: Any) -> Any:
+    def note(self: LlamaStep, **given: Any) -> Any:
         found.append((given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]).shape[1])
         return real(self, **given)
 
-    monkeypatch.setattr(Int8Step, "__call__", note)
+    monkeypatch.setattr(LlamaStep, "__call__", note)
     return found
-
-
-class ExactProduct:
-    """In the place of products with weights of 8 bits: what a walked step does beside them is exact."""
-
-    nbytes = 0
-
-    def __init__(self, linears: Sequence[torch.nn.Linear]) -> None:
-        self.linears = linears
-
-    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        assert x.dim() == 2
-        parts = [torch.nn.functional.linear(x, part.weight, part.bias) for part in self.linears]
-        out = torch.cat(parts, dim=-1)
-        return out if plus is None else out + plus
-
-
-@pytest.fixture
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "Int8Product", ExactProduct)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
 
 
 @torch.no_grad()
@@ -83,12 +61,11 @@ def test_a_walked_step_computes_the_same(
     lengths: tuple[int, ...],
     tiny_backbone: Callable[..., Backbone],
     steps_taken: list[int],
-    exact_products: None,
 ) -> None:
     decoder = tiny_backbone(family).model
     plain = states_of(decoder, lengths)
     assert not steps_taken
-    with FastDecoder(decoder, "int8").applied():
+    with FastDecoder(decoder).applied():
         fast = states_of(decoder, lengths)
     assert steps_taken == [1, 1, 3, 3, 1]
     for mine, theirs in zip(fast, plain, strict=True):
@@ -99,10 +76,9 @@ def test_answers_are_the_same_tokens(
     tiny_backbone: Callable[..., Backbone],
     tiny_model: Callable[..., GmsaModel],
     steps_taken: list[int],
-    exact_products: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"), decoder_weights="int8")
+    gmsa = GMSA(tiny_model("llama", system_prompt=""), tiny_backbone("llama"))
     memory = gmsa.compress("The mill was built in 1731 by two brothers.", 2)
     questions = ["Who?", "And what about a rather longer question?", "Why"]
     options = {"max_new_tokens": 20, "min_new_tokens": 20}
@@ -110,7 +86,7 @@ def test_answers_are_the_same_tokens(
     assert steps_taken
     assert [gmsa.answer(question, memory, **options) for question in questions] == walked
     count = len(steps_taken)
-    monkeypatch.setattr(Int8Step, "takes", staticmethod(lambda **given: False))
+    monkeypatch.setattr(LlamaStep, "takes", lambda self, **given: False)
     assert gmsa.answer(questions, memory, **options) == walked
     assert len(steps_taken) == count
 
@@ -121,10 +97,9 @@ def test_soft_tokens_are_left_to_the_modules(
     tiny_backbone: Callable[..., Backbone],
     tiny_model: Callable[..., GmsaModel],
     steps_taken: list[int],
-    exact_products: None,
 ) -> None:
     options: dict[str, Any] = {"system_prompt": "", "entry_layer": entry_layer}
-    gmsa = GMSA(tiny_model("llama", **options), tiny_backbone("llama"), decoder_weights="int8")
+    gmsa = GMSA(tiny_model("llama", **options), tiny_backbone("llama"))
     soft = gmsa.compress("The mill was built.", 4).soft_tokens
     embeddings = gmsa.model.decoder.get_input_embeddings()
     pieces = [embeddings(random_ids(9)[0]), soft, embeddings(random_ids(5)[0])]
@@ -164,6 +139,17 @@ def test_packed_weights_compute_the_same(bf16_decoder: Any, shape: tuple[int, in
     linears = [m for m in bf16_decoder.modules() if isinstance(m, torch.nn.Linear)]
     assert packed.nbytes == sum(m.weight.nbytes for m in linears)
     assert not any("forward" in vars(m) for m in bf16_decoder.modules())  # nothing of it stays on the model
+
+
+@pytest.mark.parametrize("bf16_decoder", WALKED, indirect=True)
+def test_a_walked_step_in_bf16_is_near(bf16_decoder: Any, steps_taken: list[int]) -> None:
+    plain = states_of(bf16_decoder, (12, 3, 7))
+    fast = FastDecoder(bf16_decoder)
+    with fast.applied():
+        for mine, theirs in zip(states_of(bf16_decoder, (12, 3, 7)), plain, strict=True):
+            assert off(mine, theirs) < 0.1
+    assert steps_taken
+    assert fast.nbytes == sum(m.weight.nbytes for m in bf16_decoder.modules() if isinstance(m, torch.nn.Linear))
 
 
 @pytest.mark.parametrize("bf16_decoder", ["granite", "llama"], indirect=True)
