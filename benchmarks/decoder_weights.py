@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-from gmsa.evaluate.statistics import Difference, paired_difference
 
 from gmsa import GMSA
 from gmsa.decode.cpu import FastDecoder
