@@ -198,7 +198,7 @@ def _restored(example: dict[str, Any]) -> tuple[str, list[Piece]]:
     pieces, share = word_differences(example["text"], example["restored"])
     figures = (("token accuracy", example.get("token_accuracy")), ("Prefix EM", example["prefix_em"]))
     scores = ", ".join(f"{name} {value:.3f}" for name, value in figures if value is not None)
-    return f"{scores}, {share:.0%} of words in place", pieces
+    return f"{scores}, {share:.1%} of words in place", pieces
 
 
 def _answered(example: dict[str, Any]) -> tuple[str, list[Piece]]:
