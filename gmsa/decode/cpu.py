@@ -62,7 +62,8 @@ class FastDecoder:
             linears = [m for m in decoder.modules() if type(m) is nn.Linear and _is_packable(m.weight)]
             if sum(linear.weight.nbytes for linear in linears) <= MOST_BYTES:
                 self._kinds = dict.fromkeys(linears, PackedLinear)
-        if _has_llama_blocks(decoder):
+        # A step computes in fp32 between its products: of fp64 it would lose half.
+        if _has_llama_blocks(decoder) and (weights == "int8" or decoder.dtype != torch.float64):
             self._kinds[body_of(decoder)] = functools.partial(LlamaStep, weights=weights)
 
     @property

@@ -72,6 +72,14 @@ def test_a_walked_step_computes_the_same(
         assert torch.allclose(mine, theirs, atol=1e-4)
 
 
+def test_fp64_loses_nothing(tiny_backbone: Callable[..., Backbone]) -> None:
+    decoder = tiny_backbone("llama").model.double()
+    plain = states_of(decoder, (12, 3, 7))
+    with FastDecoder(decoder).applied():
+        for mine, theirs in zip(states_of(decoder, (12, 3, 7)), plain, strict=True):
+            assert torch.equal(mine, theirs)
+
+
 def test_answers_are_the_same_tokens(
     tiny_backbone: Callable[..., Backbone],
     tiny_model: Callable[..., GmsaModel],
