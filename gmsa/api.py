@@ -42,6 +42,7 @@ from gmsa.model.entry import check_enters_at_input
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.merging import check_merge_size
 from gmsa.model.windows import Window, batch_windows, cut_windows, make_windows, split_windows
+from gmsa.refine import Refiner
 from gmsa.text import Control, check_text, token_pieces
 
 DEFAULT_MODEL = "default"
@@ -251,12 +252,14 @@ class GMSA:
 
     @overload
     def compress(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
-        self, text: str, merge_size: int = ..., *, batch_size: int = ..., show_progress_bar: bool = ...
-    ) -> Memory: ...
+        self, text: str, merge_size: int = ..., *, refine: int = ..., batch_size: int = ...,
+        show_progress_bar: bool = ...,
+    ) -> Memory: ...  # fmt: skip
     @overload
     def compress(
-        self, text: Sequence[str], merge_size: int = ..., *, batch_size: int = ..., show_progress_bar: bool = ...
-    ) -> list[Memory]: ...
+        self, text: Sequence[str], merge_size: int = ..., *, refine: int = ..., batch_size: int = ...,
+        show_progress_bar: bool = ...,
+    ) -> list[Memory]: ...  # fmt: skip
 
     @torch.no_grad()
     def compress(
@@ -264,6 +267,7 @@ class GMSA:
         text: str | Sequence[str],
         merge_size: int = MERGE_SIZE,
         *,
+        refine: int = 0,
         batch_size: int = 8,
         show_progress_bar: bool = False,
     ) -> Memory | list[Memory]:
@@ -272,15 +276,18 @@ class GMSA:
         Args:
             text: one or several; a list comes back in the same order.
             merge_size: tokens per soft token, any whole number >= 1.
+            refine: gradient steps that improve each memory once it is made (gmsa/refine.py): slow, and worth it for
+                what is read often or must be restored word for word.
             batch_size: full windows encoded at once, or as many shorter ones as have no more tokens.
             show_progress_bar: over characters, on stderr.
 
         Raises:
             ConfigError: a bad merge size.
-            InputError: an empty text, a bad batch size.
+            InputError: an empty text, a bad batch size or number of steps.
         """
         started = time.perf_counter()
         merge_size = check_merge_size(merge_size)
+        refine = check_whole("refine", refine, least=0, error=InputError)
         batch_size = check_whole("batch_size", batch_size, error=InputError)
         texts = [text] if isinstance(text, str) else _listed("the context must be a text or a list of texts", text)
         for number, one in enumerate(texts):
@@ -294,6 +301,8 @@ class GMSA:
                 arguments = make_windows([[window.tokens] for window in batch], None)
                 ids, mask, rows = (tensor.to(self.model.device) for tensor in arguments)
                 soft = self.model.compress(ids, mask, rows, merge_size)
+                if refine:
+                    soft = self._refiner([window.tokens for window in batch], soft, refine)
                 sizes = self.model.compressor.group_sizes(ids, mask, merge_size) or [None] * len(batch)
                 for window, states, of_each in zip(batch, soft, sizes, strict=True):
                     made[window.row].append((states, of_each, len(window.tokens)))
@@ -308,6 +317,10 @@ class GMSA:
             memories.append(Memory(soft_tokens, merge_size, sum(tokens), self.fingerprint, of_each))
         self.timings = Timings(compress=time.perf_counter() - started)
         return memories[0] if isinstance(text, str) else memories
+
+    @property
+    def _refiner(self) -> Refiner:
+        return Refiner(self.model, self.template, self.encoder_tokenizer)
 
     def _windows_of(self, texts: Sequence[str], bar: tqdm) -> Iterator[Window]:
         """Windows of all texts; the bar counts characters."""

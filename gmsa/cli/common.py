@@ -113,6 +113,12 @@ SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--dtype": {"choices": DTYPES, "help": "of weights and compute"},
     "--json": {"action": "store_true", "help": "one JSON object on stdout"},
     "--decoder-weights": {"choices": ["exact", "int8"], "default": "exact", "help": "int8: faster on a CPU (exact)"},
+    "--refine": {
+        "type": count,
+        "default": 0,
+        "metavar": "N",
+        "help": "gradient steps that improve a memory: slow; 20 is much (0)",
+    },
     "--merge-size": {"type": count, "default": 4, "metavar": "N", "help": "tokens per soft token (4)"},
     "--encoding": {
         "type": encoding,

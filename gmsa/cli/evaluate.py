@@ -194,7 +194,7 @@ def _results(
             if options.task == "attention":
                 yield from evaluate_influence(method.reader, path, options.length, sizes, **settings)
             else:
-                settings |= {"scorer": scorer, "check": options.check, "cache": cache}
+                settings |= {"scorer": scorer, "check": options.check, "refine": method.refine, "cache": cache}
                 yield from evaluate_restoration(method.reader, path, options.lengths, sizes, **settings)
 
 

@@ -44,7 +44,7 @@ def add_commands(add: Add) -> None:
     option = command.add_argument
     option("file", metavar="FILE", help="text file, or - for standard input")
     option("-o", "--output", required=True, metavar="OUT", help="memory file (.safetensors), or - for standard output")
-    share(command, "--encoding", "--merge-size", *MODEL)
+    share(command, "--encoding", "--merge-size", "--refine", *MODEL)
 
     command = add("compress-corpus", compress_corpus, "Compress every text of a corpus, here or with Ray.")
     option = command.add_argument
@@ -86,7 +86,8 @@ def compress(options: argparse.Namespace) -> None:
         raise InputError("--json and -o - both write to standard output: name a file with -o")
     text = read_text(options.file, options.encoding)
     gmsa = load(options)
-    memory = gmsa.compress(text, options.merge_size, show_progress_bar=sys.stderr.isatty() and len(text) > 100_000)
+    shown = sys.stderr.isatty() and (options.refine > 0 or len(text) > 100_000)
+    memory = gmsa.compress(text, options.merge_size, refine=options.refine, show_progress_bar=shown)
     facts = {
         "output": options.output,
         **describe([memory]),

@@ -87,6 +87,7 @@ def evaluate_restoration(
     method: str = "gmsa",
     cache: AnswerCache | None = None,
     check: bool = False,
+    refine: int = 0,
 ) -> Iterator[Result]:
     """Measure each length at each merge size.
 
@@ -100,12 +101,13 @@ def evaluate_restoration(
         cache: texts found here are not restored again.
         check: restore with `GMSA.restore_checked`; rows are named METHOD-checked and have "confirmed", the share of
             soft tokens that are.
+        refine: steps, as for `GMSA.compress`.
 
     Yields:
         One result row (docs/results.md) and its examples: text, restored text and the metrics of each. Where encoder
         and decoder have tokenizers of their own nothing is scored: token accuracy and perplexity are None.
     """
-    run = RestorationRun(gmsa, batch_size, cache or AnswerCache(None, warnings.warn), check)
+    run = RestorationRun(gmsa, batch_size, cache or AnswerCache(None, warnings.warn), check, refine)
     method += "-checked" if check else ""
     for length in lengths:
         texts = texts_of_length(gmsa, path, length, limit)
@@ -147,6 +149,7 @@ class RestorationRun:
     batch_size: int
     cache: AnswerCache
     check: bool = False
+    refine: int = 0
 
     @cached_property
     def made_with(self) -> list[Any]:
@@ -157,7 +160,8 @@ class RestorationRun:
 
     def key(self, text: str, merge_size: int | None) -> str:
         """Identifies an entry; without a merge size it is how well the text itself is predicted."""
-        return key_of("restoration", *self.made_with, merge_size, text)
+        refined = [self.refine] if self.refine and merge_size is not None else []
+        return key_of("restoration", *self.made_with, *refined, merge_size, text)
 
     def score_texts(self, texts: Sequence[str]) -> list[Score | None]:
         """`score_given_text` of each text; None where the texts' memories have no score either."""
@@ -179,7 +183,7 @@ class RestorationRun:
         keys = [self.key(text, merge_size) for text in texts]
         missing = [key not in self.cache.answers for key in keys]
         # Batches are those of a run that was never interrupted, so that rounding is the same, too.
-        memories = self.gmsa.compress(texts, merge_size, batch_size=size) if any(missing) else []
+        memories = self.gmsa.compress(texts, merge_size, refine=self.refine, batch_size=size) if any(missing) else []
         for start in range(0, len(texts), size):
             part = slice(start, start + size)
             if any(missing[part]):

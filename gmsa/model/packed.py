@@ -81,6 +81,8 @@ def why_not(model: GmsaNetwork) -> str | None:
     if type(model.compressor.lsa) not in (DecoderBlocks, NoAlignment):
         return f"its lsa is {model.config.lsa}"
     for body in bodies:
+        if not len(layers_of(body)):
+            return "its decoder is elsewhere"
         first = layers_of(body)[0]
         if not isinstance(getattr(body, "rotary_emb", None), nn.Module) or not hasattr(first, "self_attn"):
             return f"blocks of {type(body).__name__} are called in another way"
@@ -208,9 +210,14 @@ def _attend_on_cpu(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
     line: Line | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention within the sequences of a line, segment by segment, each spread to a grid padded on the right."""
-    assert line is not None
+    """Attention within the sequences of a line, segment by segment, each spread to a grid padded on the right.
+
+    Without a line, of a batch that is such a grid.
+    """
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if line is None:
+        out = CausalAttention.apply(*(x.transpose(1, 2) for x in (query, key, value)), scaling)
+        return out.unflatten(-1, query.shape[1::2]), None
     flat = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]  # (N, heads * D)
     counts = [x.shape[1] for x in (query, key, value)]
     parts = []
@@ -297,7 +304,7 @@ def _run(
 
 
 def packed_attention(model: GmsaNetwork) -> AbstractContextManager[None]:
-    """Within, the model's blocks attend within lines and can do nothing else."""
+    """Within, the model's blocks attend within lines, on a CPU also to batches padded on the right, nothing else."""
     name = ON_CUDA if model.device.type == "cuda" else ON_CPU
     return holding([part.config for part in _bodies(model)], "_attn_implementation", name)
 

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from gmsa.evaluate.methods.base import Method, Models
 
 # Methods with soft tokens, which the decoder of the model under test alone can read.
-OWN_READER = ("gmsa", "gmsa-hybrid")
+OWN_READER = ("gmsa", "gmsa-refined", "gmsa-hybrid")
+RESTORE = ("gmsa", "gmsa-refined")  # those with memories of whole texts
 # Where each method's class is; it is imported, and what it needs loaded, only when the method is asked for.
 METHODS = {
     "gmsa": "plain:GmsaMethod",
+    "gmsa-refined": "plain:Refined",
     "gmsa-hybrid": "plain:Hybrid",
     "original-prompt": "plain:OriginalPrompt",
     "closed-book": "plain:ClosedBook",
@@ -43,7 +45,8 @@ TRAINED = "-trained"  # after a method's name: read by the decoder that was trai
 def check_methods(names: Sequence[str], checkpoints_only: bool = False) -> None:
     """Raise InputError if one is no method, naming the nearest, or a checkpoint's name cannot be told from another's.
 
-    Names are as for `load_methods`; with `checkpoints_only` soft tokens alone make sense: gmsa and NAME=FOLDER.
+    Names are as for `load_methods`; with `checkpoints_only` soft tokens alone make sense: gmsa,
+    gmsa-refined and NAME=FOLDER.
     """
     known = [*METHODS, *(name + TRAINED for name in METHODS if name not in OWN_READER)]
     for name in names:
@@ -57,8 +60,10 @@ def check_methods(names: Sequence[str], checkpoints_only: bool = False) -> None:
                 f"unknown method {name!r}: did you mean {near!r}? There are {', '.join(METHODS)}, and NAME=FOLDER "
                 "for a checkpoint"
             )
-        elif checkpoints_only and name != "gmsa":
-            raise InputError(f"{name} has no soft tokens to restore a text from: give gmsa or NAME=FOLDER")
+        elif checkpoints_only and name not in RESTORE:
+            raise InputError(
+                f"{name} has no soft tokens to restore a text from: give {', '.join(RESTORE)} or NAME=FOLDER"
+            )
     labels = [name.partition("=")[0] for name in names]
     if doubled := [label for label in labels if labels.count(label) > 1]:
         raise InputError(f"the method {doubled[0]!r} is named twice")

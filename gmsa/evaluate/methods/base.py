@@ -173,11 +173,13 @@ class Method(ABC):
         name: on the command line and in results; the registry's.
         compresses: whether a merge size means anything to it.
         made_with: models and packages that its outputs depend on, beside the reader's weights.
+        refine: steps by which memories are refined.
     """
 
     name: str
     compresses: ClassVar[bool] = True
     made_with: str = ""
+    refine: int = 0
 
     def __init__(self, models: Models, reader: GMSA) -> None:
         self.models = models

@@ -11,6 +11,7 @@ from gmsa.evaluate.methods.base import Method, MethodOutput, Models, Question, T
 from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
 from gmsa.io.memory import Memory
 from gmsa.model.windows import split_windows
+from gmsa.refine import STEPS
 from gmsa.text import encode
 
 TEXT = 0.5  # of a hybrid's budget
@@ -23,8 +24,15 @@ class GmsaMethod(Method):
     """
 
     def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
-        memories = iter(self.reader.compress([d for q in questions for d in q.documents], merge_size))
+        documents = [document for question in questions for document in question.documents]
+        memories = iter(self.reader.compress(documents, merge_size, refine=self.refine))
         return [MethodOutput([next(memories) for _ in q.documents]) for q in questions]
+
+
+class Refined(GmsaMethod):
+    """GMSA with memories that gradient steps have improved (gmsa/refine.py)."""
+
+    refine = STEPS
 
 
 class OriginalPrompt(Method):

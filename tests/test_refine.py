@@ -1,0 +1,97 @@
+"""Refinement: what moves, what it makes of a memory, and what it leaves alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gmsa import GMSA
+from gmsa.errors import CheckpointError, InputError
+from gmsa.lookups import gaps, quotes
+from gmsa.refine import Refiner
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog while seven cats and Ada Lovelace watch from a wall in London.",
+    "In 1815 a child was born who wrote of engines.",
+]
+
+
+@pytest.fixture(scope="module")
+def reader(make_gmsa: Callable[..., GMSA]) -> GMSA:
+    return make_gmsa()
+
+
+def loss(gmsa: GMSA, memory: Any, text: str) -> float:
+    score = gmsa.score(memory, text)
+    return score.nll / score.tokens
+
+
+def test_a_refined_memory_predicts_its_text_better(reader: GMSA) -> None:
+    plain = reader.compress(TEXTS, 4)
+    refined = reader.compress(TEXTS, 4, refine=8)
+    for before, after, text in zip(plain, refined, TEXTS, strict=True):
+        assert after.soft_tokens.shape == before.soft_tokens.shape
+        assert after.soft_tokens.dtype == before.soft_tokens.dtype
+        assert loss(reader, after, text) < loss(reader, before, text)
+
+
+def test_more_steps_are_better(reader: GMSA) -> None:
+    losses = [loss(reader, reader.compress(TEXTS[0], 4, refine=steps), TEXTS[0]) for steps in (0, 4, 16)]
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 3
+
+
+def test_batched_equals_single_and_again_is_the_same(reader: GMSA) -> None:
+    together = reader.compress(TEXTS, 4, refine=3)
+    for memory, text in zip(together, TEXTS, strict=True):
+        torch.testing.assert_close(memory.soft_tokens, reader.compress(text, 4, refine=3).soft_tokens)
+    again = reader.compress(TEXTS, 4, refine=3)
+    assert all(torch.equal(a.soft_tokens, b.soft_tokens) for a, b in zip(together, again, strict=True))
+
+
+def test_no_weight_changes(reader: GMSA) -> None:
+    was = {name: weight.clone() for name, weight in reader.model.named_parameters()}
+    reader.model.requires_grad_(True)
+    reader.compress(TEXTS[0], 4, refine=2)
+    assert all(torch.equal(weight, was[name]) for name, weight in reader.model.named_parameters())
+    assert all(weight.requires_grad and weight.grad is None for weight in reader.model.parameters())
+
+
+def test_a_window_too_short_for_questions_is_refined_too(reader: GMSA) -> None:
+    plain, refined = reader.compress("Hi.", 2), reader.compress("Hi.", 2, refine=4)
+    assert loss(reader, refined, "Hi.") < loss(reader, plain, "Hi.")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"entry_layer": 2, "lsa": "none"}, {"memory_marks": ["<|im_start|>", "<|im_end|>"]}]
+)
+def test_other_designs(make_gmsa: Callable[..., GMSA], fields: dict[str, Any]) -> None:
+    gmsa = make_gmsa(**fields)
+    plain, refined = gmsa.compress(TEXTS[1], 4), gmsa.compress(TEXTS[1], 4, refine=8)
+    assert loss(gmsa, refined, TEXTS[1]) < loss(gmsa, plain, TEXTS[1])
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, True, "2"])
+def test_a_bad_number_of_steps(reader: GMSA, steps: Any) -> None:
+    with pytest.raises(InputError, match="refine must be a whole number >= 0"):
+        reader.compress(TEXTS[0], 4, refine=steps)
+
+
+def test_questions_are_drawn_anew_at_each_step(reader: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def note(self: Refiner, text: str, rng: Any) -> None:
+        asked.append(tuple(question for question, _ in quotes(text, "{words}", 3, rng) + gaps(text, "{words}", 3, rng)))
+
+    monkeypatch.setattr(Refiner, "_look_up", note)
+    reader.compress(TEXTS[1], 4, refine=3)
+    assert len(set(asked) - {()}) > 1
+
+
+def test_a_compressor_alone_cannot_refine(make_gmsa: Callable[..., GMSA]) -> None:
+    gmsa = make_gmsa()
+    gmsa.drop_decoder()
+    gmsa.compress(TEXTS[0], 4)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        gmsa.compress(TEXTS[0], 4, refine=1)
