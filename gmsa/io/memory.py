@@ -27,7 +27,6 @@ FORMAT = "gmsa-memory-1"
 INT8_FORMAT = "gmsa-memory-int8-1"
 FIELDS = ("merge_size", "origin_tokens", "fingerprint")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
-GROUPS = "group_sizes"  # name of a tensor
 SCALE_BYTES = 4  # of one soft token in int8
 
 
@@ -40,15 +39,12 @@ class Memory:
         merge_size: how many tokens each soft token stands for (the last may stand for fewer).
         origin_tokens: how many tokens the text had.
         fingerprint: of the compressor that made it; only the model it belongs to can read it.
-        group_sizes: (M,) how many tokens each soft token stands for, where the merge size does not say (merging of
-            groups of like weight).
     """
 
     soft_tokens: Tensor
     merge_size: int
     origin_tokens: int
     fingerprint: str
-    group_sizes: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.soft_tokens.dim() != 2 or not self.soft_tokens.is_floating_point() or not len(self.soft_tokens):
@@ -58,13 +54,6 @@ class Memory:
             )
         if not bool(torch.isfinite(self.soft_tokens).all()):
             raise MemoryFileError("the memory holds values that are not finite: it is damaged, compress the text anew")
-        sizes = self.group_sizes
-        if sizes is not None:
-            fits = sizes.dtype in (torch.int32, torch.int64) and sizes.shape == (len(self),) and int(sizes.min()) > 0
-            if not fits or int(sizes.sum()) != self.origin_tokens:
-                raise MemoryFileError(
-                    f"group sizes must be {len(self)} whole numbers >= 1, {self.origin_tokens} in all"
-                )
 
     def __len__(self) -> int:
         return len(self.soft_tokens)
@@ -76,9 +65,7 @@ class Memory:
 
     @property
     def tokens_of_each(self) -> Tensor:
-        """(M,) how many tokens each soft token stands for; of one window, unless it has group sizes."""
-        if self.group_sizes is not None:
-            return self.group_sizes
+        """(M,) how many tokens each soft token stands for, in a memory of one window."""
         sizes = torch.full((len(self),), self.merge_size)
         sizes[-1] = self.origin_tokens - self.merge_size * (len(self) - 1)
         return sizes
@@ -100,7 +87,7 @@ class Memory:
         Raises:
             MemoryFileError: the place cannot be written to.
         """
-        tensors = {"soft_tokens": self.soft_tokens.detach().cpu().contiguous()} | _group_tensors(self.group_sizes)
+        tensors = {"soft_tokens": self.soft_tokens.detach().cpu().contiguous()}
         header = {name: str(getattr(self, name)) for name in FIELDS} | {"format": FORMAT, "sha256": _sha256(tensors)}
         try:
             with atomic_file(path) as scratch:
@@ -134,7 +121,7 @@ class Memory:
             else:
                 soft_tokens = tensors["soft_tokens"]
             counts = int(header["merge_size"]), int(header["origin_tokens"])
-            memory = cls(soft_tokens, *counts, header["fingerprint"], tensors.get(GROUPS))
+            memory = cls(soft_tokens, *counts, header["fingerprint"])
         except (OSError, safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise MemoryFileError(f"{path} is damaged or not a memory: compress the text anew ({error})") from error
         return memory
@@ -167,21 +154,20 @@ def from_rows(rows: Tensor, form: str) -> Tensor:
     return rows[:, :-SCALE_BYTES].view(torch.int8).float() * scale
 
 
-def encode(rows: Tensor, form: str, fields: dict[str, str], group_sizes: Tensor | None = None) -> bytes:
+def encode(rows: Tensor, form: str, fields: dict[str, str]) -> bytes:
     """The memory file of rows that `to_rows` made; `fields` of its header are those of `FIELDS`, and more if wanted."""
     if form == "int8":
         values, scale = rows[:, :-SCALE_BYTES].contiguous(), rows[:, -SCALE_BYTES:].contiguous()
         tensors = {"soft_tokens": values.view(torch.int8), "scale": scale.view(torch.float32)}
     else:
         tensors = {"soft_tokens": rows.view(DTYPES[form])}
-    tensors |= _group_tensors(group_sizes)
     format = INT8_FORMAT if form == "int8" else FORMAT
     header = {**fields, "format": format, "form": form, "sha256": _sha256(tensors)}
     return save(tensors, metadata={**header, "check": _check(header)})
 
 
-def decode(raw: bytes) -> tuple[Tensor, dict[str, str], Tensor | None]:
-    """Rows, the fields of the header (`form` among them), and the group sizes if any, of a file made by `encode`.
+def decode(raw: bytes) -> tuple[Tensor, dict[str, str]]:
+    """Rows, and the fields of the header (`form` among them), of a file made by `encode`.
 
     Raises:
         MemoryFileError: the bytes are damaged or something else; the message is the reason alone.
@@ -201,18 +187,14 @@ def decode(raw: bytes) -> tuple[Tensor, dict[str, str], Tensor | None]:
     # Anything can be in the header of a file from elsewhere: no JSON object, no texts, nested without end.
     except (safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise MemoryFileError(f"not a stored memory: {error}") from error
-    return rows, header, tensors.get(GROUPS)
-
-
-def _group_tensors(group_sizes: Tensor | None) -> dict[str, Tensor]:
-    return {} if group_sizes is None else {GROUPS: group_sizes.detach().to("cpu", torch.int32).contiguous()}
+    return rows, header
 
 
 def _rows_of(tensors: dict[str, Tensor], form: str) -> Tensor:
     """The rows that a file's tensors are, checked: they may come from elsewhere."""
     soft = tensors["soft_tokens"]
     names = {"soft_tokens", "scale"} if form == "int8" else {"soft_tokens"}
-    if soft.dtype != DTYPES[form] or soft.dim() != 2 or not soft.numel() or tensors.keys() - {GROUPS} != names:
+    if soft.dtype != DTYPES[form] or soft.dim() != 2 or not soft.numel() or tensors.keys() != names:
         raise ValueError(f"its tensors are not those of the form {form}")
     if form != "int8":
         return soft.view(torch.uint8)
@@ -224,7 +206,7 @@ def _rows_of(tensors: dict[str, Tensor], form: str) -> Tensor:
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors, reverse=True):  # soft tokens before scales before group sizes
+    for name in sorted(tensors, reverse=True):  # soft tokens before scales
         digest.update(tensors[name].view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
