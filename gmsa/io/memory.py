@@ -109,11 +109,22 @@ class Memory:
         if not path.is_file():
             raise MemoryFileError(f"{path} is a folder" if path.is_dir() else f"no such memory file: {path}")
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") not in (FORMAT, INT8_FORMAT):
-                    raise MemoryFileError(f"{path} is a safetensors file, but not a memory made by `gmsa compress`")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            raw = path.read_bytes()
+        except OSError as error:
+            raise MemoryFileError(f"{path} cannot be read: {reason_of(error)}") from error
+        return cls.from_bytes(raw, str(path))
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, name: str = "it") -> "Memory":
+        """Read what such a file holds; errors are about `name`.
+
+        Raises:
+            MemoryFileError: it is damaged or something else.
+        """
+        try:
+            tensors, header = _read(raw)
+            if header.get("format") not in (FORMAT, INT8_FORMAT):
+                raise MemoryFileError(f"{name} is a safetensors file, but not a memory made by `gmsa compress`")
             if _sha256(tensors) != header["sha256"]:
                 raise ValueError("its SHA-256 differs from the one recorded")
             if header["format"] == INT8_FORMAT:
@@ -121,10 +132,9 @@ class Memory:
             else:
                 soft_tokens = tensors["soft_tokens"]
             counts = int(header["merge_size"]), int(header["origin_tokens"])
-            memory = cls(soft_tokens, *counts, header["fingerprint"])
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise MemoryFileError(f"{path} is damaged or not a memory: compress the text anew ({error})") from error
-        return memory
+            return cls(soft_tokens, *counts, header["fingerprint"])
+        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise MemoryFileError(f"{name} is damaged or not a memory: compress the text anew ({error})") from error
 
 
 # -- the forms of a store ----------------------------------------------------------------------------------------------
@@ -173,8 +183,7 @@ def decode(raw: bytes) -> tuple[Tensor, dict[str, str]]:
         MemoryFileError: the bytes are damaged or something else; the message is the reason alone.
     """
     try:
-        tensors = load(raw)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+        tensors, header = _read(raw)
         check, form = header.pop("check"), header["form"]
         if header["format"] != (INT8_FORMAT if form == "int8" else FORMAT):
             raise ValueError(f"its format is {header['format'][:50]!r}")
@@ -188,6 +197,12 @@ def decode(raw: bytes) -> tuple[Tensor, dict[str, str]]:
     except (safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise MemoryFileError(f"not a stored memory: {error}") from error
     return rows, header
+
+
+def _read(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file; SafetensorError where it is none."""
+    tensors = load(raw)
+    return tensors, json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}
 
 
 def _rows_of(tensors: dict[str, Tensor], form: str) -> Tensor:

@@ -8,12 +8,9 @@ has tokenizers of its own, as fast tokenizers are not made to be shared.
 import asyncio
 import base64
 import binascii
-import contextlib
 import contextvars
 import copy
-import os
 import random
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +33,7 @@ from gmsa.serve import tracing
 from gmsa.serve.chat import split_question
 from gmsa.serve.errors import ApiError
 from gmsa.serve.metrics import Metrics
-from gmsa.serve.scheduler import Scheduler
+from gmsa.serve.scheduler import Channel, Scheduler
 from gmsa.serve.schemas import CompletionRequest, Generation, MemoryPart, OpenChatRequest, ToolMessage
 from gmsa.serve.settings import Settings
 from gmsa.serve.tenants import TENANT, Keys, Stores
@@ -44,7 +41,7 @@ from gmsa.store import MemoryStore, StoredMemory
 from gmsa.text import encode
 
 if TYPE_CHECKING:  # needs httpx, which not every server has
-    from gmsa.serve.remote_scheduler import RemoteScheduler
+    from gmsa.serve.remote_scheduler import Relay, RemoteScheduler
 
 T = TypeVar("T")
 RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other requests
@@ -97,12 +94,11 @@ class Job:
         self.rows: list[Row] = []
         self._prefilled: set[int] = set()
         self._spans: list[int] = []  # when each row's prefill, then its decoding began
-        self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self._pieces: Channel[tuple[int, Piece]] = Channel()
         self._left = 0
         self._first = True
         self.closed = self.checks = self.streams = False
-        self.relay: Any = None
+        self.relay: Relay | None = None
 
     def __enter__(self) -> "Job":
         return self
@@ -133,8 +129,7 @@ class Job:
                 return
             if held:
                 piece = replace(piece, text="".join([*held, piece.text]))
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
+            self._pieces.put((number, piece))
 
         self._spans.append(tracing.now())
         row = Row(prompt.pieces, max_new_tokens, emit, sampling, stops, shares=prompt.shares, key=prompt.key)
@@ -142,10 +137,10 @@ class Job:
         self._left += 1
         self.service.scheduler.submit(row)
 
-    def submit_relay(self, relay: Any) -> None:
+    def submit_relay(self, relay: "Relay") -> None:
         """Queue a chat that is answered elsewhere (remote_chat.py)."""
         self.relay = relay
-        self.service.scheduler.submit(relay)
+        self.service.scheduler.submit(relay)  # type: ignore[arg-type]  # of a server whose decoder is elsewhere
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Numbers of answers and what is new of them, until all have ended.
@@ -184,7 +179,7 @@ class Job:
         if not self.closed:
             self.closed = True
             for row in [*self.rows, *([self.relay] if self.relay else [])]:
-                self.service.scheduler.cancel(row)
+                self.service.scheduler.cancel(row)  # type: ignore[arg-type]  # likewise
             self.service.metrics.open.dec()
             self.service.open -= 1
             self.service.checks -= self.checks
@@ -347,11 +342,8 @@ class Service:
             prompts.append(await self.prompt_thread(lambda given=given: self._prompt(self._bare(given))))  # type: ignore[misc]
         return prompts
 
-    async def restore_prompts(self, memory: Memory) -> list[tuple[ReadyPrompt, int]]:
-        """For each window of a memory the prompt that restores it, and the most tokens that can take."""
-        return await self.prompt_thread(lambda: self._restore_prompts(memory))
-
     def _restore_prompts(self, memory: Memory) -> list[tuple[ReadyPrompt, int]]:
+        """For each window of a memory the prompt that restores it, and the most tokens that can take."""
         frame = self.template.restore()
         return [
             (self._prompt(frame.around(window)), self.gmsa.longest_restoration(window.origin_tokens))
@@ -406,14 +398,10 @@ class Service:
         except (binascii.Error, ValueError) as error:
             raise InputError("safetensors is not base64") from error
         width = self.gmsa.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr,index]
-        with tempfile.TemporaryDirectory(prefix="gmsa-") as folder:
-            path = os.path.join(folder, "received")  # noqa: PTH118
-            with open(path, "wb") as file:
-                file.write(raw)
-            try:
-                memory = Memory.load(path)  # checks format, SHA-256, dtype, two dimensions and finiteness
-            except MemoryFileError as error:
-                raise InputError("safetensors holds no whole memory file as `gmsa compress` writes it") from error
+        try:
+            memory = Memory.from_bytes(raw)  # checks format, SHA-256, dtype, two dimensions and finiteness
+        except MemoryFileError as error:
+            raise InputError("safetensors holds no whole memory file as `gmsa compress` writes it") from error
         if memory.soft_tokens.shape[1] != width:
             raise InputError(f"soft tokens are {memory.soft_tokens.shape[1]} wide, this model's {width}")
         self.gmsa.check(memory)
@@ -509,7 +497,7 @@ class Service:
 
     async def restored(self, job: Job, memory: Memory) -> AsyncIterator[str]:
         """The text of a memory in pieces, window by window; a few windows are restored at once."""
-        prompts = await self.restore_prompts(memory)
+        prompts = await self.prompt_thread(lambda: self._restore_prompts(memory))
         ready: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         text = TextPieces(self.restorer)  # one for all, as a character may stand in two windows
@@ -566,8 +554,7 @@ class Service:
         return self._checked(job, memory, self._checker)
 
     async def _checked(self, job: Job, memory: Memory, checker: GMSA) -> AsyncIterator[CheckedPiece]:
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[CheckedPiece | None] = asyncio.Queue()
+        pieces: Channel[CheckedPiece | None] = Channel()
 
         def go_on() -> None:
             if job.closed or self._stopping:
@@ -575,12 +562,12 @@ class Service:
 
         def restore() -> None:
             for piece in checker.stream_checked(memory, on_step=go_on):
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                pieces.put(piece)
 
         def ended(future: asyncio.Future[None]) -> None:
             if not future.cancelled():
                 future.exception()  # nobody else may be there to take it
-            pieces.put_nowait(None)
+            pieces.put(None)
 
         restoring = asyncio.ensure_future(self._in(self.checking, restore))
         restoring.add_done_callback(ended)
