@@ -11,6 +11,7 @@ import binascii
 import contextvars
 import copy
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,6 @@ from gmsa.decode.stream import TextPieces
 from gmsa.errors import ContextTooLongError, InputError, MemoryFileError
 from gmsa.io.memory import Memory
 from gmsa.serve import tracing
-from gmsa.serve.chat import split_question
 from gmsa.serve.errors import ApiError
 from gmsa.serve.metrics import Metrics
 from gmsa.serve.scheduler import Channel, Scheduler
@@ -49,6 +49,9 @@ CHECKS_AT_MOST = 4  # running or waiting; they take long, and each holds a place
 LARGEST_CHECKED = 16  # merge size; what a group may cost grows with it, and little is confirmed beyond
 MAX_ANSWERS = 32  # of one request, which counts as one of the queue
 CHARACTERS_PER_TOKEN = 16  # more than texts have; only how much is tokenized first depends on it
+LINE_END = r"(?:\r\n|\r(?!\n)|(?<!\r)\n)"
+# What stands before and after the last border of a kind: the end of a paragraph, of a line.
+BORDERS = [re.compile(f"(.*){border}(.*)", re.DOTALL) for border in (2 * LINE_END, LINE_END)]
 
 
 @dataclass(frozen=True)
@@ -599,6 +602,25 @@ def join_tools(turns: Sequence[Turn], request: OpenChatRequest) -> list[Turn]:
             joined.append(turn)
         after_tool = of_tool
     return joined
+
+
+def split_question(text: str, count: Callable[[str], int], longest: int) -> tuple[str, str]:
+    """A long text that ends a prompt as (what to compress, its last words, which stay text).
+
+    Clients often put document and question into one message. The question is looked for at the end: the last paragraph,
+    else the last line, if it has at most `longest` tokens; if there is none the whole text is the document.
+
+    Args:
+        text: of more than `longest` tokens.
+        count: tokens of a text.
+        longest: tokens of what may stay text.
+    """
+    body = text.rstrip()
+    for border in BORDERS:
+        found = border.match(body)
+        if found and found[1].strip() and count(found[2]) <= longest:
+            return found[1], found[2]
+    return text, ""
 
 
 def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Scheduler:
