@@ -292,8 +292,8 @@ class GMSA:
         texts = [text] if isinstance(text, str) else _listed("the context must be a text or a list of texts", text)
         for number, one in enumerate(texts):
             self._check_context(one, number)
-        # Of each text its windows in order: soft tokens, group sizes where merging draws them, tokens.
-        made: list[list[tuple[Tensor, Tensor | None, int]]] = [[] for _ in texts]
+        # Of each text its windows in order: soft tokens, and how many tokens.
+        made: list[list[tuple[Tensor, int]]] = [[] for _ in texts]
         with tqdm(
             total=sum(map(len, texts)), desc="compress", unit="char", unit_scale=True, disable=not show_progress_bar
         ) as bar:
@@ -303,18 +303,16 @@ class GMSA:
                 soft = self.model.compress(ids, mask, rows, merge_size)
                 if refine:
                     soft = self._refiner([window.tokens for window in batch], soft, refine)
-                sizes = self.model.compressor.group_sizes(ids, mask, merge_size) or [None] * len(batch)
-                for window, states, of_each in zip(batch, soft, sizes, strict=True):
-                    made[window.row].append((states, of_each, len(window.tokens)))
+                for window, states in zip(batch, soft, strict=True):
+                    made[window.row].append((states, len(window.tokens)))
         memories = []
         for number in range(len(texts)):
             if not made[number]:
                 raise InputError(f"the context at place {number} has no tokens")
-            parts, groups, tokens = zip(*made[number], strict=True)
+            parts, tokens = zip(*made[number], strict=True)
             soft_tokens = torch.cat(parts)
             made[number], parts = [], ()  # of a long text, most of the memory in use
-            of_each = None if groups[0] is None else torch.cat(groups).cpu()
-            memories.append(Memory(soft_tokens, merge_size, sum(tokens), self.fingerprint, of_each))
+            memories.append(Memory(soft_tokens, merge_size, sum(tokens), self.fingerprint))
         self.timings = Timings(compress=time.perf_counter() - started)
         return memories[0] if isinstance(text, str) else memories
 
@@ -709,13 +707,11 @@ class GMSA:
         size = self.config.window_size
         if size is None or memory.origin_tokens <= size:
             return [memory]
-        step = -(-size // memory.merge_size)
-        parts = memory.soft_tokens.split(step)
-        groups = memory.group_sizes.split(step) if memory.group_sizes is not None else [None] * len(parts)
+        parts = memory.soft_tokens.split(-(-size // memory.merge_size))
         lengths = [min(size, memory.origin_tokens - number * size) for number in range(len(parts))]
         return [
-            Memory(part, memory.merge_size, tokens, memory.fingerprint, sizes)
-            for part, tokens, sizes in zip(parts, lengths, groups, strict=True)
+            Memory(part, memory.merge_size, tokens, memory.fingerprint)
+            for part, tokens in zip(parts, lengths, strict=True)
         ]
 
     def _memories_of(self, given: Any) -> tuple[list[Memory], bool]:

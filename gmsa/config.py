@@ -19,7 +19,6 @@ ALIGNMENT_KINDS = {
 }
 MERGING_KINDS = {
     "mean": "gmsa.model.merging.GroupMerging",
-    "balanced": "gmsa.model.balanced.BalancedMerging",
     "appended": "gmsa.model.merging.AppendedTokens",
 }
 PROMPTS = ("chat", "plain", "bare")
@@ -52,8 +51,8 @@ class GmsaConfig(PreTrainedConfig):
     token, whose state is then several times larger than any other and would drown its group.
     """
     merging: str = "mean"
-    """How tokens become groups: "mean" (group merging); "balanced", as many groups, of like weight instead of like
-    length; or "appended": learnable tokens after the context (TCP-AE, ICAE).
+    """How tokens become groups: "mean" (group merging), or "appended": learnable tokens after the context (TCP-AE,
+    ICAE).
     """
     lsa: str = "decoder"
     """Layer semantic alignment: "decoder" (blocks copied from the decoder's lowest layers), "random" (the same blocks,

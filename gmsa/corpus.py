@@ -282,7 +282,7 @@ class ShardWorker:
                 text = row.pop("text")
                 memory = memory or gmsa.compress(text, self.job.merge_size, batch_size=self.job.batch_size)
                 known = {"origin_tokens": memory.origin_tokens, "soft_tokens": len(memory)}
-                tensors = pack(memory.soft_tokens, self.job.form, memory.group_sizes)
+                tensors = pack(memory.soft_tokens, self.job.form)
                 rows.append({"source": shard.source, **row, **known, **tensors})
                 record.counts.update(known, rows=1, text_bytes=len(text.encode()))
         content = to_parquet(rows, self.job.form, self.job.merge_size, self.job.fingerprint)
@@ -490,6 +490,5 @@ def read_corpus(output: str) -> Iterator[CorpusRow]:
         if hashlib.sha256(content).hexdigest() != facts["sha256"]:
             raise CorpusError(f"{facts['file']} is damaged (its SHA-256 differs): delete it and run the job again")
         for row in from_parquet(content):
-            soft, group_sizes = unpack(row, form)
-            memory = Memory(soft, size, row["origin_tokens"], fingerprint, group_sizes)
+            memory = Memory(unpack(row, form), size, row["origin_tokens"], fingerprint)
             yield CorpusRow(row["source"], row["place"], row["id"], json.loads(row["rest"] or "{}"), memory)

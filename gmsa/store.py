@@ -211,12 +211,12 @@ class MemoryStore:
         notes = label, json.loads(json.dumps(metadata or {}))
         sizes = memory.merge_size, memory.origin_tokens, len(memory)
         entry = StoredMemory(id, *notes, *sizes, self.form, rows.nbytes, memory.fingerprint, now, now)
-        if not self._add(entry, rows, memory.group_sizes):
+        if not self._add(entry, rows):
             with contextlib.suppress(*GONE):  # was there, and has gone already
                 return self._found(id, label, metadata)
-        return entry, memory_of(entry, rows, memory.group_sizes)
+        return entry, memory_of(entry, rows)
 
-    def _add(self, entry: StoredMemory, rows: "Tensor", group_sizes: "Tensor | None") -> bool:
+    def _add(self, entry: StoredMemory, rows: "Tensor") -> bool:
         """Store a memory unless it is there and whole; whether it was stored."""
         if self.max_bytes is not None and entry.bytes > self.max_bytes:
             raise MemoryTooLargeError(
@@ -230,7 +230,7 @@ class MemoryStore:
                     database.read_chunks(db, there)
                     return False
                 database.remove(db, there[0])
-            database.write_chunks(db, database.write_row(db, None, entry), entry.id, rows, group_sizes)
+            database.write_chunks(db, database.write_row(db, None, entry), entry.id, rows)
             self._evict(db, keep=entry.id)
         return True
 
@@ -391,8 +391,8 @@ class MemoryStore:
         with self._database.reading() as db:
             return [number for (number,) in db.execute("SELECT number FROM memories ORDER BY created, id")]
 
-    def _examine(self, key: str | int) -> "tuple[StoredMemory, Tensor, Tensor | None] | Damage":
-        """A memory, by id or number, and its tensors as they are stored; or what is wrong with it."""
+    def _examine(self, key: str | int) -> "tuple[StoredMemory, Tensor] | Damage":
+        """A memory, by id or number, and its soft tokens as they are stored; or what is wrong with it."""
         with self._database.reading() as db:
             row, label = find_row(db, key), None
             try:
@@ -456,14 +456,14 @@ class MemoryStore:
         report = ImportReport()
         for name, raw, notes in archive.read_files(Path(file)):
             try:
-                entry, rows, group_sizes = archive.unpack(raw, notes)
-                (report.added if self._add(entry, rows, group_sizes) else report.present).append(entry.id)
+                entry, rows = archive.unpack(raw, notes)
+                (report.added if self._add(entry, rows) else report.present).append(entry.id)
             except (MemoryFileError, MemoryTooLargeError) as error:
                 report.refused.append(Damage(name, notes.get("label"), str(error)))
         return report
 
 
-def memory_of(entry: StoredMemory, rows: "Tensor", group_sizes: "Tensor | None") -> "Memory":
+def memory_of(entry: StoredMemory, rows: "Tensor") -> "Memory":
     """The memory that stored soft tokens are.
 
     Raises:
@@ -472,7 +472,7 @@ def memory_of(entry: StoredMemory, rows: "Tensor", group_sizes: "Tensor | None")
     from gmsa.io.memory import Memory, from_rows
 
     counts = entry.merge_size, entry.origin_tokens
-    return Memory(from_rows(rows, entry.dtype), *counts, entry.fingerprint, group_sizes)
+    return Memory(from_rows(rows, entry.dtype), *counts, entry.fingerprint)
 
 
 def holds(metadata: dict[str, Any], wanted: dict[str, Any]) -> bool:

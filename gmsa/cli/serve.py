@@ -206,13 +206,15 @@ def keys_of(options: argparse.Namespace) -> tuple[str | None, Path | None]:
 
 def key_of(given: str | None, file: str | None, variable: str) -> str | None:
     """An API key: from a file, else as given, else from the environment; an error if it is none."""
+    from gmsa.serve.tenants import is_key
+
     key = given or os.environ.get(variable) or None
     if file is not None:
         try:
             key = Path(file).read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the API key from {file}") from error
-    if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+    if key is not None and not is_key(key):
         raise ConfigError("an API key must be printable ASCII without spaces around it, and not empty")
     return key
 

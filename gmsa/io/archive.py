@@ -41,16 +41,16 @@ def check_notes(label: str | None, metadata: dict[str, Any] | None) -> None:
             raise InputError(f"metadata is a JSON object of at most {MAX_METADATA:,} characters") from error
 
 
-def pack(entry: StoredMemory, rows: "Tensor", group_sizes: "Tensor | None") -> bytes:
+def pack(entry: StoredMemory, rows: "Tensor") -> bytes:
     """The memory file of a stored memory; rows are its soft tokens, (M, bytes of one)."""
     from gmsa.io.memory import FIELDS, encode
 
     fields = {name: str(getattr(entry, name)) for name in ("id", "created", *FIELDS)}
     label = {} if entry.label is None else {"label": entry.label}
-    return encode(rows, entry.dtype, {**fields, **label, "metadata": json.dumps(entry.metadata)}, group_sizes)
+    return encode(rows, entry.dtype, {**fields, **label, "metadata": json.dumps(entry.metadata)})
 
 
-def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor, Tensor | None]":
+def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor]":
     """What such a file holds.
 
     Raises:
@@ -58,7 +58,7 @@ def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor, Tensor | No
     """
     from gmsa.io.memory import decode
 
-    rows, header, group_sizes = decode(raw)
+    rows, header = decode(raw)
     try:
         notes = {"label": header.get("label"), "metadata": json.loads(header["metadata"]), **newer}
         check_notes(notes["label"], notes["metadata"] or {})
@@ -69,8 +69,7 @@ def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor, Tensor | No
     except (KeyError, ValueError, RecursionError) as error:
         raise MemoryFileError(f"its header is wrong: {error}") from error
     stored = header["form"], rows.nbytes, header["fingerprint"]
-    entry = StoredMemory(id, notes["label"], notes["metadata"], *sizes, *stored, created, time.time())
-    return entry, rows, group_sizes
+    return StoredMemory(id, notes["label"], notes["metadata"], *sizes, *stored, created, time.time()), rows
 
 
 def write_files(path: Path, files: Iterable[tuple[str, bytes]]) -> None:

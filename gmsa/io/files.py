@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import secrets
@@ -32,6 +33,15 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def in_package(package: str, name: str) -> Path | None:
+    """A file of an installed package, found without importing it: that may take more than the file does."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / name).is_file():
+            return path
+    return None
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:

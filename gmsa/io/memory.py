@@ -27,7 +27,6 @@ FORMAT = "gmsa-memory-1"
 INT8_FORMAT = "gmsa-memory-int8-1"
 FIELDS = ("merge_size", "origin_tokens", "fingerprint")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
-GROUPS = "group_sizes"  # name of a tensor
 SCALE_BYTES = 4  # of one soft token in int8
 
 
@@ -40,15 +39,12 @@ class Memory:
         merge_size: how many tokens each soft token stands for (the last may stand for fewer).
         origin_tokens: how many tokens the text had.
         fingerprint: of the compressor that made it; only the model it belongs to can read it.
-        group_sizes: (M,) how many tokens each soft token stands for, where the merge size does not say (merging of
-            groups of like weight).
     """
 
     soft_tokens: Tensor
     merge_size: int
     origin_tokens: int
     fingerprint: str
-    group_sizes: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.soft_tokens.dim() != 2 or not self.soft_tokens.is_floating_point() or not len(self.soft_tokens):
@@ -58,13 +54,6 @@ class Memory:
             )
         if not bool(torch.isfinite(self.soft_tokens).all()):
             raise MemoryFileError("the memory holds values that are not finite: it is damaged, compress the text anew")
-        sizes = self.group_sizes
-        if sizes is not None:
-            fits = sizes.dtype in (torch.int32, torch.int64) and sizes.shape == (len(self),) and int(sizes.min()) > 0
-            if not fits or int(sizes.sum()) != self.origin_tokens:
-                raise MemoryFileError(
-                    f"group sizes must be {len(self)} whole numbers >= 1, {self.origin_tokens} in all"
-                )
 
     def __len__(self) -> int:
         return len(self.soft_tokens)
@@ -76,9 +65,7 @@ class Memory:
 
     @property
     def tokens_of_each(self) -> Tensor:
-        """(M,) how many tokens each soft token stands for; of one window, unless it has group sizes."""
-        if self.group_sizes is not None:
-            return self.group_sizes
+        """(M,) how many tokens each soft token stands for, in a memory of one window."""
         sizes = torch.full((len(self),), self.merge_size)
         sizes[-1] = self.origin_tokens - self.merge_size * (len(self) - 1)
         return sizes
@@ -100,7 +87,7 @@ class Memory:
         Raises:
             MemoryFileError: the place cannot be written to.
         """
-        tensors = {"soft_tokens": self.soft_tokens.detach().cpu().contiguous()} | _group_tensors(self.group_sizes)
+        tensors = {"soft_tokens": self.soft_tokens.detach().cpu().contiguous()}
         header = {name: str(getattr(self, name)) for name in FIELDS} | {"format": FORMAT, "sha256": _sha256(tensors)}
         try:
             with atomic_file(path) as scratch:
@@ -122,11 +109,22 @@ class Memory:
         if not path.is_file():
             raise MemoryFileError(f"{path} is a folder" if path.is_dir() else f"no such memory file: {path}")
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") not in (FORMAT, INT8_FORMAT):
-                    raise MemoryFileError(f"{path} is a safetensors file, but not a memory made by `gmsa compress`")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            raw = path.read_bytes()
+        except OSError as error:
+            raise MemoryFileError(f"{path} cannot be read: {reason_of(error)}") from error
+        return cls.from_bytes(raw, str(path))
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, name: str = "it") -> "Memory":
+        """Read what such a file holds; errors are about `name`.
+
+        Raises:
+            MemoryFileError: it is damaged or something else.
+        """
+        try:
+            tensors, header = _read(raw)
+            if header.get("format") not in (FORMAT, INT8_FORMAT):
+                raise MemoryFileError(f"{name} is a safetensors file, but not a memory made by `gmsa compress`")
             if _sha256(tensors) != header["sha256"]:
                 raise ValueError("its SHA-256 differs from the one recorded")
             if header["format"] == INT8_FORMAT:
@@ -134,10 +132,9 @@ class Memory:
             else:
                 soft_tokens = tensors["soft_tokens"]
             counts = int(header["merge_size"]), int(header["origin_tokens"])
-            memory = cls(soft_tokens, *counts, header["fingerprint"], tensors.get(GROUPS))
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise MemoryFileError(f"{path} is damaged or not a memory: compress the text anew ({error})") from error
-        return memory
+            return cls(soft_tokens, *counts, header["fingerprint"])
+        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise MemoryFileError(f"{name} is damaged or not a memory: compress the text anew ({error})") from error
 
 
 # -- the forms of a store ----------------------------------------------------------------------------------------------
@@ -167,28 +164,26 @@ def from_rows(rows: Tensor, form: str) -> Tensor:
     return rows[:, :-SCALE_BYTES].view(torch.int8).float() * scale
 
 
-def encode(rows: Tensor, form: str, fields: dict[str, str], group_sizes: Tensor | None = None) -> bytes:
+def encode(rows: Tensor, form: str, fields: dict[str, str]) -> bytes:
     """The memory file of rows that `to_rows` made; `fields` of its header are those of `FIELDS`, and more if wanted."""
     if form == "int8":
         values, scale = rows[:, :-SCALE_BYTES].contiguous(), rows[:, -SCALE_BYTES:].contiguous()
         tensors = {"soft_tokens": values.view(torch.int8), "scale": scale.view(torch.float32)}
     else:
         tensors = {"soft_tokens": rows.view(DTYPES[form])}
-    tensors |= _group_tensors(group_sizes)
     format = INT8_FORMAT if form == "int8" else FORMAT
     header = {**fields, "format": format, "form": form, "sha256": _sha256(tensors)}
     return save(tensors, metadata={**header, "check": _check(header)})
 
 
-def decode(raw: bytes) -> tuple[Tensor, dict[str, str], Tensor | None]:
-    """Rows, the fields of the header (`form` among them), and the group sizes if any, of a file made by `encode`.
+def decode(raw: bytes) -> tuple[Tensor, dict[str, str]]:
+    """Rows, and the fields of the header (`form` among them), of a file made by `encode`.
 
     Raises:
         MemoryFileError: the bytes are damaged or something else; the message is the reason alone.
     """
     try:
-        tensors = load(raw)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+        tensors, header = _read(raw)
         check, form = header.pop("check"), header["form"]
         if header["format"] != (INT8_FORMAT if form == "int8" else FORMAT):
             raise ValueError(f"its format is {header['format'][:50]!r}")
@@ -201,18 +196,20 @@ def decode(raw: bytes) -> tuple[Tensor, dict[str, str], Tensor | None]:
     # Anything can be in the header of a file from elsewhere: no JSON object, no texts, nested without end.
     except (safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise MemoryFileError(f"not a stored memory: {error}") from error
-    return rows, header, tensors.get(GROUPS)
+    return rows, header
 
 
-def _group_tensors(group_sizes: Tensor | None) -> dict[str, Tensor]:
-    return {} if group_sizes is None else {GROUPS: group_sizes.detach().to("cpu", torch.int32).contiguous()}
+def _read(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file; SafetensorError where it is none."""
+    tensors = load(raw)
+    return tensors, json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}
 
 
 def _rows_of(tensors: dict[str, Tensor], form: str) -> Tensor:
     """The rows that a file's tensors are, checked: they may come from elsewhere."""
     soft = tensors["soft_tokens"]
     names = {"soft_tokens", "scale"} if form == "int8" else {"soft_tokens"}
-    if soft.dtype != DTYPES[form] or soft.dim() != 2 or not soft.numel() or tensors.keys() - {GROUPS} != names:
+    if soft.dtype != DTYPES[form] or soft.dim() != 2 or not soft.numel() or tensors.keys() != names:
         raise ValueError(f"its tensors are not those of the form {form}")
     if form != "int8":
         return soft.view(torch.uint8)
@@ -224,7 +221,7 @@ def _rows_of(tensors: dict[str, Tensor], form: str) -> Tensor:
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors, reverse=True):  # soft tokens before scales before group sizes
+    for name in sorted(tensors, reverse=True):  # soft tokens before scales
         digest.update(tensors[name].view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

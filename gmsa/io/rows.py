@@ -80,14 +80,14 @@ def read_rows(
         InputError: no such file, or a line that is not a row; names file and line.
     """
     for path in find_files(pattern):
-        for _, _, row in placed_rows(path, skip, texts_only):
+        for *_, row in placed_rows(path, skip, texts_only):
             yield row
 
 
 def placed_rows(
     path: str, skip: Callable[[BadLine], None] | None = None, texts_only: bool = False
-) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """(byte offset, line, row) of each row of one file; arguments and errors as for `read_rows`."""
+) -> Iterator[tuple[int, int, bytes, dict[str, Any]]]:
+    """(line number, byte offset, line, row) of each row of one file; arguments and errors as for `read_rows`."""
     for number, (offset, line) in enumerate(read_lines(path), start=1):
         try:
             row = parse_row(line, texts_only)
@@ -98,7 +98,7 @@ def placed_rows(
             skip(bad)
         else:
             if row is not None:
-                yield offset, line, row
+                yield number, offset, line, row
 
 
 def parse_row(line: bytes, texts_only: bool = False) -> dict[str, Any] | None:
@@ -299,7 +299,7 @@ def index_rows(
             file: IO[bytes] = tempfile.TemporaryFile() if unpacked else Path(path).open("rb")  # noqa: SIM115
         except OSError as error:
             raise InputError(f"{path}: {error}") from error
-        for offset, line, row in placed_rows(path, skip, texts_only):
+        for _, offset, line, row in placed_rows(path, skip, texts_only):
             if not all(row.get(field) in values for field, values in (where or {}).items()):
                 continue
             if distinct:

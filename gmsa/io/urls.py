@@ -37,7 +37,6 @@ COLUMNS = {
     "soft_tokens": pa.int64(),
     "memory": pa.large_binary(),  # soft tokens (M, d), row by row, little-endian
     "scale": pa.large_binary(),  # of the form int8: one fp32 number per soft token
-    "group_sizes": pa.large_binary(),  # one int32 per soft token, how many tokens it stands for; null: the merge size
 }
 
 
@@ -137,23 +136,20 @@ def read_lines(url: str, longest: int, text_field: str) -> Iterator[Line]:
 # -- memories as rows of Parquet ---------------------------------------------------------------------------------------
 
 
-def pack(soft: Tensor, form: str, group_sizes: Tensor | None = None) -> dict[str, bytes]:
-    """Soft tokens (M, d) as the bytes of the columns `memory`, `scale` for int8, and `group_sizes` where there are."""
+def pack(soft: Tensor, form: str) -> dict[str, bytes]:
+    """Soft tokens (M, d) as the bytes of the columns `memory`, and `scale` for int8."""
     soft = soft.detach().cpu()
     tensors = int8_rows(soft.float()) if form == "int8" else (soft.to(DTYPES[form]),)
-    named = dict(zip(("memory", "scale"), tensors, strict=False))
-    if group_sizes is not None:
-        named["group_sizes"] = group_sizes.int()
-    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in named.items()}
+    columns = zip(("memory", "scale"), tensors, strict=False)
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in columns}
 
 
-def unpack(row: dict[str, Any], form: str) -> tuple[Tensor, Tensor | None]:
-    """Soft tokens (M, d) of a row, in fp32, or bf16 for the form bfloat16; and its group sizes, if it has any."""
+def unpack(row: dict[str, Any], form: str) -> Tensor:
+    """Soft tokens (M, d) of a row, in fp32, or bf16 for the form bfloat16."""
     soft = torch.frombuffer(bytearray(row["memory"]), dtype=DTYPES[form]).view(row["soft_tokens"], -1)
     if form == "int8":
         soft = soft.float() * torch.frombuffer(bytearray(row["scale"]), dtype=torch.float32)[:, None]
-    sizes = row.get("group_sizes")
-    return soft, None if sizes is None else torch.frombuffer(bytearray(sizes), dtype=torch.int32)
+    return soft
 
 
 def to_parquet(rows: list[dict[str, Any]], form: str, merge_size: int, fingerprint: str) -> memoryview:

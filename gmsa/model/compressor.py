@@ -111,15 +111,6 @@ class Compressor(nn.Module):
         merged, mask = self.merging(self, window_ids, window_mask, sizes)
         return self.lsa(merged), mask
 
-    def group_sizes(self, window_ids: Tensor, window_mask: Tensor, merge_size: int) -> list[Tensor] | None:
-        """How many tokens each soft token stands for; see `Merging.group_sizes`.
-
-        Args:
-            window_ids, window_mask, merge_size: as for `forward`.
-        """
-        sizes = window_ids.new_full((len(window_ids),), check_merge_size(merge_size))
-        return self.merging.group_sizes(window_ids, window_mask, sizes)
-
 
 def rates_of(merge_size: int | Tensor) -> int:
     """How many rates per row: (B, K) holds K."""

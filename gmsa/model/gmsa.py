@@ -255,8 +255,7 @@ class GmsaNetwork(PreTrainedModel):
             self._separate_embeddings()
         for parameter in self.parameters():
             parameter.requires_grad_(False)
-        fixed = {f"compressor.merging.{name}" for name in self.compressor.merging.fixed}
-        chosen = {n: p for group in groups for n, p in self.group_parameters(group).items() if n not in fixed}
+        chosen = {n: p for group in groups for n, p in self.group_parameters(group).items()}
         if not chosen:
             raise ConfigError(f"nothing to train: this model has no weights in {', '.join(groups) or 'no group'}")
         for parameter in chosen.values():

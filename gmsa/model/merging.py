@@ -1,8 +1,7 @@
 """Group merging (paper section 2): the mean of every `size` consecutive hidden states, and nothing else.
 
-A pure function without parameters. Sizes may differ from row to row, so one batch can hold every rate. Other kinds:
-what the paper compares its own with, learnable tokens after the context (`AppendedTokens`), and groups of like weight
-instead of like length (balanced.py).
+A pure function without parameters. Sizes may differ from row to row, so one batch can hold every rate. The other kind
+is what the paper compares its own with, learnable tokens after the context (`AppendedTokens`).
 """
 
 import math
@@ -34,8 +33,6 @@ class Merging(nn.Module):
         embeddings: the encoder's, for weights that are drawn at their scale.
     """
 
-    fixed: tuple[str, ...] = ()  # names of parameters that training leaves alone
-
     def __init__(self, config: GmsaConfig, width: int, embeddings: nn.Module) -> None:
         super().__init__()
 
@@ -49,15 +46,6 @@ class Merging(nn.Module):
         """
         raise NotImplementedError
 
-    def group_sizes(self, ids: Tensor, mask: Tensor, sizes: Tensor) -> list[Tensor] | None:
-        """How many tokens each soft token stands for, of each window (M,); None: as many as the merge size says.
-
-        Args:
-            ids, mask: (W, L).
-            sizes: (W,) merge sizes.
-        """
-        return None
-
 
 class GroupMerging(Merging):
     """The paper's: one pass of the encoder serves every merge size."""
@@ -66,20 +54,8 @@ class GroupMerging(Merging):
         rates = sizes.shape[1]
         states = encoder.encode(ids)
         if rates > 1:
-            ids, states, mask = (x.repeat_interleave(rates, 0) for x in (ids, states, mask))
-        return merge_groups(states, mask, *self.groups(ids, mask, sizes.flatten()))
-
-    def groups(self, ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Which group each token falls in.
-
-        Args:
-            ids, mask: (B, L).
-            sizes: (B,) merge sizes.
-
-        Returns:
-            (B, L), counted from 0 in each row, whatever it says of padding; and (B,) how many: ceil(L_i / size_i).
-        """
-        return even_groups(mask, sizes)
+            states, mask = states.repeat_interleave(rates, 0), mask.repeat_interleave(rates, 0)
+        return group_merge(states, mask, sizes.flatten())
 
 
 def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +76,7 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
     Raises:
         ConfigError: a merge size below 1, or not an integer.
     """
-    batch = len(hidden)
+    batch, _, width = hidden.shape
     if isinstance(size, Tensor):
         whole = not size.is_floating_point() and size.dtype != torch.bool
         if not whole or size.shape != (batch,):
@@ -108,41 +84,15 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
         sizes = size.to(hidden.device)
     else:
         sizes = torch.full((batch,), check_merge_size(size), device=hidden.device)
-    return merge_groups(hidden, mask, *even_groups(mask, sizes))
-
-
-def even_groups(mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Groups of `sizes` (B,) real tokens each, the last maybe shorter; as `GroupMerging.groups` returns them."""
-    counts = count_groups(mask, sizes)
-    place = mask.long().cumsum(dim=1) - 1  # of each real token among those of its row
-    return torch.div(place, sizes[:, None], rounding_mode="floor"), counts
-
-
-def count_groups(mask: Tensor, sizes: Tensor) -> Tensor:
-    """(B,) ceil(L_i / size_i).
-
-    Raises:
-        ConfigError: a merge size below 1.
-    """
     if bool((sizes < 1).any()):
         raise ConfigError(f"merge_size must be a whole number >= 1, got {int(sizes.min())}")
-    return torch.div(mask.long().sum(dim=1) + sizes - 1, sizes, rounding_mode="floor")
 
-
-def merge_groups(hidden: Tensor, mask: Tensor, group: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Average the real tokens of each group.
-
-    Args:
-        hidden, mask: as for `group_merge`.
-        group: (B, L) of each token, ascending, none empty.
-        counts: (B,) groups of each row.
-
-    Returns:
-        As `group_merge`.
-    """
-    batch, _, width = hidden.shape
     real = mask.bool()
+    counts = torch.div(real.sum(dim=1) + sizes - 1, sizes, rounding_mode="floor")  # (B,) ceil(L_i / size_i)
     groups = int(counts.max()) if batch else 0
+    # The place of each real token among the real ones of its row, then the group it falls in.
+    place = real.long().cumsum(dim=1) - 1  # (B, L)
+    group = torch.div(place, sizes[:, None], rounding_mode="floor")  # (B, L)
     # Padding goes to one extra bin per row that is cut off below, so that the sum stays one dense operation.
     group = torch.where(real, group, groups)
     bins = group + torch.arange(batch, device=hidden.device)[:, None] * (groups + 1)

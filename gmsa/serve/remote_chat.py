@@ -4,8 +4,6 @@ Template, tools, response_format, logprobs and reasoning are vLLM's business; wh
 which tokens end an answer, limits, and what the soft tokens stand for.
 """
 
-import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -69,7 +67,6 @@ class Chat:
         self.soft = self.origin = 0
         self.begun = self.first = 0  # when it was sent, and when the first of its answer was there
         self.usage: dict[str, Any] = {}
-        self._said: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
 
     async def ask(self, raw: dict[str, Any]) -> None:
         """Look memories up, compress what is long, and send."""
@@ -77,14 +74,9 @@ class Chat:
         memories = [memory for turn in turns for memory in memories_of(turn.parts)]
         self.soft, self.origin = sum(map(len, memories)), sum(memory.origin_tokens for memory in memories)
         content = await self.service.prompt_thread(lambda: self._request(raw, turns))
-        loop = asyncio.get_running_loop()
-
-        def emit(said: dict[str, Any] | Exception | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-                loop.call_soon_threadsafe(self._said.put_nowait, said)
-
         self.begun = tracing.now()
-        self.job.submit_relay(Relay(content, bool(self.body.stream), emit))
+        self.relay = Relay(content, bool(self.body.stream))
+        self.job.submit_relay(self.relay)
 
     def _request(self, raw: dict[str, Any], turns: list[Turn]) -> bytes:
         self.service.check_turns_fit(turns, self.body.most_tokens or 1)
@@ -111,7 +103,7 @@ class Chat:
         return {**given, "content": content} if changed else given
 
     async def _events(self) -> AsyncIterator[dict[str, Any]]:
-        while (said := await self._said.get()) is not None:
+        while (said := await self.relay.said.get()) is not None:
             if isinstance(said, RefusedError):
                 raise ApiError(400, said.reason, "invalid_value")
             if isinstance(said, Exception):

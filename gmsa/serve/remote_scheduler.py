@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from gmsa.decode.stream import TextPieces
 from gmsa.errors import GmsaError, RemoteDecoderError
 from gmsa.serve.metrics import Metrics
 from gmsa.serve.remote import NAMED, STREAM, PassingError, RefusedError, RemoteDecoder
+from gmsa.serve.scheduler import Channel
 from gmsa.serve.tenants import TENANT
 
 log = logging.getLogger(__name__)
@@ -33,14 +34,14 @@ class Relay:
     Attributes:
         content: the request, as the server takes it.
         stream: whether it asks for a stream.
-        emit: called with each event (the one answer, if it is no stream), with an error, and with None at the end.
+        said: each event (the one answer, if it is no stream), an error, and None at the end.
         listens: cleared when nobody does any more.
-        begun: whether something was emitted.
+        begun: whether something was said.
     """
 
     content: bytes
     stream: bool
-    emit: Callable[[dict[str, Any] | Exception | None], None]
+    said: Channel[dict[str, Any] | Exception | None] = field(default_factory=Channel)
     listens: bool = True
     begun: bool = False
 
@@ -49,14 +50,14 @@ class Relay:
         async with contextlib.aclosing(remote.chat_events(self.content, self.stream)) as events:
             async for event in events:
                 self.begun = True
-                self.emit(event)
+                self.said.put(event)
         self.end(None)
 
     def end(self, error: Exception | None) -> None:
         """Say how it ended, once."""
         if self.listens:
             self.listens = False
-            self.emit(error)
+            self.said.put(error)
 
 
 class RemoteScheduler:

@@ -1,12 +1,33 @@
 """The thread that owns the decoder: it runs the decoding loop for as long as the server lives."""
 
+import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from gmsa.decode.loop import Loop, Piece, Row
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Channel(Generic[T]):
+    """What other threads tell the event loop that it was made in, in their order."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._told: asyncio.Queue[T] = asyncio.Queue()
+
+    def put(self, told: T) -> None:
+        """Tell it, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+            self._loop.call_soon_threadsafe(self._told.put_nowait, told)
+
+    async def get(self) -> T:
+        """The next that was told."""
+        return await self._told.get()
 
 
 class Scheduler:

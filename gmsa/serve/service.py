@@ -8,12 +8,10 @@ has tokenizers of its own, as fast tokenizers are not made to be shared.
 import asyncio
 import base64
 import binascii
-import contextlib
 import contextvars
 import copy
-import os
 import random
-import tempfile
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +31,9 @@ from gmsa.decode.stream import TextPieces
 from gmsa.errors import ContextTooLongError, InputError, MemoryFileError
 from gmsa.io.memory import Memory
 from gmsa.serve import tracing
-from gmsa.serve.chat import split_question
 from gmsa.serve.errors import ApiError
 from gmsa.serve.metrics import Metrics
-from gmsa.serve.scheduler import Scheduler
+from gmsa.serve.scheduler import Channel, Scheduler
 from gmsa.serve.schemas import CompletionRequest, Generation, MemoryPart, OpenChatRequest, ToolMessage
 from gmsa.serve.settings import Settings
 from gmsa.serve.tenants import TENANT, Keys, Stores
@@ -44,7 +41,7 @@ from gmsa.store import MemoryStore, StoredMemory
 from gmsa.text import encode
 
 if TYPE_CHECKING:  # needs httpx, which not every server has
-    from gmsa.serve.remote_scheduler import RemoteScheduler
+    from gmsa.serve.remote_scheduler import Relay, RemoteScheduler
 
 T = TypeVar("T")
 RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other requests
@@ -52,6 +49,9 @@ CHECKS_AT_MOST = 4  # running or waiting; they take long, and each holds a place
 LARGEST_CHECKED = 16  # merge size; what a group may cost grows with it, and little is confirmed beyond
 MAX_ANSWERS = 32  # of one request, which counts as one of the queue
 CHARACTERS_PER_TOKEN = 16  # more than texts have; only how much is tokenized first depends on it
+LINE_END = r"(?:\r\n|\r(?!\n)|(?<!\r)\n)"
+# What stands before and after the last border of a kind: the end of a paragraph, of a line.
+BORDERS = [re.compile(f"(.*){border}(.*)", re.DOTALL) for border in (2 * LINE_END, LINE_END)]
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,11 @@ class Job:
         self.rows: list[Row] = []
         self._prefilled: set[int] = set()
         self._spans: list[int] = []  # when each row's prefill, then its decoding began
-        self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self._pieces: Channel[tuple[int, Piece]] = Channel()
         self._left = 0
         self._first = True
         self.closed = self.checks = self.streams = False
-        self.relay: Any = None
+        self.relay: Relay | None = None
 
     def __enter__(self) -> "Job":
         return self
@@ -133,8 +132,7 @@ class Job:
                 return
             if held:
                 piece = replace(piece, text="".join([*held, piece.text]))
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
+            self._pieces.put((number, piece))
 
         self._spans.append(tracing.now())
         row = Row(prompt.pieces, max_new_tokens, emit, sampling, stops, shares=prompt.shares, key=prompt.key)
@@ -142,10 +140,10 @@ class Job:
         self._left += 1
         self.service.scheduler.submit(row)
 
-    def submit_relay(self, relay: Any) -> None:
+    def submit_relay(self, relay: "Relay") -> None:
         """Queue a chat that is answered elsewhere (remote_chat.py)."""
         self.relay = relay
-        self.service.scheduler.submit(relay)
+        self.service.scheduler.submit(relay)  # type: ignore[arg-type]  # of a server whose decoder is elsewhere
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Numbers of answers and what is new of them, until all have ended.
@@ -184,7 +182,7 @@ class Job:
         if not self.closed:
             self.closed = True
             for row in [*self.rows, *([self.relay] if self.relay else [])]:
-                self.service.scheduler.cancel(row)
+                self.service.scheduler.cancel(row)  # type: ignore[arg-type]  # likewise
             self.service.metrics.open.dec()
             self.service.open -= 1
             self.service.checks -= self.checks
@@ -347,11 +345,8 @@ class Service:
             prompts.append(await self.prompt_thread(lambda given=given: self._prompt(self._bare(given))))  # type: ignore[misc]
         return prompts
 
-    async def restore_prompts(self, memory: Memory) -> list[tuple[ReadyPrompt, int]]:
-        """For each window of a memory the prompt that restores it, and the most tokens that can take."""
-        return await self.prompt_thread(lambda: self._restore_prompts(memory))
-
     def _restore_prompts(self, memory: Memory) -> list[tuple[ReadyPrompt, int]]:
+        """For each window of a memory the prompt that restores it, and the most tokens that can take."""
         frame = self.template.restore()
         return [
             (self._prompt(frame.around(window)), self.gmsa.longest_restoration(window.origin_tokens))
@@ -406,14 +401,10 @@ class Service:
         except (binascii.Error, ValueError) as error:
             raise InputError("safetensors is not base64") from error
         width = self.gmsa.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr,index]
-        with tempfile.TemporaryDirectory(prefix="gmsa-") as folder:
-            path = os.path.join(folder, "received")  # noqa: PTH118
-            with open(path, "wb") as file:
-                file.write(raw)
-            try:
-                memory = Memory.load(path)  # checks format, SHA-256, dtype, two dimensions and finiteness
-            except MemoryFileError as error:
-                raise InputError("safetensors holds no whole memory file as `gmsa compress` writes it") from error
+        try:
+            memory = Memory.from_bytes(raw)  # checks format, SHA-256, dtype, two dimensions and finiteness
+        except MemoryFileError as error:
+            raise InputError("safetensors holds no whole memory file as `gmsa compress` writes it") from error
         if memory.soft_tokens.shape[1] != width:
             raise InputError(f"soft tokens are {memory.soft_tokens.shape[1]} wide, this model's {width}")
         self.gmsa.check(memory)
@@ -509,7 +500,7 @@ class Service:
 
     async def restored(self, job: Job, memory: Memory) -> AsyncIterator[str]:
         """The text of a memory in pieces, window by window; a few windows are restored at once."""
-        prompts = await self.restore_prompts(memory)
+        prompts = await self.prompt_thread(lambda: self._restore_prompts(memory))
         ready: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         text = TextPieces(self.restorer)  # one for all, as a character may stand in two windows
@@ -566,8 +557,7 @@ class Service:
         return self._checked(job, memory, self._checker)
 
     async def _checked(self, job: Job, memory: Memory, checker: GMSA) -> AsyncIterator[CheckedPiece]:
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[CheckedPiece | None] = asyncio.Queue()
+        pieces: Channel[CheckedPiece | None] = Channel()
 
         def go_on() -> None:
             if job.closed or self._stopping:
@@ -575,12 +565,12 @@ class Service:
 
         def restore() -> None:
             for piece in checker.stream_checked(memory, on_step=go_on):
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                pieces.put(piece)
 
         def ended(future: asyncio.Future[None]) -> None:
             if not future.cancelled():
                 future.exception()  # nobody else may be there to take it
-            pieces.put_nowait(None)
+            pieces.put(None)
 
         restoring = asyncio.ensure_future(self._in(self.checking, restore))
         restoring.add_done_callback(ended)
@@ -612,6 +602,25 @@ def join_tools(turns: Sequence[Turn], request: OpenChatRequest) -> list[Turn]:
             joined.append(turn)
         after_tool = of_tool
     return joined
+
+
+def split_question(text: str, count: Callable[[str], int], longest: int) -> tuple[str, str]:
+    """A long text that ends a prompt as (what to compress, its last words, which stay text).
+
+    Clients often put document and question into one message. The question is looked for at the end: the last paragraph,
+    else the last line, if it has at most `longest` tokens; if there is none the whole text is the document.
+
+    Args:
+        text: of more than `longest` tokens.
+        count: tokens of a text.
+        longest: tokens of what may stay text.
+    """
+    body = text.rstrip()
+    for border in BORDERS:
+        found = border.match(body)
+        if found and found[1].strip() and count(found[2]) <= longest:
+            return found[1], found[2]
+    return text, ""
 
 
 def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Scheduler:

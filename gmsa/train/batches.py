@@ -17,8 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
 from gmsa.io.rows import BadLine, Rows, documents_of
-from gmsa.model.balanced import BalancedMerging, token_weights
-from gmsa.model.merging import GroupMerging
 from gmsa.model.packed import PackedBatch
 from gmsa.train.examples import Batch, Example, collate, pack
 from gmsa.train.objectives import Maker, answer
@@ -28,7 +26,6 @@ from gmsa.train.recipe import RateSchedule, Recipe
 CHARACTERS_PER_TOKEN = 4
 # Rows that are sorted by length together: enough that rows of a batch are alike, few enough that batches stay random.
 CHUNK = 1024
-COUNTED = 1_000_000  # tokens that `weigh_tokens` counts, if there are so many
 
 
 @dataclass(eq=False)
@@ -109,7 +106,6 @@ class TrainingBatches(Dataset[NumberedBatch]):
     window_size: int | None  # of the encoder
     packed: bool = False  # make packed batches
     sink_id: int | None = None  # the throwaway token in front of every window; None: there is none
-    merging: GroupMerging | None = None  # of the model, where its groups are not the paper's
     bad_lines: Sequence[BadLine] = ()  # that were skipped
 
     def __post_init__(self) -> None:
@@ -137,7 +133,7 @@ class TrainingBatches(Dataset[NumberedBatch]):
     def batch(self, examples: Sequence[Example]) -> Batch | PackedBatch:
         """Examples as one batch."""
         if self.packed:
-            return pack(examples, self.window_size, self.sink_id, self.recipe.reads == "text", self.merging)
+            return pack(examples, self.window_size, self.sink_id, self.recipe.reads == "text")
         # Lengths rounded up, so that the same few shapes come back again and again.
         return collate(examples, self.window_size, pad_to_multiple=16)
 
@@ -160,23 +156,3 @@ class TrainingBatches(Dataset[NumberedBatch]):
                 others = [documents_of(rows[other + (other >= row_number)])[0] for other in drawn]
                 made.append(answer(self.maker, row, others, sizes, rng))
         return made
-
-
-def weigh_tokens(merging: BalancedMerging, batches: TrainingBatches, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Count the tokens of a run's first contexts, and weigh all by that, where groups of like weight are merged.
-
-    Args:
-        merging: gets the weights.
-        batches: of the run; without any all tokens weigh the same.
-        tokenizer: of the encoder.
-    """
-    counts = torch.zeros(len(merging.token_weights))
-    for number in range(len(batches)):
-        for example in batches.examples(number):
-            for context in example.contexts:
-                counts += torch.bincount(torch.tensor(context, dtype=torch.long), minlength=len(counts))
-        if counts.sum() >= COUNTED:
-            break
-    if counts.any():
-        spellings = tokenizer.batch_decode([[number] for number in range(len(counts))])
-        merging.token_weights.data.copy_(token_weights(counts, spellings))

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from gmsa.errors import GmsaError, InputError
-from gmsa.io.rows import BadLine, documents_of, find_files, parse_row, read_lines
+from gmsa.io.rows import BadLine, documents_of, find_files, placed_rows
 from gmsa.text import encode
 
 GRAM = 13  # words
@@ -120,20 +120,18 @@ class RowReader:
             InputError: a file cannot be read, or all are empty.
         """
         for path in self.paths:
-            lines = tqdm(read_lines(path), Path(path).name, unit=" lines", leave=False, disable=self.hide_progress_bar)
-            for number, (_, line) in enumerate(lines, start=1):
-                try:
-                    row = parse_row(line)
-                except ValueError as error:
-                    self.bad[path] += 1
-                    if len(self.bad_lines) < SHOWN:
-                        self.bad_lines.append(str(BadLine(path, number, str(error))))
-                else:
-                    if row is not None:
-                        self.rows[path] += 1
-                        yield f"{path}:{number}", row
+            rows = placed_rows(path, self._note)
+            bar = tqdm(rows, Path(path).name, unit=" rows", leave=False, disable=self.hide_progress_bar)
+            for number, _, _, row in bar:
+                self.rows[path] += 1
+                yield f"{path}:{number}", row
         if not self.rows and not self.bad:
             raise InputError(f"no rows in {', '.join(self.paths)}")
+
+    def _note(self, bad: BadLine) -> None:
+        self.bad[bad.path] += 1
+        if len(self.bad_lines) < SHOWN:
+            self.bad_lines.append(str(bad))
 
     def describe(self) -> list[dict[str, Any]]:
         """Rows and bad lines of every file."""

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmsa.model.merging import GroupMerging
 from gmsa.model.packed import Line, PackedBatch
 from gmsa.model.windows import make_windows, split_windows
 
@@ -109,11 +108,7 @@ def _texts(prompt: Sequence[Tensor | Document]) -> list[Tensor]:
 
 
 def pack(
-    examples: Sequence[Example],
-    window_size: int | None,
-    sink_id: int | None,
-    teacher: bool = False,
-    merging: GroupMerging | None = None,
+    examples: Sequence[Example], window_size: int | None, sink_id: int | None, teacher: bool = False
 ) -> PackedBatch:
     """Examples -> the arguments of the packed forward.
 
@@ -122,7 +117,6 @@ def pack(
         window_size: of the encoder.
         sink_id: the throwaway token in front of every window; None: there is none.
         teacher: the decoder reads the documents as text.
-        merging: of the model, on the CPU; None: the paper's groups.
     """
     head = [] if sink_id is None else [sink_id]
     windows: list[NDArray[np.int64]] = []  # with the throwaway token
@@ -139,7 +133,7 @@ def pack(
         memories.append(found)
     prompts = [_prompt(example, found, teacher) for example, found in zip(examples, memories, strict=True)]
     before = np.concatenate([[0], np.cumsum([sum(found) for found in memories])]).astype(np.int64)
-    return PackedBatch(**_encoder_side(windows, sizes, len(head), merging), **_decoder_side(examples, prompts, before))
+    return PackedBatch(**_encoder_side(windows, sizes, len(head)), **_decoder_side(examples, prompts, before))
 
 
 def line_of(lengths: Sequence[int]) -> Line:
@@ -163,9 +157,7 @@ def line_of(lengths: Sequence[int]) -> Line:
     return Line(_tensor(positions), _tensor(cells), segments, torch.from_numpy(ends), longest)
 
 
-def _encoder_side(
-    windows: Sequence[NDArray[np.int64]], sizes: Sequence[int], first: int, merging: GroupMerging | None
-) -> dict[str, Any]:
+def _encoder_side(windows: Sequence[NDArray[np.int64]], sizes: Sequence[int], first: int) -> dict[str, Any]:
     """The line of windows, that of their soft tokens, and which token goes into which soft token."""
     counts = [-(-(len(window) - first) // size) for window, size in zip(windows, sizes, strict=True)]
     begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # the first soft token of each window
@@ -173,7 +165,7 @@ def _encoder_side(
     places, bins, weight = [], [], []
     at = 0
     for number in order:
-        group = _groups(merging, windows[number][first:], sizes[number])
+        group = np.arange(len(windows[number]) - first) // sizes[number]  # of each token
         places.append(at + first + np.arange(len(group)))
         bins.append(begins[number] + group)
         weight.append(1.0 / np.bincount(group)[group])
@@ -186,15 +178,6 @@ def _encoder_side(
         "bins": _tensor(bins),
         "weight": _tensor(weight).float(),
     }
-
-
-def _groups(merging: GroupMerging | None, tokens: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """The group of each token of a window."""
-    if merging is None:
-        return np.arange(len(tokens)) // size
-    ids = torch.from_numpy(tokens)[None]
-    groups, _ = merging.groups(ids, torch.ones_like(ids), torch.tensor([size]))
-    return groups[0].numpy()
 
 
 def _decoder_side(

@@ -57,7 +57,6 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
     if recipe.init:
         folder = checkpoint.find_folder(recipe.init, None, None, False)
         config = checkpoint.read_config(folder)
-        merging = config.merging
         for key, value in fields.items():
             setattr(config, key, value)
         config.check()
@@ -67,8 +66,7 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
         model = GmsaModel(config, decoder.model, encoder.model if encoder else None)
         for parameter in checkpoint.stored_parameters(model).values():
             parameter.data = parameter.data.float()  # what the first stage learned is not rounded
-        # A run may go on with merging of another kind; what that has of its own is new.
-        checkpoint.load_weights(model, folder, added="" if config.merging == merging else "compressor.merging.")
+        checkpoint.load_weights(model, folder)
         return model, decoder, encoder or decoder
     if decoder_name is None:
         raise ConfigError("model.decoder: name the backbone to build on (or give init, a model folder)")

@@ -3,7 +3,6 @@
 Trained weights and optimiser state are fp32, compute is bf16 (autocast), frozen weights are bf16 throughout.
 """
 
-import copy
 import os
 import shutil
 import time
@@ -23,13 +22,12 @@ from gmsa.decode.malloc import keep_freed_memory, return_freed_memory
 from gmsa.errors import CheckpointError, ConfigError, GmsaError
 from gmsa.io import checkpoint
 from gmsa.io.files import atomic_file
-from gmsa.model.balanced import BalancedMerging
 from gmsa.model.compressor import rates_of
 from gmsa.model.losses import distilled
 from gmsa.model.packed import PackedBatch, compile_blocks, packed_attention, packed_forward, uncompiled
 from gmsa.train import checkpoints
 from gmsa.train.arguments import training_arguments
-from gmsa.train.batches import NumberedBatch, weigh_tokens
+from gmsa.train.batches import NumberedBatch
 from gmsa.train.checkpoints import WeightAverage
 from gmsa.train.examples import Batch, arguments
 from gmsa.train.log import Deadline, RestorationProbe, RunLog, draw_curve, tell
@@ -266,11 +264,6 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
     every = recipe.evaluate.get("every", recipe.trainer["save_steps"]) if recipe.evaluate else None
     arguments = training_arguments(recipe.trainer, recipe.output, every)
     batches = training_batches(recipe, model, encoder, template, arguments.world_size)
-    merging = model.compressor.merging
-    if isinstance(merging, BalancedMerging):
-        if last is None and not merging.weighed:
-            weigh_tokens(merging, batches, encoder.tokenizer)
-        batches.merging = copy.deepcopy(merging).cpu()
     if recipe.compile:
         compile_blocks(model, batches.packed)
     if main and (bad := batches.bad_lines):

@@ -168,7 +168,7 @@ def test_the_default_backbone_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_pa
                                          capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     from gmsa.io import backbones
 
-    monkeypatch.setattr(backbones, "installed_gguf", lambda: None)
+    monkeypatch.setattr(backbones, "in_package", lambda *_: None)
     folder = tmp_path / "model"
     folder.mkdir()
     config = {"model_type": "gmsa", "decoder": {"name": backbones.DEFAULT_BACKBONE}}

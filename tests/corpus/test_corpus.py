@@ -26,7 +26,7 @@ from gmsa.errors import CorpusError, InputError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.memory import DTYPES as FORMS
-from gmsa.io.urls import Source, from_parquet, pack, to_parquet, unpack
+from gmsa.io.urls import Source, pack, unpack
 
 TEXTS = [
     "The mill was built in 1731.",
@@ -122,24 +122,10 @@ def test_rows_can_be_read_without_this_package(run: Callable[..., Totals], corpu
 @pytest.mark.parametrize("form", FORMS)
 def test_packing_keeps_shape_and_zeros(form: str) -> None:
     soft = torch.cat([torch.zeros(1, 8), torch.randn(3, 8) * 1e-3, torch.randn(1, 8) * 1e4])
-    again, _ = unpack({**pack(soft, form), "soft_tokens": 5}, form)
+    again = unpack({**pack(soft, form), "soft_tokens": 5}, form)
     assert again.shape == (5, 8)
     assert not again[0].any()
     torch.testing.assert_close(again.float(), soft, rtol=1 / 100, atol=0.0 if form != "int8" else 1e4 / 60)
-
-
-def test_group_sizes_are_a_column_that_may_be_empty() -> None:
-    soft, sizes = torch.randn(3, 8), torch.tensor([2, 1, 5])
-    rows = [
-        {"source": "a", "place": n, "origin_tokens": 8, "soft_tokens": 3, **pack(soft, "int8", given)}
-        for n, given in enumerate((sizes, None))
-    ]
-    with_sizes, without = from_parquet(bytes(to_parquet(rows, "int8", 3, "abc")))
-    (soft, found), (same, none) = unpack(with_sizes, "int8"), unpack(without, "int8")
-    assert found is not None
-    assert found.tolist() == sizes.tolist()
-    assert none is None
-    assert torch.equal(soft, same)
 
 
 # -- what goes in ------------------------------------------------------------------------------------------------------

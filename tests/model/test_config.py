@@ -17,7 +17,7 @@ from gmsa.errors import ConfigError
         ({"lsa_layers": 1.5}, "lsa_layers must be"),
         ({"window_size": 0}, "window_size must be"),
         ({"max_appended": 0}, "max_appended must be"),
-        ({"merging": "max"}, "merging must be one of mean, balanced, appended, got 'max'"),
+        ({"merging": "max"}, "merging must be one of mean, appended, got 'max'"),
         ({"lsa": "attention"}, "lsa must be one of"),
         ({"prompt": None}, "prompt must be one of"),
         ({"lsa": "ridge", "encoder": {"name": "x/y"}}, "lsa 'ridge' needs an encoder and a decoder of one backbone"),

