@@ -312,7 +312,7 @@ class GMSA:
             parts, tokens = zip(*made[number], strict=True)
             soft_tokens = torch.cat(parts)
             made[number], parts = [], ()  # of a long text, most of the memory in use
-            memories.append(Memory(soft_tokens, merge_size, sum(tokens), self.fingerprint))
+            memories.append(Memory(soft_tokens, merge_size, sum(tokens), self.fingerprint, refine))
         self.timings = Timings(compress=time.perf_counter() - started)
         return memories[0] if isinstance(text, str) else memories
 
@@ -572,12 +572,13 @@ class GMSA:
             show_progress_bar: over windows, on stderr.
 
         Raises:
-            InputError: this model's restorations cannot be checked; the message says why.
+            InputError: this model's restorations cannot be checked, or a memory is refined; the message says why.
             MemoryMismatchError: made by another model. ContextTooLongError: a window too long for the decoder.
         """
         candidates = self._checked_candidates(candidates)
         check_whole("batch_size", batch_size, error=InputError)
         memories, one = self._memories_of(memory)
+        _check_unrefined(memories)
         windows = [(number, window) for number, whole in enumerate(memories) for window in self.windows(whole)]
         # Batches hold windows of one merge size and of like length.
         order = sorted(range(len(windows)), key=lambda n: (windows[n][1].merge_size, -windows[n][1].origin_tokens))
@@ -620,7 +621,9 @@ class GMSA:
             InputError, MemoryMismatchError, ContextTooLongError: as `restore_checked`, at once.
         """
         candidates = self._checked_candidates(candidates)
-        windows = self.windows(self._memory_of(memory))
+        memory = self._memory_of(memory)
+        _check_unrefined([memory])
+        windows = self.windows(memory)
         for window in windows:
             self._restoring(window)  # what cannot be read is said now
         return self._checked_pieces(windows, candidates, on_step)
@@ -710,7 +713,7 @@ class GMSA:
         parts = memory.soft_tokens.split(-(-size // memory.merge_size))
         lengths = [min(size, memory.origin_tokens - number * size) for number in range(len(parts))]
         return [
-            Memory(part, memory.merge_size, tokens, memory.fingerprint)
+            Memory(part, memory.merge_size, tokens, memory.fingerprint, memory.refined)
             for part, tokens in zip(parts, lengths, strict=True)
         ]
 
@@ -915,6 +918,14 @@ class GMSA:
 def _answer(row: Row) -> Answer:
     assert row.finish is not None
     return Answer(row.text, row.finish, len(row.tokens))
+
+
+def _check_unrefined(memories: Sequence[Memory]) -> None:
+    if any(memory.refined for memory in memories):
+        raise InputError(
+            "a refined memory cannot be checked, since its soft tokens are no longer those that the compressor makes: "
+            "restore it without a check"
+        )
 
 
 def _named(value: object) -> str:

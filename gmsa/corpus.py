@@ -25,7 +25,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from gmsa.api import BUNDLED, DEFAULT_MODEL, GMSA, fast_dtype
-from gmsa.errors import CorpusError, GmsaError, InputError, MemoryFileError
+from gmsa.errors import CorpusError, GmsaError, InputError, MemoryFileError, check_whole
 from gmsa.io import checkpoint
 from gmsa.io.files import atomic_file
 from gmsa.io.memory import DTYPES, Memory
@@ -46,13 +46,23 @@ from gmsa.text import check_text
 
 FORMAT, MANIFEST, BAD_ROWS = "gmsa-corpus-1", "manifest.json", "bad-rows.jsonl"
 # Fields of a job that must be the same for two runs to add up to one corpus.
-SETTINGS = ("fingerprint", "merge_size", "form", "dtype", "text_field", "id_field", "max_row_bytes", "shard_bytes")
+SETTINGS = (
+    "fingerprint",
+    "merge_size",
+    "refine",
+    "form",
+    "dtype",
+    "text_field",
+    "id_field",
+    "max_row_bytes",
+    "shard_bytes",
+)
 ATTEMPTS = 3  # of Ray at a shard, before it is held to be what kills workers
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is done to a corpus, and how. `model`, `merge_size`, `dtype` and `batch_size` are as for `GMSA`."""
+    """What is done to a corpus, and how. `model`, `merge_size`, `refine`, `dtype`, `batch_size`: as for `GMSA`."""
 
     output: str  # folder or URL
     engine: str = "local"  # one model in this process; or "ray": the cluster at RAY_ADDRESS, else this machine
@@ -61,6 +71,7 @@ class Job:
     shard_bytes: int = 1 << 20  # of text per shard, about; what a worker that dies may lose
     model: str = DEFAULT_MODEL
     merge_size: int = 4
+    refine: int = 0
     form: str = "bfloat16"  # of the soft tokens kept; or "float32", or "int8" with one scale per soft token
     dtype: str | None = None
     batch_size: int = 8
@@ -72,6 +83,7 @@ class Job:
 
     def __post_init__(self) -> None:
         check_merge_size(self.merge_size)
+        check_whole("refine", self.refine, least=0, error=InputError)
         allowed = {"engine": ("local", "ray"), "form": tuple(DTYPES), "on_error": ("fail", "skip")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -267,7 +279,7 @@ class ShardWorker:
 
     def compress(self, shard: Shard) -> Record:
         """Compress and write a shard, its record last. Raises GmsaError: what a user can mend."""
-        gmsa = self._model()  # loading it is not counted
+        self._model()  # loading it is not counted
         started = time.perf_counter()
         record = Record(shard.number, Counter(lines=len(shard.lines)))
         texts: list[tuple[Line, dict[str, Any]]] = []
@@ -280,7 +292,7 @@ class ShardWorker:
         for (line, row), memory in zip(texts, self._compress([row["text"] for _, row in texts]), strict=True):
             with self._refusing(shard, line, record):
                 text = row.pop("text")
-                memory = memory or gmsa.compress(text, self.job.merge_size, batch_size=self.job.batch_size)
+                memory = memory or self._compressed(text)
                 known = {"origin_tokens": memory.origin_tokens, "soft_tokens": len(memory)}
                 tensors = pack(memory.soft_tokens, self.job.form)
                 rows.append({"source": shard.source, **row, **known, **tensors})
@@ -294,10 +306,14 @@ class ShardWorker:
         folder.write(_file(shard.number, "json"), json.dumps(vars(record)).encode())
         return record
 
+    def _compressed(self, text: Any) -> Any:
+        """`GMSA.compress` of a text or several, as the job says."""
+        return self._model().compress(text, self.job.merge_size, refine=self.job.refine, batch_size=self.job.batch_size)
+
     def _compress(self, texts: list[str]) -> Sequence[Memory | None]:
         """The memories of texts; all None where one of them cannot be compressed, so that each is tried by itself."""
         try:
-            return self._model().compress(texts, self.job.merge_size, batch_size=self.job.batch_size)
+            return self._compressed(texts)
         except torch.OutOfMemoryError as error:
             raise CorpusError(f"out of memory ({error}): use a smaller --batch-size") from error
         except (InputError, MemoryFileError):
@@ -431,7 +447,7 @@ class CorpusFolder:
             raise CorpusError(f"{self.path} holds shards but no {MANIFEST}: name another folder")
         advice = "go on with the same, or name another folder"
         for name, value in settings.items():
-            if (before := found["settings"].get(name)) != value:
+            if (before := found["settings"].get(name, 0 if name == "refine" else None)) != value:
                 raise CorpusError(f"{self.path} was begun with {name} {before}, not {value}: {advice}")
         if found["sources"] != inputs:
             other = [each["path"] for each in inputs if each not in found["sources"]] or ["their number or order"]
@@ -484,11 +500,12 @@ def read_corpus(output: str) -> Iterator[CorpusRow]:
     if manifest is None or not manifest["complete"]:
         raise CorpusError(f"{output} holds no finished corpus: run `gmsa compress-corpus` to its end")
     form, size, fingerprint = (manifest["settings"][name] for name in ("form", "merge_size", "fingerprint"))
+    refined = manifest["settings"].get("refine", 0)  # older corpora are not
     for facts in manifest["files"]:
         with one_line_errors(f"read {folder.path}/{facts['file']}", OSError):
             content = folder.fs.cat_file(facts["file"])
         if hashlib.sha256(content).hexdigest() != facts["sha256"]:
             raise CorpusError(f"{facts['file']} is damaged (its SHA-256 differs): delete it and run the job again")
         for row in from_parquet(content):
-            memory = Memory(unpack(row, form), size, row["origin_tokens"], fingerprint)
+            memory = Memory(unpack(row, form), size, row["origin_tokens"], fingerprint, refined)
             yield CorpusRow(row["source"], row["place"], row["id"], json.loads(row["rest"] or "{}"), memory)

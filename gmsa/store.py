@@ -140,14 +140,15 @@ class MemoryStore:
 
     # -- put and get -----------------------------------------------------------------------------------------------
 
-    def key(self, text: str, fingerprint: str, merge_size: int) -> str:
+    def key(self, text: str, fingerprint: str, merge_size: int, refine: int = 0) -> str:
         """The id of a text's memory in this store's form.
 
         Raises:
             InputError: it is no text, or holds half a surrogate pair.
         """
         digest = hashlib.sha256()
-        for part in (KEY_FORMAT, self.form, fingerprint, str(merge_size), check_text(text)):
+        refined = [str(refine)] if refine else []
+        for part in (KEY_FORMAT, self.form, fingerprint, str(merge_size), *refined, check_text(text)):
             raw = part.encode()
             digest.update(len(raw).to_bytes(8, "big"))  # so that no two lists of parts look alike
             digest.update(raw)
@@ -159,6 +160,7 @@ class MemoryStore:
         text: str,
         merge_size: int,
         *,
+        refine: int = 0,
         label: str | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> tuple[StoredMemory, "Memory", bool]:
@@ -169,7 +171,7 @@ class MemoryStore:
 
         Args:
             gmsa: what compresses, used only if the memory is not there.
-            text, merge_size: as for `GMSA.compress`.
+            text, merge_size, refine: as for `GMSA.compress`.
             label, metadata: kept with the memory; for one that is there they replace what it has, where given.
 
         Returns:
@@ -180,13 +182,13 @@ class MemoryStore:
             MemoryTooLargeError: the memory is larger than the cap.
         """
         check_notes(label, metadata)  # before the work, not after it
-        id = self.key(text, gmsa.fingerprint, merge_size)
+        id = self.key(text, gmsa.fingerprint, merge_size, refine)
         with contextlib.suppress(*GONE):
             return *self._found(id, label, metadata), True
         with self._database.claim(int(id[:15], 16)):
             with contextlib.suppress(*GONE):  # made by whoever had the claim before
                 return *self._found(id, label, metadata), True
-            return *self._put(id, gmsa.compress(text, merge_size), label, metadata), False
+            return *self._put(id, gmsa.compress(text, merge_size, refine=refine), label, metadata), False
 
     def put(
         self, text: str, memory: "Memory", *, label: str | None = None, metadata: dict[str, Any] | None = None
@@ -199,7 +201,9 @@ class MemoryStore:
             MemoryTooLargeError: the memory is larger than the cap.
         """
         check_notes(label, metadata)
-        return self._put(self.key(text, memory.fingerprint, memory.merge_size), memory, label, metadata)[0]
+        return self._put(
+            self.key(text, memory.fingerprint, memory.merge_size, memory.refined), memory, label, metadata
+        )[0]
 
     def _put(
         self, id: str, memory: "Memory", label: str | None, metadata: dict[str, Any] | None
@@ -210,7 +214,7 @@ class MemoryStore:
         rows, now = to_rows(memory.soft_tokens, self.form), time.time()
         notes = label, json.loads(json.dumps(metadata or {}))
         sizes = memory.merge_size, memory.origin_tokens, len(memory)
-        entry = StoredMemory(id, *notes, *sizes, self.form, rows.nbytes, memory.fingerprint, now, now)
+        entry = StoredMemory(id, *notes, *sizes, self.form, rows.nbytes, memory.fingerprint, now, now, memory.refined)
         if not self._add(entry, rows):
             with contextlib.suppress(*GONE):  # was there, and has gone already
                 return self._found(id, label, metadata)
@@ -246,10 +250,10 @@ class MemoryStore:
                 database.write_row(db, row[0], replace(was, label=label, metadata=metadata))
         return self.entry(id), memory
 
-    def find(self, text: str, fingerprint: str, merge_size: int) -> StoredMemory | None:
+    def find(self, text: str, fingerprint: str, merge_size: int, refine: int = 0) -> StoredMemory | None:
         """What is stored of a text, if anything is."""
         with contextlib.suppress(*GONE):
-            return self.entry(self.key(text, fingerprint, merge_size))
+            return self.entry(self.key(text, fingerprint, merge_size, refine))
         return None
 
     def entry(self, id: str) -> StoredMemory:
@@ -472,7 +476,7 @@ def memory_of(entry: StoredMemory, rows: "Tensor") -> "Memory":
     from gmsa.io.memory import Memory, from_rows
 
     counts = entry.merge_size, entry.origin_tokens
-    return Memory(from_rows(rows, entry.dtype), *counts, entry.fingerprint)
+    return Memory(from_rows(rows, entry.dtype), *counts, entry.fingerprint, entry.refined)
 
 
 def holds(metadata: dict[str, Any], wanted: dict[str, Any]) -> bool:

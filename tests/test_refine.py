@@ -1,15 +1,22 @@
 """Refinement: what moves, what it makes of a memory, and what it leaves alone."""
 
+import hashlib
+import json
+import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from gmsa import GMSA
+from gmsa import GMSA, Memory
 from gmsa.errors import CheckpointError, InputError
 from gmsa.lookups import gaps, quotes
 from gmsa.refine import Refiner
+from gmsa.store import MemoryStore
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog while seven cats and Ada Lovelace watch from a wall in London.",
@@ -95,3 +102,68 @@ def test_a_compressor_alone_cannot_refine(make_gmsa: Callable[..., GMSA]) -> Non
     gmsa.compress(TEXTS[0], 4)
     with pytest.raises(CheckpointError, match="cannot write"):
         gmsa.compress(TEXTS[0], 4, refine=1)
+
+
+# -- a refined memory elsewhere ----------------------------------------------------------------------------------------
+
+
+def test_a_file_says_that_it_is_refined(reader: GMSA, tmp_path: Path) -> None:
+    memory = reader.compress(TEXTS[0], 4, refine=2)
+    memory.save(tmp_path / "m.safetensors")
+    assert memory.refined == Memory.load(tmp_path / "m.safetensors").refined == 2
+    assert {window.refined for window in reader.windows(memory)} == {2}
+
+
+def test_a_file_from_before_there_was_refinement(reader: GMSA, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    reader.compress(TEXTS[0], 4).save(path)
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {"soft_tokens": file.get_tensor("soft_tokens")}
+    del header["refined"]
+    save_file(tensors, path, metadata=header)
+    assert Memory.load(path).refined == 0
+
+
+def test_it_cannot_be_checked(reader: GMSA, make_gmsa: Callable[..., GMSA]) -> None:
+    gmsa = make_gmsa(encoder_sink=True)
+    memory = gmsa.compress(TEXTS[1], 2, refine=1)
+    for call in (gmsa.restore_checked, gmsa.stream_checked):
+        with pytest.raises(InputError, match="a refined memory cannot be checked"):
+            call(memory)
+
+
+def test_a_store_keeps_both(reader: GMSA, tmp_path: Path) -> None:
+    with MemoryStore(tmp_path / "store.sqlite", form="float32") as store:
+        plain, _, _ = store.get_or_compress(reader, TEXTS[0], 4)
+        refined, memory, there = store.get_or_compress(reader, TEXTS[0], 4, refine=2)
+        assert not there
+        assert plain.id != refined.id
+        assert (plain.refined, refined.refined, memory.refined) == (0, 2, 2)
+        again, loaded, there = store.get_or_compress(reader, TEXTS[0], 4, refine=2)
+        assert there
+        assert again.id == refined.id == store.put(TEXTS[0], memory).id
+        assert torch.equal(loaded.soft_tokens, memory.soft_tokens)
+        assert loaded.refined == 2
+        found = store.find(TEXTS[0], reader.fingerprint, 4, 2)
+        assert found is not None
+        assert found.id == refined.id
+        assert store.find(TEXTS[0], reader.fingerprint, 4, 3) is None
+        store.export(None, tmp_path / "all.tar")
+    with MemoryStore(tmp_path / "other.sqlite") as other:
+        assert sorted(other.import_(tmp_path / "all.tar").added) == sorted([plain.id, refined.id])
+        assert other.load(refined.id).refined == 2
+
+
+def test_a_store_from_before_there_was_refinement(reader: GMSA, tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    with MemoryStore(path) as store:
+        entry, _, _ = store.get_or_compress(reader, TEXTS[0], 4)
+    db = sqlite3.connect(path)
+    (facts,) = db.execute("SELECT facts FROM memories").fetchone()
+    old = json.dumps(json.loads(facts)[:-1]).encode()
+    db.execute("UPDATE memories SET facts = ?, sha256 = ?", (old, hashlib.sha256(old).digest()))
+    db.commit()
+    db.close()
+    with MemoryStore(path) as store:
+        assert store.load(entry.id).refined == 0
+        assert store.entry(entry.id).fingerprint == reader.fingerprint

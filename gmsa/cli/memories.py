@@ -60,7 +60,7 @@ def add_commands(add: Add) -> None:
     option("--max-row-bytes", type=size, default=16 * 10**6, metavar="N", help="more is bad (16M)")
     option("--on-error", choices=["skip", "fail"], default="fail", help="what to do with bad rows (fail)")
     option("--price", type=float, metavar="X", help="of a worker hour, to reckon what a terabyte costs")
-    share(command, "--merge-size", "--form", *MODEL)
+    share(command, "--merge-size", "--refine", "--form", *MODEL)
 
     command = add("restore", restore, "Write the text of a memory file as the model can restate it.")
     option = command.add_argument

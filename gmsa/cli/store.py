@@ -61,7 +61,7 @@ def add_commands(add: Add) -> None:
     made.add_argument("files", nargs="+", metavar="FILE", help="text file, or - for standard input")
     made.add_argument("--label", type=whole_text, metavar="NAME", help="for all of them (default: the file's name)")
     made.add_argument("--meta", **pairs, help="kept; repeatable")
-    share(made, "--encoding", "--merge-size", "--form", "--max-bytes", "--model", "--dtype")
+    share(made, "--encoding", "--merge-size", "--refine", "--form", "--max-bytes", "--model", "--dtype")
 
     made = command("ls", ls, "List stored memories, newest first.")
     made.add_argument("--label", type=whole_text, metavar="NAME", help="only those with this label")
@@ -159,10 +159,11 @@ def add_text(options: argparse.Namespace, store: "MemoryStore", gmsa: "GMSA", pa
     """Add one text; what is said of it."""
     started = time.perf_counter()
     label = options.label
-    if label is None and store.find(text, gmsa.fingerprint, options.merge_size) is None:  # it may have a better one
+    asked = options.merge_size, options.refine
+    if label is None and store.find(text, gmsa.fingerprint, *asked) is None:  # it may have a better one
         label = file_name(path)
     entry, _, was_there = store.get_or_compress(
-        gmsa, text, options.merge_size, label=label, metadata=dict(options.meta) or None
+        gmsa, text, options.merge_size, refine=options.refine, label=label, metadata=dict(options.meta) or None
     )
     if not options.json:
         print(f"{line(entry)}{'  (was there)' if was_there else ''}", flush=True)

@@ -69,7 +69,8 @@ def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor]":
     except (KeyError, ValueError, RecursionError) as error:
         raise MemoryFileError(f"its header is wrong: {error}") from error
     stored = header["form"], rows.nbytes, header["fingerprint"]
-    return StoredMemory(id, notes["label"], notes["metadata"], *sizes, *stored, created, time.time()), rows
+    made = created, time.time(), int(header["refined"])
+    return StoredMemory(id, notes["label"], notes["metadata"], *sizes, *stored, *made), rows
 
 
 def write_files(path: Path, files: Iterable[tuple[str, bytes]]) -> None:

@@ -52,6 +52,7 @@ SCHEMA = (
 IS_DAMAGED = "is damaged, or none: save what can still be read (`gmsa store export`) and start a new one"
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 COPIED = ("id", "label", "bytes", "origin_tokens", "soft_tokens", "created", "used")
+FACTS = 10  # of a row, up to `created`
 ROW = "number, id, used, facts, sha256"  # what is read of a row
 Row = tuple[int, str, float, bytes, bytes]
 
@@ -70,6 +71,7 @@ class StoredMemory:
         bytes: of its soft tokens in that form.
         fingerprint: of the compressor that made it.
         created, used: seconds since 1970; `used` when it was last read.
+        refined: gradient steps that improved it (gmsa/refine.py).
     """
 
     id: str
@@ -83,6 +85,7 @@ class StoredMemory:
     fingerprint: str
     created: float
     used: float
+    refined: int = 0
 
     @property
     def rate(self) -> float:
@@ -281,7 +284,7 @@ def not_found(id: object) -> MemoryNotFoundError:
 
 def write_row(db: sqlite3.Connection, number: int | None, entry: StoredMemory) -> int:
     """Add a row, or put it in place of the one with this number; its number."""
-    facts = json.dumps([*vars(entry).values()][:-1]).encode()
+    facts = json.dumps([value for name, value in vars(entry).items() if name != "used"]).encode()
     columns = "number", *COPIED, "facts", "sha256"
     values = number, *(getattr(entry, name) for name in COPIED), facts, hashlib.sha256(facts).digest()
     marks = ", ".join("?" * len(columns))
@@ -317,9 +320,11 @@ def entry_of(row: Row) -> StoredMemory:
     values = json.loads(facts)
     if values[0] != id:
         raise MemoryFileError("its row is another memory's")
+    *made, created = values[:FACTS]
+    refined = values[FACTS] if len(values) > FACTS else 0  # rows of before there was any say nothing
     if not (isinstance(used, float) and 0 <= used < 1e12):  # has no SHA-256, since it changes at every reading
-        used = values[-1]
-    return StoredMemory(*[*values, used])
+        used = created
+    return StoredMemory(*[*made, created, used, refined])
 
 
 def whole_entries(db: sqlite3.Connection, label: str | None = None) -> Iterator[StoredMemory]:

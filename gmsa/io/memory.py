@@ -25,7 +25,7 @@ from gmsa.io.files import atomic_file, int8_rows, reason_of
 
 FORMAT = "gmsa-memory-1"
 INT8_FORMAT = "gmsa-memory-int8-1"
-FIELDS = ("merge_size", "origin_tokens", "fingerprint")
+FIELDS = ("merge_size", "origin_tokens", "fingerprint", "refined")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 SCALE_BYTES = 4  # of one soft token in int8
 
@@ -39,12 +39,14 @@ class Memory:
         merge_size: how many tokens each soft token stands for (the last may stand for fewer).
         origin_tokens: how many tokens the text had.
         fingerprint: of the compressor that made it; only the model it belongs to can read it.
+        refined: gradient steps that improved it since.
     """
 
     soft_tokens: Tensor
     merge_size: int
     origin_tokens: int
     fingerprint: str
+    refined: int = 0
 
     def __post_init__(self) -> None:
         if self.soft_tokens.dim() != 2 or not self.soft_tokens.is_floating_point() or not len(self.soft_tokens):
@@ -132,7 +134,7 @@ class Memory:
             else:
                 soft_tokens = tensors["soft_tokens"]
             counts = int(header["merge_size"]), int(header["origin_tokens"])
-            return cls(soft_tokens, *counts, header["fingerprint"])
+            return cls(soft_tokens, *counts, header["fingerprint"], int(header.get("refined", 0)))
         except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise MemoryFileError(f"{name} is damaged or not a memory: compress the text anew ({error})") from error
 
@@ -191,6 +193,7 @@ def decode(raw: bytes) -> tuple[Tensor, dict[str, str]]:
             raise ValueError("its SHA-256 differs from the one recorded")
         rows = _rows_of(tensors, form)
         merge_size, origin_tokens = int(header["merge_size"]), int(header["origin_tokens"])
+        header["refined"] = str(int(header.get("refined", 0)))  # what older versions wrote has none
         if not (1 <= merge_size < 2**53 and 1 <= len(rows) <= origin_tokens < 2**53):
             raise ValueError(f"{len(rows)} soft tokens cannot stand for {origin_tokens} tokens at {merge_size}x")
     # Anything can be in the header of a file from elsewhere: no JSON object, no texts, nested without end.

@@ -425,6 +425,7 @@ class MemoryObject(BaseModel):
     fingerprint: str
     created: float
     used: float
+    refined: int = Field(description="gradient steps that improved it")
     readable: bool = Field(description="whether it was made for the model that is served")
 
 

@@ -52,7 +52,7 @@ class FakeGmsa:
         self.fingerprint = fingerprint
         self.calls = 0
 
-    def compress(self, text: str, merge_size: int) -> Memory:
+    def compress(self, text: str, merge_size: int, refine: int = 0) -> Memory:
         self.calls += 1
         return make(text, merge_size, self.fingerprint)
 

@@ -81,7 +81,7 @@ class Gmsa:  # tells when it compresses; then waits for a file, if one is named
     fingerprint = make("0").fingerprint
     def __init__(self, go=""):
         self.go = go
-    def compress(self, text, merge_size):
+    def compress(self, text, merge_size, refine=0):
         tell("compressing", os.getpid())
         while self.go and not os.path.exists(self.go):
             time.sleep(0.01)
@@ -130,7 +130,7 @@ def stress(path, seed, seconds):
     rng = random.Random(seed)
     names = "abcdefgh"
     class Varied(Gmsa):
-        def compress(self, text, merge_size):
+        def compress(self, text, merge_size, refine=0):
             return make(text, variant=rng.randrange(1000))
     done = 0
     with MemoryStore(path, form="float32", max_bytes=30_000) as store:
@@ -406,7 +406,7 @@ def test_threads_that_ask_for_the_same_text_compress_it_once(tmp_path: Path) -> 
     class Slow:
         fingerprint = FINGERPRINT
 
-        def compress(self, text: str, merge_size: int) -> Memory:
+        def compress(self, text: str, merge_size: int, refine: int = 0) -> Memory:
             calls.append(text)
             everybody.wait()
             return make(text)
@@ -430,7 +430,7 @@ def test_two_writers_of_one_key(tmp_path: Path) -> None:
 
             fingerprint = FINGERPRINT
 
-            def compress(self, text: str, merge_size: int) -> Memory:
+            def compress(self, text: str, merge_size: int, refine: int = 0) -> Memory:
                 other.put(text, make(text, variant=2), label="other")
                 return make(text, variant=1)
 
