@@ -26,10 +26,10 @@ from gmsa.lookups import gaps, quotes
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.packed import packed_attention, why_not
 
-STEP = 0.02  # first step of every value, of the root mean square of the memory's values; falls to 0
+STEP = 0.01  # first step of every value, of the root mean square of the memory's values; falls to 0
 BETAS = (0.9, 0.95)  # of Adam
 STEPS = 20  # where nobody says how many
-TURNS = 3  # questions of each kind about a window, at each step
+TURNS = 4  # questions of each kind about a window, at each step
 FOLLOWS, FILLS = 'What comes after "{words}"?', 'Fill the gap: "{words}"'
 
 Row = tuple[Frame, Tensor, Tensor]  # what stands around the memory; the target, and which of its tokens count
