@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model,
 from gmsa import GMSA
 from gmsa.cli.main import main
 from gmsa.errors import CheckpointError, InputError
-from gmsa.evaluate.methods import METHODS, kv_cache, load_methods, provence, semanticache, sentences
+from gmsa.evaluate.methods import METHODS, RESTORE, kv_cache, load_methods, provence, semanticache, sentences
 from gmsa.evaluate.methods import exit as exit_method
 from gmsa.evaluate.methods.base import Method, Models, Question, TextMethod
 from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
@@ -106,7 +106,7 @@ def test_a_batch_answers_as_each_question_alone(load: Callable[[str], Method], n
     assert answers(QUESTIONS[::-1]) == together[::-1]
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "gmsa"])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in RESTORE])
 def test_a_context_may_be_blank(load: Callable[[str], Method], name: str) -> None:
     method = load(name)
     question = Question([" "], "What?")
