@@ -14,6 +14,7 @@ texts=$data/text_dev.jsonl.gz
 "$gmsa" eval restoration --data "$texts" --lengths 128 --merge-size 1,16,32 --limit 100 -o "$out/restoration-rates"
 "$gmsa" eval restoration --data "$texts" --lengths 16,32,64 --merge-size 2,4,8 --limit 200 -o "$out/restoration-short"
 "$gmsa" eval restoration --data "$texts" --lengths 128 --merge-size 4 --limit 64 --check -o "$out/restoration-checked"
+"$gmsa" eval restoration --data "$texts" --methods gmsa-refined --lengths 128 --merge-size 4,8 --limit 32 --bertscore none -o "$out/restoration-refined"
 "$python" scripts/join_texts.py "$texts" 2800 >"$out/text_dev_long.jsonl"
 "$gmsa" eval restoration --data "$out/text_dev_long.jsonl" --lengths 512 --merge-size 4 --limit 325 -o "$out/restoration-512"
 
@@ -22,6 +23,8 @@ for set in squad nq hotpotqa 2wiki; do
     "$gmsa" eval qa --data "$data/qa_dev_$set.jsonl.gz" --text-decoder "$text_decoder" \
         --methods gmsa,original-prompt,original-prompt-trained,closed-book-trained --merge-size 4,8,2 --limit 500 -o "$out/qa-$set-500"
 done
+
+"$gmsa" eval qa --data "$data/qa_dev_squad.jsonl.gz" --methods gmsa,gmsa-refined --merge-size 4 --limit 100 -o "$out/qa-squad-refined"
 
 # Beside other methods: 100 questions of each file
 bounds="gmsa,original-prompt,original-prompt-trained,closed-book-trained"
