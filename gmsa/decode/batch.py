@@ -238,13 +238,9 @@ class Batch:
         self.drafted += width
         return out.last_hidden_state
 
-    def accept_draft(self, counts: Sequence[int] | None = None) -> None:
-        """The rows go on after what was drafted, which was no tree but one row of tokens.
-
-        Args:
-            counts: each after so many of them; None: after all.
-        """
-        self._advance([self.drafted] * len(self) if counts is None else counts)
+    def accept_draft(self) -> None:
+        """The rows go on after what was drafted, which was no tree but one row of tokens."""
+        self._advance([self.drafted] * len(self))
         self.drafted = 0
 
     def _forward(self, counts: Sequence[int], soft: bool, **given: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def restored_groups(
             group.repair(rows, _commonest(paths))
         if len(rows := group.open_rows()):
             group.repair(rows, proposer.likeliest(rows, group.tokens[rows]))
-        proposer.accept(group.tokens, group.sizes)
+        proposer.accept(group.tokens)
         verifier.accept(group.tokens, group.sizes)
         chosen = zip(group.real.tolist(), group.tokens.tolist(), group.distances.tolist(), strict=True)
         yield [CheckedGroup(tokens[:count], off) if count > 0 else None for count, tokens, off in chosen]
@@ -304,10 +304,9 @@ class Proposer:
             scores = torch.cat([scores, self._scores(states)], dim=1)
         return scores.topk(min(scores.shape[-1], max(1, EXCHANGED_AT_LAST // steps**2)), dim=-1).indices
 
-    def accept(self, tokens: Tensor, sizes: Tensor) -> None:
-        """Go on after these (B, r) tokens, of which the first (B,) `sizes` are real."""
-        embeds = self.decoder.get_input_embeddings()(tokens)
-        self.scores = self._scores(self.batch.extend([row[:n] for row, n in zip(embeds, sizes.tolist(), strict=True)]))
+    def accept(self, tokens: Tensor) -> None:
+        """Go on after these (B, r) tokens; a row whose last group was shorter is done with it."""
+        self.scores = self._scores(self.batch.extend(list(self.decoder.get_input_embeddings()(tokens))))
 
 
 class Verifier:
@@ -338,7 +337,7 @@ class Verifier:
     def accept(self, tokens: Tensor, sizes: Tensor) -> None:
         """Go on after these (B, r) tokens, of which the first (B,) `sizes` are real."""
         states = self._encoded(self.states, tokens[:, None])
-        self.states.accept_draft(sizes.tolist())
+        self.states.accept_draft()
         self._aligned(self.groups, _mean(states, sizes))
         if self.groups is not None:
             self.groups.accept_draft()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -53,13 +54,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-
-        def move(value: Any) -> Any:
-            if isinstance(value, list):
-                return [move(part) for part in value]
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        return Batch(**{name: move(value) for name, value in vars(self).items()})
+        return Batch(**send_to_device(vars(self), device))
 
 
 def arguments(batch: Batch, teacher: bool = False) -> dict[str, Any]:

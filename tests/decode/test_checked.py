@@ -121,9 +121,8 @@ def test_continuations_are_those_of_a_beam_search(
             assert paths[place, :, :steps].tolist() == beams(score, steps, 5)
             assert not paths[place, :, steps:].any()
         chosen = random_ids(3, 3, seed=len(said[0]))
-        real = torch.tensor([2, 3])  # groups are not always alike
-        proposer.accept(torch.stack(chosen), real)
-        said = [line + new.tolist()[:n] for line, new, n in zip(said, chosen, real.tolist(), strict=True)]
+        proposer.accept(torch.stack(chosen))
+        said = [line + new.tolist() for line, new in zip(said, chosen, strict=True)]
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def test_the_right_continuation_is_found_among_others(gmsa: GMSA, monkeypatch: p
                 line[width // 2, : len(part)] = torch.tensor(part)
         return paths
 
-    def accept(self: Proposer, tokens: Tensor, sizes: Tensor) -> None:
+    def accept(self: Proposer, tokens: Tensor) -> None:
         for row in range(len(ids)):
             written[row] += size
 
@@ -193,10 +192,10 @@ def test_windows_of_memories_in_files_are_restored_together(
 
     accept = Proposer.accept
 
-    def accepted(self: Proposer, tokens: Tensor, sizes: Tensor) -> None:
-        for row, count in enumerate(sizes.tolist()):
-            written[row] += count
-        accept(self, tokens, sizes)
+    def accepted(self: Proposer, tokens: Tensor) -> None:
+        for row in range(len(ids)):
+            written[row] += size
+        accept(self, tokens)
 
     monkeypatch.setattr(Proposer, "propose", propose)
     monkeypatch.setattr(Proposer, "accept", accepted)
@@ -222,10 +221,10 @@ def test_single_tokens_are_exchanged_at_last(gmsa: GMSA, monkeypatch: pytest.Mon
 
     accept = Proposer.accept
 
-    def accepted(self: Proposer, tokens: Tensor, sizes: Tensor) -> None:
+    def accepted(self: Proposer, tokens: Tensor) -> None:
         nonlocal written
         written += size
-        accept(self, tokens, sizes)
+        accept(self, tokens)
 
     monkeypatch.setattr(Proposer, "propose", propose)
     monkeypatch.setattr(Proposer, "accept", accepted)
