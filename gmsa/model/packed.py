@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,8 +29,20 @@ BLOCK = 256  # queries whose attention is computed at once in the backward pass 
 WHOLE = 384  # sequences up to this long are not cut into such blocks
 
 
+class Travels:
+    """Dataclasses that go from process to process as arrays: a tensor would take a file descriptor there."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return _arrived, (type(self), [value.numpy() if isinstance(value, Tensor) else value for value in values])
+
+
+def _arrived(kind: type, values: list[Any]) -> Any:
+    return kind(*(torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values))
+
+
 @dataclass(frozen=True)
-class Line:
+class Line(Travels):
     """Sequences one after the other."""
 
     positions: Tensor  # (N,) of each token in its sequence
@@ -41,7 +54,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(Travels):
     """The arguments of `packed_forward`; all index tensors are (n,) and int64."""
 
     window_ids: Tensor  # (N_e,) tokens of all windows, throwaway first tokens included
@@ -306,15 +319,16 @@ def _run(
 def packed_attention(model: GmsaNetwork) -> AbstractContextManager[None]:
     """Within, the model's blocks attend within lines, on a CPU also to batches padded on the right, nothing else."""
     name = ON_CUDA if model.device.type == "cuda" else ON_CPU
-    return holding([part.config for part in _bodies(model)], "_attn_implementation", name)
+    return holding([part.config for part in bodies(model)], "_attn_implementation", name)
 
 
 def uncompiled(model: GmsaNetwork) -> AbstractContextManager[None]:
     """Within, blocks run as they are written: other shapes and caches would be compiled anew in the midst of a run."""
-    return holding([block for part in _bodies(model) for block in layers_of(part)], "_compiled_call_impl", None)
+    return holding([block for part in bodies(model) for block in layers_of(part)], "_compiled_call_impl", None)
 
 
-def _bodies(model: GmsaNetwork) -> list[Any]:
+def bodies(model: GmsaNetwork) -> list[Any]:
+    """Those that a packed batch goes through."""
     parts = (model.compressor.encoder, model.compressor.lsa.blocks, body_of(model.decoder))
     return [part for part in parts if part is not None]
 
@@ -329,7 +343,7 @@ def compile_blocks(model: GmsaNetwork, packed: bool = True) -> None:
     # One graph per mode (training, probing), attention mask and dtype; past the limit torch would fall back for good.
     torch._dynamo.config.recompile_limit = 64
     torch._inductor.config.cpp.dynamic_threads = True  # as many as torch is set to when it runs
-    for part in _bodies(model):
+    for part in bodies(model):
         for block in layers_of(part):
             block.compile(dynamic=True)
     if packed:
