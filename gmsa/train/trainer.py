@@ -34,6 +34,8 @@ from gmsa.train.log import Deadline, RestorationProbe, RunLog, draw_curve, tell
 from gmsa.train.plan import prepare, training_batches
 from gmsa.train.recipe import STAGES, Recipe, read_yaml
 
+SKIPPED_AT_MOST = 5  # steps in a row without a finite gradient: more is no accident
+
 
 class GmsaTrainer(Trainer):
     """transformers' Trainer on batches that are made whole, with checkpoints that hold only what changed.
@@ -65,7 +67,7 @@ class GmsaTrainer(Trainer):
         self.correct = torch.zeros((), dtype=torch.long, device=self.args.device)  # targets predicted right
         self.skipped = torch.zeros((), dtype=torch.long, device=self.args.device)  # steps, their gradient not finite
         self.counts = [0, 0, 0]  # targets, contexts cut short, context tokens
-        self.steps = 0
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=self.args.device)  # up to the last step
         self.context_tokens = 0  # of all processes
         self.average = average
         self._run_dir: Path | None = None
@@ -106,27 +108,27 @@ class GmsaTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """As the Trainer's; where the gradient is not finite the step is made without it, and no GPU waited for."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.steps += 1
         if isinstance(norm, Tensor):
             bad = ~torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             self.skipped += bad
+            self.skipped_in_a_row += 1
+            self.skipped_in_a_row *= bad
             for parameter in model.parameters():
                 gradient = parameter.grad
                 if gradient is not None:
                     (gradient.to_local() if isinstance(gradient, DTensor) else gradient).masked_fill_(bad, 0.0)
         return norm
 
-    def _check_finite(self) -> int:
-        """Steps left out since the last log; raises GmsaError if those are all that there were."""
-        skipped = int(self.skipped)
-        if skipped and skipped >= self.steps:
+    def _check_finite(self) -> None:
+        """Raises GmsaError if the last steps, too many to be chance, had no finite gradient."""
+        skipped = int(self.skipped_in_a_row)
+        if skipped > SKIPPED_AT_MOST:
             last = checkpoints.all_in(Path(self.args.output_dir))
             kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been saved yet"
             raise GmsaError(
-                f"the gradients of the last {skipped} step(s), up to step {self.state.global_step}, are not finite: "
+                f"the gradients of the last {skipped} steps, up to step {self.state.global_step}, are not finite: "
                 f"lower learning_rate or max_grad_norm; {kept}"
             )
-        return skipped
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the share of target tokens predicted right since the last log, contexts cut, steps left out."""
@@ -137,12 +139,17 @@ class GmsaTrainer(Trainer):
             logs["truncated"] = truncated
             self.context_tokens += context
             logs["context_tokens"] = self.context_tokens
-            logs["skipped"] = self._check_finite()
+            self._check_finite()
+            logs["skipped"] = int(self.skipped)
+            if logs["skipped"] and self.is_world_process_zero():
+                tell(
+                    f"step {self.state.global_step}: {logs['skipped']} step(s) left out, their gradient was not finite"
+                )
             if self.args.device.type == "cuda":
                 logs["peak_bytes"] = torch.cuda.max_memory_allocated()
             self.correct.zero_()
             self.skipped.zero_()
-            self.counts, self.steps = [0, 0, 0], 0
+            self.counts = [0, 0, 0]
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -219,7 +226,7 @@ class GmsaTrainer(Trainer):
         The Trainer's own would gather the frozen backbone too.
 
         Raises:
-            GmsaError: no step since the last log had a finite gradient.
+            GmsaError: the last steps had no finite gradient.
         """
         self._check_finite()
         model = self.accelerator.unwrap_model(self.model)

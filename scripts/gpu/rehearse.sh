@@ -35,12 +35,18 @@ for piece in $pieces; do
     [ "$piece" = "$last" ] || call .gpu/kit ".gpu/$piece" -- $R recv "$piece"
 done
 call .gpu/kit ".gpu/$last" -- bash -c "$R recv $last && $R smoke 600 ${tiny[*]} trainer.max_steps=2"
+restore() { # FOLDER: a sentence by the model that came back
+    cat "$1"/model.[0-3] >"$1/model.safetensors"
+    GMSA_HOME=$sim/gmsa/home PYTHONPATH=$root $PY -c "
+from gmsa import GMSA
+model = GMSA.from_pretrained('$1')
+print('brought back:', model.restore(model.compress('The treaty was signed in Vienna in 1815 by eight powers.', 4)))"
+}
+killed="$R train 30 ${tiny[*]} trainer.max_steps=1000 trainer.save_steps=8"
+call .gpu/kit -- bash -c "setsid $killed & until [ -f \$OUT/config.json ]; do sleep 1; kill -0 \$! || exit; done; kill -KILL -- -\$!"
+cp -r "$sim/OUT" "$sim/killed"
 call .gpu/kit -- $R train 10 "${tiny[@]}" trainer.max_steps=4 trainer.save_steps=2
 cp -r "$sim/OUT" "$sim/back"
 call .gpu/kit -- $R eval 2 2
-cat "$sim"/back/model.[0-3] >"$sim/back/model.safetensors"
-GMSA_HOME=$sim/gmsa/home PYTHONPATH=$root $PY -c "
-from gmsa import GMSA
-model = GMSA.from_pretrained('$sim/back')
-memory = model.compress('The treaty was signed in Vienna in 1815 by eight powers.', 4)
-print('brought back:', model.restore(memory))"
+restore "$sim/killed"
+restore "$sim/back"

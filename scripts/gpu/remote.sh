@@ -19,15 +19,15 @@ shards() { # MODEL: into $OUT in four parts, each there whole or not at all
     rm -rf "$G/shards" && mkdir "$G/shards"
     split -n 4 -d -a 1 "$1/model.safetensors" "$G/shards/model." && cp "$1/config.json" "$G/shards/"
     [ "$(stat -c %s "$G/shards/model.0")" -le 12500000 ] || echo "NOTE: shards of more than 12.5 MB: $(du -b "$G/shards/model.0")"
-    mv "$G"/shards/* "$OUT/"
+    mv "$G"/shards/model.? "$OUT/" && mv "$G/shards/config.json" "$OUT/" # it has the hash of the whole
 }
 export_checkpoints() { # RUN: each that is complete, as the model it would be if training ended there
     local last= newest
     while sleep 3; do
         newest=$(ls -d "$1"/checkpoint-* 2>/dev/null | sort -t- -k2n | tail -n 1) || true
         [ -n "$newest" ] && [ "$newest" != "$last" ] && [ -f "$newest/manifest.json" ] || continue
-        if CUDA_VISIBLE_DEVICES= nice $PY scripts/gpu/export.py "$newest" "$G/exported"; then
-            shards "$G/exported" && last=$newest && cp "$1/log.jsonl" "$OUT/" && echo "$newest is in $OUT" >&2
+        if CUDA_VISIBLE_DEVICES= nice $PY scripts/gpu/export.py "$newest" "$G/exported" >"$G/export.txt" 2>&1; then
+            shards "$G/exported" && last=$newest && cp "$1/log.jsonl" "$OUT/" && echo "exported ${newest##*/}"
         fi
     done
 }
@@ -43,7 +43,7 @@ recv)
 print("torch", torch.__version__, "transformers", transformers.__version__, "GPU:", torch.cuda.is_available())'
     ;;
 smoke)
-    seconds=${2:-110}
+    seconds=${2:-120}
     (cd "$G" && cat part.? >load.tar.xz && sha256sum -c --status "$OLDPWD/.gpu/kit/load.sha256" && rm -rf load && mkdir load &&
         tar -C load -xJf load.tar.xz) || { echo "FAILED: the pieces are not whole: send them again"; exit 1; }
     rm -rf "$G/recipes" && cp -r recipes "$G/"
