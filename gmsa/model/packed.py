@@ -228,6 +228,10 @@ def _attend_on_cpu(
     Without a line, of a batch that is such a grid.
     """
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    query, key = (
+        query.to(value.dtype),
+        key.to(value.dtype),
+    )  # a norm of theirs that is trained, in fp32, makes them fp32
     if line is None:
         out = CausalAttention.apply(*(x.transpose(1, 2) for x in (query, key, value)), scaling)
         return out.unflatten(-1, query.shape[1::2]), None
@@ -254,6 +258,7 @@ def _attend_on_cuda(
     from torch.nn.attention.varlen import varlen_attn
 
     assert line is not None
+    query, key = query.to(value.dtype), key.to(value.dtype)  # as above
     groups = query.shape[1] // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))

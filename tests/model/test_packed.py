@@ -79,6 +79,17 @@ def test_loss_and_gradients_are_those_of_the_padded_forward(
         assert (packed[2][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_trained_weights_in_fp32_beside_others_in_bf16(tiny_model: Build, family: str) -> None:
+    model = tiny_model(family).bfloat16()
+    for parameter in model.set_trainable(["encoder", "lsa", "decoder-qkv"]):
+        parameter.data = parameter.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        (padded, _, _), (packed, _, gradients) = both(model, rows())
+    assert packed == pytest.approx(padded, rel=2e-2)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
 def test_the_order_of_rows_does_not_matter(tiny_model: Build) -> None:
     model = tiny_model()
     with torch.no_grad(), packed_attention(model):
