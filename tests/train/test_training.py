@@ -403,23 +403,30 @@ def test_a_deadline_leaves_time_for_the_end_and_the_schedule_follows_it(monkeypa
     clock = [0.0]
     monkeypatch.setattr("gmsa.train.log.time.monotonic", lambda: clock[0])
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        torch.optim.SGD([torch.zeros(1)], lr=1.0), lambda step: max(0.0, 1 - step / 1000)
+        torch.optim.SGD([torch.zeros(1)], lr=1.0), lambda step: min(step / 2, max(0.0, 1 - (step - 2) / 1000))
     )
-    deadline, control, state = Deadline(0.0, 600.0), TrainerControl(), TrainerState(max_steps=1000)
-    arguments: Any = types.SimpleNamespace(eval_strategy="no")
+    deadline, control, state = Deadline(0.0, 600.0), TrainerControl(), TrainerState(max_steps=1002)
+    arguments: Any = types.SimpleNamespace(eval_strategy="no", get_warmup_steps=lambda steps: 2)
 
     def step_at(seconds: float) -> float:
         clock[0] = seconds
-        deadline.on_step_end(arguments, state, control, schedule)
+        state.global_step += 1
         schedule.step()
+        deadline.on_step_end(arguments, state, control, schedule)
+        schedule.step()  # only to see
+        schedule.last_epoch -= 1
         return schedule.get_last_lr()[0]
 
-    assert step_at(292.5) == pytest.approx(0.5, abs=2e-3)  # half of what is left without 15 seconds for the end
+    step_at(84)  # all that time for loading and compiling
+    assert schedule.last_epoch == 1  # warming up is left as it is
+    step_at(85)
+    assert schedule.last_epoch == 2
+    assert step_at(335) == pytest.approx(0.5, abs=3e-3)  # half of what is left, 15 seconds being kept for the end
     clock[0] += 20
     deadline.on_save(arguments, state, control)  # took 20 seconds, so that 40 are kept
     step_at(559)
     assert not control.should_training_stop
-    assert step_at(560) == pytest.approx(0.0, abs=2e-3)
+    assert step_at(560) == pytest.approx(0.0, abs=3e-3)
     assert control.should_training_stop
     assert control.should_save
 
