@@ -8,6 +8,7 @@ gathers and scatters: no loop over rows, no word between GPU and host.
 For one backbone with rotary positions, group merging, one merge size per row, frozen embeddings and head (`why_not`).
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -34,11 +35,18 @@ class Travels:
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
-        return _arrived, (type(self), [value.numpy() if isinstance(value, Tensor) else value for value in values])
+        return _arrived, (type(self), _exchanged(values, Tensor, Tensor.numpy))
 
 
 def _arrived(kind: type, values: list[Any]) -> Any:
-    return kind(*(torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values))
+    return kind(*_exchanged(values, np.ndarray, torch.from_numpy))
+
+
+def _exchanged(value: Any, kind: type, exchange: Callable[[Any], Any]) -> Any:
+    """Lists, in lists too, with what is of a kind exchanged."""
+    if isinstance(value, list):
+        return [_exchanged(part, kind, exchange) for part in value]
+    return exchange(value) if isinstance(value, kind) else value
 
 
 @dataclass(frozen=True)

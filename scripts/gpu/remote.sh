@@ -71,7 +71,7 @@ train)
     export_checkpoints "$G/run" & exporting=$!
     trap 'kill $exporting 2>/dev/null || true' EXIT
     # shellcheck disable=SC2046
-    run_training "$G/run" "$2" $(cat "$G/way") "${@:3}" 2>&1 | tee "$OUT/train.txt"
+    run_training "$G/run" "$2" $(cat "$G/way" 2>/dev/null || true) "${@:3}" 2>&1 | tee "$OUT/train.txt"
     kill $exporting && wait $exporting 2>/dev/null || true
     shards "$G/run/model" # the last word
     cp "$G/run/log.jsonl" "$OUT/" && $PY scripts/gpu/speed.py "$G/run/log.jsonl" && ls -l "$OUT"

@@ -135,6 +135,10 @@ def test_between_processes_a_batch_is_arrays() -> None:
     torch.testing.assert_close(arrived.window_ids, batch.window_ids)
     torch.testing.assert_close(arrived.decoder.ends, batch.decoder.ends)
     assert arrived.decoder.segments == batch.decoder.segments
+    padded = collate(rows(), 16)
+    sent = bytes(ForkingPickler.dumps(padded))
+    assert b"torch.multiprocessing" not in sent
+    torch.testing.assert_close(pickle.loads(sent).prompts, padded.prompts)
 
 
 def attend_on_a_line(
