@@ -6,7 +6,6 @@ python scripts/gpu/export.py CHECKPOINT OUT
 
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,10 +18,9 @@ from gmsa.train.checkpoints import AVERAGE
 def main(checkpoint: str, output: str) -> None:
     """Write the folder anew."""
     torch.set_num_threads(4)  # beside a training
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(shutil.copytree(checkpoint, Path(scratch) / "copy"))  # the run deletes old ones
-        gmsa = GMSA.from_pretrained(copy, dtype=torch.float32)
-        mean = load_file(copy / AVERAGE) if (copy / AVERAGE).is_file() else {}
+    gmsa = GMSA.from_pretrained(checkpoint, dtype=torch.float32)
+    average = Path(checkpoint) / AVERAGE
+    mean = load_file(average) if average.is_file() else {}
     parameters = dict(gmsa.model.named_parameters())
     with torch.no_grad():
         for name, value in mean.items():

@@ -26,8 +26,12 @@ export_checkpoints() { # RUN: each that is complete, as the model it would be if
     while sleep 3; do
         newest=$(ls -d "$1"/checkpoint-* 2>/dev/null | sort -t- -k2n | tail -n 1) || true
         [ -n "$newest" ] && [ "$newest" != "$last" ] && [ -f "$newest/manifest.json" ] || continue
-        if CUDA_VISIBLE_DEVICES= nice $PY scripts/gpu/export.py "$newest" "$G/exported" >"$G/export.txt" 2>&1; then
+        # Linked, since the run deletes old ones.
+        rm -rf "$G/linked" && cp -rl "$newest" "$G/linked" || continue
+        if CUDA_VISIBLE_DEVICES= nice $PY scripts/gpu/export.py "$G/linked" "$G/exported" >"$G/export.txt" 2>&1; then
             shards "$G/exported" && last=$newest && cp "$1/log.jsonl" "$OUT/" && echo "exported ${newest##*/}"
+        else
+            echo "not exported: $(tail -n 1 "$G/export.txt")"
         fi
     done
 }
