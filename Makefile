@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bytes.py --output docs/results/bytes.json
 	$(BIN)/python benchmarks/start.py --output docs/results/start.json
 
-# The recipe for a GPU, run small on a CPU: a random backbone, four steps.
+# The recipe for a GPU, run small on a CPU: a random backbone, four steps. All around it: scripts/gpu/rehearse.sh
 rehearse-gpu: $(VENV)/.installed-dev
 	$(BIN)/python scripts/gpu/rehearse.py
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,7 @@ def add_commands(add: Add) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Run `gmsa train`."""
+    began = time.monotonic()  # before torch is loaded
     with packages("training needs", "train"):
         from gmsa.train.plan import plan
         from gmsa.train.trainer import train as run
@@ -77,7 +79,7 @@ def train(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(plan(recipe))
         return
-    folder = run(recipe, resume=options.resume, overwrite=options.overwrite)
+    folder = run(recipe, resume=options.resume, overwrite=options.overwrite, began=began)
     if os.environ.get("RANK", "0") == "0":  # several processes may share the work
         print(folder)
 

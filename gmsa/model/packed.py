@@ -8,10 +8,12 @@ gathers and scatters: no loop over rows, no word between GPU and host.
 For one backbone with rotary positions, group merging, one merge size per row, frozen embeddings and head (`why_not`).
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,8 +30,27 @@ BLOCK = 256  # queries whose attention is computed at once in the backward pass 
 WHOLE = 384  # sequences up to this long are not cut into such blocks
 
 
+class Travels:
+    """Dataclasses that go from process to process as arrays: a tensor would take a file descriptor there."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return _arrived, (type(self), _exchanged(values, Tensor, Tensor.numpy))
+
+
+def _arrived(kind: type, values: list[Any]) -> Any:
+    return kind(*_exchanged(values, np.ndarray, torch.from_numpy))
+
+
+def _exchanged(value: Any, kind: type, exchange: Callable[[Any], Any]) -> Any:
+    """Lists, in lists too, with what is of a kind exchanged."""
+    if isinstance(value, list):
+        return [_exchanged(part, kind, exchange) for part in value]
+    return exchange(value) if isinstance(value, kind) else value
+
+
 @dataclass(frozen=True)
-class Line:
+class Line(Travels):
     """Sequences one after the other."""
 
     positions: Tensor  # (N,) of each token in its sequence
@@ -41,7 +62,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(Travels):
     """The arguments of `packed_forward`; all index tensors are (n,) and int64."""
 
     window_ids: Tensor  # (N_e,) tokens of all windows, throwaway first tokens included
@@ -215,6 +236,10 @@ def _attend_on_cpu(
     Without a line, of a batch that is such a grid.
     """
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    query, key = (
+        query.to(value.dtype),
+        key.to(value.dtype),
+    )  # a norm of theirs that is trained, in fp32, makes them fp32
     if line is None:
         out = CausalAttention.apply(*(x.transpose(1, 2) for x in (query, key, value)), scaling)
         return out.unflatten(-1, query.shape[1::2]), None
@@ -241,6 +266,7 @@ def _attend_on_cuda(
     from torch.nn.attention.varlen import varlen_attn
 
     assert line is not None
+    query, key = query.to(value.dtype), key.to(value.dtype)  # as above
     groups = query.shape[1] // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
@@ -306,15 +332,16 @@ def _run(
 def packed_attention(model: GmsaNetwork) -> AbstractContextManager[None]:
     """Within, the model's blocks attend within lines, on a CPU also to batches padded on the right, nothing else."""
     name = ON_CUDA if model.device.type == "cuda" else ON_CPU
-    return holding([part.config for part in _bodies(model)], "_attn_implementation", name)
+    return holding([part.config for part in bodies(model)], "_attn_implementation", name)
 
 
 def uncompiled(model: GmsaNetwork) -> AbstractContextManager[None]:
     """Within, blocks run as they are written: other shapes and caches would be compiled anew in the midst of a run."""
-    return holding([block for part in _bodies(model) for block in layers_of(part)], "_compiled_call_impl", None)
+    return holding([block for part in bodies(model) for block in layers_of(part)], "_compiled_call_impl", None)
 
 
-def _bodies(model: GmsaNetwork) -> list[Any]:
+def bodies(model: GmsaNetwork) -> list[Any]:
+    """Those that a packed batch goes through."""
     parts = (model.compressor.encoder, model.compressor.lsa.blocks, body_of(model.decoder))
     return [part for part in parts if part is not None]
 
@@ -329,7 +356,7 @@ def compile_blocks(model: GmsaNetwork, packed: bool = True) -> None:
     # One graph per mode (training, probing), attention mask and dtype; past the limit torch would fall back for good.
     torch._dynamo.config.recompile_limit = 64
     torch._inductor.config.cpp.dynamic_threads = True  # as many as torch is set to when it runs
-    for part in _bodies(model):
+    for part in bodies(model):
         for block in layers_of(part):
             block.compile(dynamic=True)
     if packed:

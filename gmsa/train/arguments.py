@@ -72,7 +72,7 @@ OURS = {
     "the losses are the paper's and those of train/objectives.py": """
         label_smoothing_factor neftune_noise_alpha average_tokens_across_devices use_liger_kernel liger_kernel_config
         use_cache""",
-    "a loss that is not finite ends the run": "logging_nan_inf_filter",
+    "a gradient that is not finite is left out, and counted in the log": "logging_nan_inf_filter",
     "the progress bar stands where stderr is a terminal": "disable_tqdm",
     "batches are drawn by trainer.seed": "data_seed",
     "push the model when it is trained: GMSA.from_pretrained(...).push_to_hub(...)": """

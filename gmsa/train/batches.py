@@ -6,12 +6,15 @@ there, and several processes can share the numbers out among them.
 
 import bisect
 import functools
+import os
 import random
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from gmsa.decode.prompt import PromptTemplate
@@ -90,6 +93,22 @@ class NumberedBatch:
     context_tokens: int
 
 
+@functools.cache
+def leave_with_parent() -> None:
+    """In a data worker, once: see to it that the worker ends with the process that made it, even if that was killed.
+
+    Else it would wait for ever to hand on its batches, and whoever reads the command's output would wait, too.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @dataclass(eq=False)
 class TrainingBatches(Dataset[NumberedBatch]):
     """All micro-batches of a run, in order.
@@ -126,6 +145,8 @@ class TrainingBatches(Dataset[NumberedBatch]):
         return self.recipe.trainer["max_steps"] * self.batches_per_step
 
     def __getitem__(self, number: int) -> NumberedBatch:
+        if get_worker_info() is not None:
+            leave_with_parent()
         examples = self.examples(number)
         context = sum(len(context) for example in examples for context in example.contexts)
         return NumberedBatch(self.batch(examples), number, sum(e.truncated for e in examples), context)

@@ -105,6 +105,10 @@ class WeightAverage(TrainerCallback):
         self.updates = 0
         self.mean = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The model is where it is trained by now; it was made on the CPU."""
+        self.mean = {name: mean.to(self.parameters[name].device) for name, mean in self.mean.items()}
+
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """The weights have changed."""
         self.update()

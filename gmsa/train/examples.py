@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmsa.model.packed import Line, PackedBatch
+from gmsa.model.packed import Line, PackedBatch, Travels
 from gmsa.model.windows import make_windows, split_windows
 
 ROUND = 32  # widths of grids are multiples of it, so that the same shapes come back
@@ -40,7 +40,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Travels):
     """The arguments of the model's `forward`, and what a teacher reads in place of the prompts."""
 
     prompts: list[list[Tensor]]

@@ -24,23 +24,43 @@ from gmsa.train.examples import Document, Example, arguments, collate
 
 
 class Deadline(TrainerCallback):
-    """Ends a run at a time, and lets the learning rate follow the clock where it runs ahead of the steps."""
+    """Ends a run at a time, its last save included; the learning rate follows the clock where that is ahead of steps.
+
+    Warming up is by steps: the clock counts from its end, and not before the first step, which compiles.
+    What the end takes (probe, checkpoint, model) is reckoned as twice what the longest look or save has taken, and as
+    no less than 15 seconds or a tenth of the time.
+    """
 
     def __init__(self, began: float, seconds: float) -> None:
         self.began = began  # by `time.monotonic`
         self.seconds = seconds
+        self.reserve = min(15.0, seconds / 10)  # of them, for the end
+        self.stepped = began  # when the last step ended
+        self.warm: float | None = None  # when warming up had
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **_: Any
     ) -> None:
         """Look at the clock."""
-        share = (time.monotonic() - self.began) / self.seconds
-        if isinstance(lr_scheduler, LambdaLR):  # its rate is a function of this number
-            lr_scheduler.last_epoch = max(lr_scheduler.last_epoch, min(state.max_steps, int(share * state.max_steps)))
-        if share >= 1 and not control.should_training_stop:
+        self.stepped = time.monotonic()
+        end = self.began + self.seconds - self.reserve
+        warmup = args.get_warmup_steps(state.max_steps)
+        if self.warm is None and state.global_step >= warmup:
+            self.warm = self.stepped
+        if self.warm is not None and isinstance(lr_scheduler, LambdaLR):  # its rate is a function of `last_epoch`
+            share = min(1.0, (self.stepped - self.warm) / max(1e-9, end - self.warm))
+            by_clock = warmup + int(share * (state.max_steps - warmup))
+            lr_scheduler.last_epoch = max(lr_scheduler.last_epoch, min(state.max_steps, by_clock))
+        if self.stepped >= end and not control.should_training_stop:
             tell(f"max_minutes are over: ended at step {state.global_step} of {state.max_steps}")
             control.should_training_stop = control.should_save = True
             control.should_evaluate = args.eval_strategy != "no"
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Both come after a step, the save last."""
+        self.reserve = max(self.reserve, 2 * (time.monotonic() - self.stepped))
+
+    on_save = on_evaluate
 
 
 class RunLog(TrainerCallback):

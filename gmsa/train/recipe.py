@@ -157,7 +157,7 @@ class Recipe:
     attn_implementation: str | None = None  # None: the family's default
     packed: bool = True  # train without padding where the model can be (model/packed.py); one process only
     average: float | None = None  # output/model is a running mean of the weights; so much of it stays at each step
-    max_minutes: float | None = None  # end then, loading included; the schedule follows the time, too
+    max_minutes: float | None = None  # end then, loading and saving included; the schedule follows the time, too
     compile: bool = False  # torch.compile on every block: pays after a minute or two, needs a C++ compiler on CPU
     evaluate: dict[str, Any] | None = None  # {"path", "every", "texts", "length", "merge_sizes"}
     on_error: str = "fail"  # lines that are not rows: fail, or skip and count them

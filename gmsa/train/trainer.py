@@ -34,6 +34,8 @@ from gmsa.train.log import Deadline, RestorationProbe, RunLog, draw_curve, tell
 from gmsa.train.plan import prepare, training_batches
 from gmsa.train.recipe import STAGES, Recipe, read_yaml
 
+SKIPPED_AT_MOST = 5  # steps in a row without a finite gradient: more is no accident
+
 
 class GmsaTrainer(Trainer):
     """transformers' Trainer on batches that are made whole, with checkpoints that hold only what changed.
@@ -60,9 +62,12 @@ class GmsaTrainer(Trainer):
         self.run_log = log
         self.form = "exact"
         self.model_accepts_loss_kwargs = False  # the loss is a mean per micro-batch; the Trainer averages those
-        # Of this process since the last log: targets predicted right, targets, contexts cut short, context tokens.
-        self.counts = torch.zeros(4, dtype=torch.long, device=self.args.device)
-        self.worst: Tensor | None = None  # loss since the last log; NaN is worse than anything
+        # Of this process since the last log. What is on the device is looked at only for a log or a save, since a GPU
+        # would have to be waited for.
+        self.correct = torch.zeros((), dtype=torch.long, device=self.args.device)  # targets predicted right
+        self.skipped = torch.zeros((), dtype=torch.long, device=self.args.device)  # steps, their gradient not finite
+        self.counts = [0, 0, 0]  # targets, contexts cut short, context tokens
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=self.args.device)  # up to the last step
         self.context_tokens = 0  # of all processes
         self.average = average
         self._run_dir: Path | None = None
@@ -71,7 +76,8 @@ class GmsaTrainer(Trainer):
         """As the Trainer's; packed attention lasts until the backward pass, in which activations may be recomputed."""
         packed = self.train_dataset.packed
         with packed_attention(self.accelerator.unwrap_model(model)) if packed else nullcontext():
-            return super().training_step(model, *args, **kwargs)
+            loss = super().training_step(model, *args, **kwargs)
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # else one bad batch would hide the loss of all others in the log
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -94,36 +100,56 @@ class GmsaTrainer(Trainer):
             assert isinstance(batch, Batch)  # see `packs_batches`
             counts = [int(row.sum()) for row in batch.learned] if batch.learned else [len(row) for row in batch.targets]
             loss = distilled(loss, out["logits"], teacher, counts, rates_of(batch.merge_size), **distil)
-        self.worst = loss.detach() if self.worst is None else torch.maximum(self.worst, loss.detach())
-        if self.args.device.type == "cpu":  # a GPU would have to be waited for; `log` looks there
-            self._check_finite(item.number)
-        counted = torch.tensor([0, len(out["labels"]), item.truncated, item.context_tokens])
-        self.counts += counted.to(self.counts.device, non_blocking=True)
-        self.counts[0] += out["correct"]
+        for place, count in enumerate((len(out["labels"]), item.truncated, item.context_tokens)):
+            self.counts[place] += count
+        self.correct += out["correct"]
         return (loss, out) if return_outputs else loss
 
-    def _check_finite(self, number: int | None = None) -> None:
-        """Raises GmsaError if a loss since the last log, that of batch `number` maybe, is not finite."""
-        if self.worst is not None and not bool(torch.isfinite(self.worst)):
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As the Trainer's; where the gradient is not finite the step is made without it, and no GPU waited for."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, Tensor):
+            bad = ~torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            self.skipped += bad
+            self.skipped_in_a_row += 1
+            self.skipped_in_a_row *= bad
+            for parameter in model.parameters():
+                gradient = parameter.grad
+                if gradient is not None:
+                    (gradient.to_local() if isinstance(gradient, DTensor) else gradient).masked_fill_(bad, 0.0)
+        return norm
+
+    def _check_finite(self) -> None:
+        """Raises GmsaError if the last steps, too many to be chance, had no finite gradient."""
+        skipped = int(self.skipped_in_a_row)
+        if skipped > SKIPPED_AT_MOST:
             last = checkpoints.all_in(Path(self.args.output_dir))
             kept = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been saved yet"
-            batch = "a batch" if number is None else f"batch {number}"
             raise GmsaError(
-                f"the loss of {batch} (step {self.state.global_step}) is not finite: lower learning_rate or "
-                f"max_grad_norm; {kept}"
+                f"the gradients of the last {skipped} steps, up to step {self.state.global_step}, are not finite: "
+                f"lower learning_rate or max_grad_norm; {kept}"
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the share of target tokens predicted right since the last log, and how many contexts were cut."""
+        """Adds the share of target tokens predicted right since the last log, contexts cut, steps left out."""
         if "loss" in logs:
-            correct, tokens, truncated, context = self.accelerator.reduce(self.counts, "sum").tolist()
+            counts = torch.tensor([int(self.correct), *self.counts], device=self.args.device)
+            correct, tokens, truncated, context = self.accelerator.reduce(counts, "sum").tolist()
             logs["token_accuracy"] = correct / max(1, tokens)
             logs["truncated"] = truncated
             self.context_tokens += context
             logs["context_tokens"] = self.context_tokens
-            self.counts.zero_()
             self._check_finite()
-            self.worst = None
+            logs["skipped"] = int(self.skipped)
+            if logs["skipped"] and self.is_world_process_zero():
+                tell(
+                    f"step {self.state.global_step}: {logs['skipped']} step(s) left out, their gradient was not finite"
+                )
+            if self.args.device.type == "cuda":
+                logs["peak_bytes"] = torch.cuda.max_memory_allocated()
+            self.correct.zero_()
+            self.skipped.zero_()
+            self.counts = [0, 0, 0]
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -200,7 +226,7 @@ class GmsaTrainer(Trainer):
         The Trainer's own would gather the frozen backbone too.
 
         Raises:
-            GmsaError: a loss since the last log is not finite, so that these weights are not, either.
+            GmsaError: the last steps had no finite gradient.
         """
         self._check_finite()
         model = self.accelerator.unwrap_model(self.model)
@@ -237,7 +263,7 @@ def _inputs(items: list[NumberedBatch]) -> dict[str, Any]:
     return {"item": item}
 
 
-def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, began: float | None = None) -> Path:
     """Run a recipe; returns the folder of the trained model.
 
     Under torchrun or accelerate launch every process calls this, and they share the work.
@@ -246,12 +272,13 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Path
         recipe: what to do.
         resume: continue from the newest complete checkpoint in `recipe.output`, if there is one.
         overwrite: delete the checkpoints of an earlier run in `recipe.output` and start anew.
+        began: when the command did, by `time.monotonic`; `max_minutes` count from there. None: now.
 
     Raises:
-        GmsaError: a file, backbone or setting cannot be used, the loss is not finite any more, the disk is full, or the
-            folder holds another run's checkpoints.
+        GmsaError: a file, backbone or setting cannot be used, gradients are not finite any more, the disk is full, or
+            the folder holds another run's checkpoints.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     keep_freed_memory(-1)
     output = Path(recipe.output)
     main = int(os.environ.get("RANK", "0")) == 0

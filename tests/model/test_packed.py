@@ -1,14 +1,21 @@
 """The packed forward gives the loss and the gradients of the padded one, on rows of every kind."""
 
+import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
 import torch
 from tiny import make_tokenizer, random_ids
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from gmsa.io.loading import GmsaModel
-from gmsa.model.packed import CausalAttention, packed_attention, packed_forward, why_not
+from gmsa.model.backbone import holding, layers_of
+from gmsa.model.packed import CausalAttention, Line, bodies, packed_attention, packed_forward, why_not
 from gmsa.train.examples import Document, Example, arguments, collate, line_of, pack
 
 Build = Callable[..., GmsaModel]
@@ -72,6 +79,17 @@ def test_loss_and_gradients_are_those_of_the_padded_forward(
         assert (packed[2][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_trained_weights_in_fp32_beside_others_in_bf16(tiny_model: Build, family: str) -> None:
+    model = tiny_model(family).bfloat16()
+    for parameter in model.set_trainable(["encoder", "lsa", "decoder-qkv"]):
+        parameter.data = parameter.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        (padded, _, _), (packed, _, gradients) = both(model, rows())
+    assert packed == pytest.approx(padded, rel=2e-2)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
 def test_the_order_of_rows_does_not_matter(tiny_model: Build) -> None:
     model = tiny_model()
     with torch.no_grad(), packed_attention(model):
@@ -107,6 +125,48 @@ def test_attention_and_its_gradients(length: int, shared: int) -> None:
     out.transpose(1, 2).reshape(2, length, -1).backward(gradient)
     for tensor, expected in zip(found, given, strict=True):
         torch.testing.assert_close(tensor, expected.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_between_processes_a_batch_is_arrays() -> None:
+    batch = pack(rows(), 16, 1)
+    sent = bytes(ForkingPickler.dumps(batch))  # as data workers do
+    assert b"torch.multiprocessing" not in sent  # a file descriptor for every tensor
+    arrived = pickle.loads(sent)
+    torch.testing.assert_close(arrived.window_ids, batch.window_ids)
+    torch.testing.assert_close(arrived.decoder.ends, batch.decoder.ends)
+    assert arrived.decoder.segments == batch.decoder.segments
+    padded = collate(rows(), 16)
+    sent = bytes(ForkingPickler.dumps(padded))
+    assert b"torch.multiprocessing" not in sent
+    torch.testing.assert_close(pickle.loads(sent).prompts, padded.prompts)
+
+
+def attend_on_a_line(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float,
+    line: Line, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Traced by the compiler, as on a GPU, with all that is asked there of a line."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2) * (line.ends[-1] > 0) * (line.longest > 0), None
+
+
+def test_blocks_are_not_compiled_anew_for_other_batches(tiny_model: Build) -> None:
+    AttentionInterface.register("on_a_line", attend_on_a_line)
+    AttentionMaskInterface.register("on_a_line", lambda *_, **__: None)
+    model, counter = tiny_model("llama"), CompileCounter()
+    model.set_trainable(["encoder", "lsa", "decoder-qkv"])
+    for part in bodies(model):
+        for block in layers_of(part):
+            block.compile(dynamic=True, backend=counter)
+    counts = []
+    some = [*rows(), Example([torch.tensor([5, 6])], random_ids(150)[0].tolist(), 2)]
+    with holding([part.config for part in bodies(model)], "_attn_implementation", "on_a_line"):
+        for examples in (some, some[:2], some[1:3], [some[3], *some], some[::-1]):
+            batch = pack(examples, model.config.window_size, model.compressor.sink_id)
+            packed_forward(model, batch)["loss"].backward()
+            counts.append((counter.frame_count, len(batch.decoder.segments)))
+    assert len({segments for _, segments in counts}) > 1
+    assert counts[0][0] == counts[-1][0] <= 5
 
 
 def test_a_line_has_a_place_for_every_token() -> None:

@@ -1,14 +1,20 @@
 """Scripts that take hours: what they call is there and understands them."""
 
+import gzip
+import hashlib
 import importlib
 import json
 import os
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +23,7 @@ from gmsa import GMSA, GmsaConfig, GmsaModel
 from gmsa.cli.main import build_parser
 from gmsa.evaluate.methods import check_methods
 from gmsa.io.backbones import load_backbone
+from gmsa.train.recipe import Recipe
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -123,3 +130,88 @@ def test_a_merged_backbone_encodes(
         with pytest.raises(SystemExit, match="2"):
             merge_layers.main(wrong)
         assert told in capsys.readouterr().err
+
+
+def fake_python(folder: Path) -> tuple[Path, Path]:
+    """A stand-in for Python that does nothing, and the file in which it notes what it was asked for."""
+    fake, log = folder / "fake-python", folder / "called"
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>{log}\n')
+    fake.chmod(0o755)
+    return fake, log
+
+
+@pytest.mark.skipif(shutil.which("xz") is None, reason="needs xz")
+def test_what_travels_to_a_gpu_is_packed_and_the_checkout_is_as_it_was(tmp_path: Path) -> None:
+    root, data = tmp_path / "checkout", tmp_path / "data"
+    shutil.copytree(SCRIPTS / "gpu", root / "scripts/gpu", ignore=shutil.ignore_patterns("__pycache__"))
+    model = root / "gmsa/models/default"
+    model.mkdir(parents=True)
+    weights = model / "model.safetensors"
+    weights.write_bytes(b"weights")
+    (model / "config.json").write_text("{}")
+    data.mkdir()
+    for name in (
+        *("text_train", "text_train_2", "qa_train", "qa_train_2", "long_train", "summ_train"),
+        *("text_dev", "qa_dev_squad", "qa_dev_nq"),
+    ):
+        with gzip.open(data / f"{name}.jsonl.gz", "wt") as file:
+            file.write('{"text": "a mill"}\n')
+    (tmp_path / "backbone.gguf").write_text("backbone")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(root)]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    pack = ["sh", str(root / "scripts/gpu/pack.sh")]
+    environment = {**os.environ, "PYTHON": str(fake_python(tmp_path)[0]), "XZ": "-0"}
+    subprocess.run([*pack, data, tmp_path / "backbone.gguf"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert weights.read_bytes() == b""
+    packed = root / ".gpu/1/part.1"
+    assert hashlib.sha256(packed.read_bytes()).hexdigest() in (root / ".gpu/kit/load.sha256").read_text()
+    with tarfile.open(packed) as archive:
+        assert archive.extractfile("./model/model.safetensors").read() == b"weights"  # type: ignore[union-attr]
+        assert "./data/qa_train_2.jsonl" in archive.getnames()
+    changed = subprocess.run([*git, "status", "--short"], capture_output=True, text=True, check=True).stdout
+    assert changed.split() == ["M", "gmsa/models/default/model.safetensors"]  # .gpu is ignored
+    subprocess.run([*pack, "restore"], check=True)
+    assert weights.read_bytes() == b"weights"
+    weights.write_bytes(b"not committed")
+    refused = subprocess.run([*pack, data, tmp_path / "backbone.gguf"], env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "commit it" in refused.stderr
+    assert weights.read_bytes() == b"not committed"
+
+
+def test_a_gpu_trains_the_recipe_with_what_works_and_brings_the_model_back(tmp_path: Path) -> None:
+    fake, log = fake_python(tmp_path)
+    there, back = tmp_path / "there", tmp_path / "back"
+    back.mkdir()
+    shutil.copytree(SCRIPTS.parent / "recipes", there / "recipes")
+    (there / "way").write_text("packed=false compile=false\n")
+    model = there / "run/model"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(bytes(range(200)))
+    (model / "config.json").write_text("{}")
+    (there / "run/log.jsonl").write_text("")
+    environment = {**os.environ, "PY": str(fake), "G": str(there), "OUT": str(back)}
+    command = [SCRIPTS / "gpu/remote.sh", "train", "8.5", "trainer.learning_rate=4e-4"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    call = next(shlex.split(line) for line in log.read_text().splitlines() if line.startswith("-m gmsa train"))
+    options = build_parser().parse_args(call[2:])
+    recipe = Recipe.load(options.recipe, options.changes)
+    assert (options.overwrite, recipe.max_minutes, recipe.packed, recipe.compile) == (True, 8.5, False, False)
+    assert (recipe.output, recipe.init) == (str(there / "run"), str(there / "load/model"))
+    assert recipe.trainer["learning_rate"] == 4e-4
+    assert b"".join((back / f"model.{n}").read_bytes() for n in range(4)) == bytes(range(200))
+    assert (back / "config.json").is_file()
+
+
+def test_the_speed_of_a_run_is_read_off_its_log() -> None:
+    speed = runpy.run_path(str(SCRIPTS / "gpu/speed.py"))["speed"]
+    entries: list[dict[str, Any]] = [
+        {"step": 5, "loss": 1.5, "context_tokens": 1000, "seconds": 40.0, "skipped": 0},  # compiled meanwhile
+        {"step": 5, "probe": {}},
+        {"step": 15, "loss": 1.0, "context_tokens": 9000, "seconds": 44.0, "skipped": 1, "peak_bytes": 2**31},
+    ]
+    told = speed(entries)
+    assert "SPEED 2,000 context tokens/s, 400 ms a step" in told
+    assert "2.0 GiB; loss 1.500 -> 1.000; steps without a finite gradient: 1" in told
+    assert speed([]) == "no step was logged: too little time"

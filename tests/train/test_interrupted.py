@@ -262,6 +262,20 @@ def test_a_broken_copy_of_the_recipe_stops_nothing(
     assert Recipe.load(tmp_path / "run/recipe.yaml").trainer["max_steps"] == 4
 
 
+def test_data_workers_end_with_a_run_that_is_killed(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    # Batches too large for a pipe, so that workers wait to hand them on.
+    path.write_text(recipe(max_steps=5000, dataloader_num_workers=2, tokens_per_batch=5000).dump())
+    command = f"from gmsa.cli.main import main; main(['train', {str(path)!r}])"
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        while b"step 2/" not in run.stderr.readline():
+            assert run.poll() is None
+        run.kill()
+        run.communicate(timeout=60)  # returns when nobody holds its output open
+
+
 def test_weights_that_are_not_finite_are_not_saved(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,8 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from gmsa import GMSA
 from gmsa.train.recipe import Recipe
@@ -28,3 +30,8 @@ def test_the_recipe_for_a_gpu_is_run_small(tmp_path: Path, capsys: pytest.Captur
     assert [entry["step"] for entry in entries if "probe" in entry] == [2, 4]
     model = GMSA.from_pretrained(tmp_path / "run/model")
     assert len(model.compress("a mill by the river", merge_size=4)) > 0
+    export = runpy.run_path(str(ROOT / "scripts/gpu/export.py"))["main"]
+    export(str(tmp_path / "run/checkpoint-4"), str(tmp_path / "exported"))
+    ended, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("run/model", "exported"))
+    assert exported.keys() == ended.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in ended.items())

@@ -1,6 +1,7 @@
 import json
 import re
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerControl, TrainerState
 
 from gmsa import GMSA
 from gmsa.cli.main import main
@@ -16,7 +19,7 @@ from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.packed import packed_forward
 from gmsa.train.checkpoints import WeightAverage
-from gmsa.train.log import RestorationProbe
+from gmsa.train.log import Deadline, RestorationProbe
 from gmsa.train.plan import prepare, training_batches
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import GmsaTrainer, train
@@ -252,24 +255,43 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert "about 4 (4x) soft tokens" in told
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_loss_that_is_not_finite_stops_the_run(
-    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
-) -> None:
-    real, calls = (packed_forward if packed else GmsaModel.forward), []
+def spoil(monkeypatch: pytest.MonkeyPatch, calls: Iterable[int], packed: bool = True) -> None:
+    """Make the loss of some forward passes, counted from 1, not finite."""
+    real, made = (packed_forward if packed else GmsaModel.forward), []
 
     def forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         out = real(*args, **kwargs)
-        calls.append(1)
-        return {**out, "loss": out["loss"] * float("nan")} if len(calls) == 5 else out
+        made.append(1)
+        return {**out, "loss": out["loss"] * float("nan")} if len(made) in calls else out
 
-    if packed:
-        monkeypatch.setattr("gmsa.train.trainer.packed_forward", forward)
-    else:
-        monkeypatch.setattr(GmsaModel, "forward", forward)
-    with pytest.raises(GmsaError, match=r"batch 4 \(step 4\) is not finite.*checkpoint-3"):
-        train(recipe(packed=packed))
-    assert (tmp_path / "run/checkpoint-3/model.safetensors").exists()
+    monkeypatch.setattr(*(("gmsa.train.trainer.packed_forward",) if packed else (GmsaModel, "forward")), forward)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gradient_that_is_not_finite_is_left_out(
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    packed: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil(monkeypatch, [3], packed)
+    folder = train(recipe(packed=packed, logging_steps=2, max_steps=4, average=0.5))
+    assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [entry["skipped"] for entry in lines if "loss" in entry] == [0, 1]
+    assert "step 4: 1 step(s) left out, their gradient was not finite" in capsys.readouterr().err
+    assert all(entry["loss"] > 0 for entry in lines if "loss" in entry)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_that_are_not_finite_end_the_run(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    spoil(monkeypatch, range(5, 100), packed)
+    with pytest.raises(GmsaError, match=r"the last 6 steps, up to step 10, are not finite: lower .*checkpoint-8"):
+        train(recipe(packed=packed, logging_steps=2, save_steps=2, max_steps=12))
+    assert (tmp_path / "run/checkpoint-8/model.safetensors").exists()
 
 
 def test_packed_batches_train_as_padded_ones_do(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -333,22 +355,86 @@ def test_a_run_ends_at_its_time_and_can_be_resumed(recipe: Callable[..., Recipe]
     assert len(losses(tmp_path / "run")) == 2
 
 
-def test_weights_of_a_loss_that_is_not_finite_are_not_saved_where_no_step_is_waited_for(
+def test_nothing_is_saved_where_no_step_had_a_gradient(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where losses are looked at when they are logged."""
-    real = GmsaTrainer._check_finite
+    spoil(monkeypatch, range(100))
+    with pytest.raises(GmsaError, match=r"the last 6 steps, up to step 6, .*; no checkpoint had been saved"):
+        train(recipe(logging_steps=100, save_steps=6))
+    assert not (tmp_path / "run/checkpoint-6").exists()
 
-    def lazily(self: GmsaTrainer, number: int | None = None) -> None:
-        if number is None:
-            real(self)
 
-    def forward(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        out = packed_forward(*args, **kwargs)
-        return {**out, "loss": out["loss"] * float("nan")}
+class Reads(TorchDispatchMode):
+    """Notes what a GPU would have to be waited for."""
 
-    monkeypatch.setattr(GmsaTrainer, "_check_finite", lazily)
-    monkeypatch.setattr("gmsa.train.trainer.packed_forward", forward)
-    with pytest.raises(GmsaError, match=r"the loss of a batch \(step 3\) is not finite"):
-        train(recipe(logging_steps=100))
-    assert not (tmp_path / "run/checkpoint-3").exists()
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in WAITED_FOR:
+            self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+aten = torch.ops.aten
+WAITED_FOR = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten._unique2)
+
+
+def test_nothing_is_read_back_from_one_log_to_the_next(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, reads = GmsaTrainer.training_step, Reads()
+
+    def step(self: GmsaTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 1:  # by then all that is made once is there
+            reads.__enter__()
+        if self.state.global_step == 5:
+            reads.__exit__(None, None, None)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(GmsaTrainer, "training_step", step)
+    changes: dict[str, Any] = {"average": 0.9, "max_minutes": 60, "gradient_accumulation_steps": 2}
+    train(recipe(logging_steps=6, save_steps=6, **changes))
+    assert reads.seen == []
+
+
+def test_a_deadline_leaves_time_for_the_end_and_the_schedule_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("gmsa.train.log.time.monotonic", lambda: clock[0])
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        torch.optim.SGD([torch.zeros(1)], lr=1.0), lambda step: min(step / 2, max(0.0, 1 - (step - 2) / 1000))
+    )
+    deadline, control, state = Deadline(0.0, 600.0), TrainerControl(), TrainerState(max_steps=1002)
+    arguments: Any = types.SimpleNamespace(eval_strategy="no", get_warmup_steps=lambda steps: 2)
+
+    def step_at(seconds: float) -> float:
+        clock[0] = seconds
+        state.global_step += 1
+        schedule.step()
+        deadline.on_step_end(arguments, state, control, schedule)
+        schedule.step()  # only to see
+        schedule.last_epoch -= 1
+        return schedule.get_last_lr()[0]
+
+    step_at(84)  # all that time for loading and compiling
+    assert schedule.last_epoch == 1  # warming up is left as it is
+    step_at(85)
+    assert schedule.last_epoch == 2
+    assert step_at(335) == pytest.approx(0.5, abs=3e-3)  # half of what is left, 15 seconds being kept for the end
+    clock[0] += 20
+    deadline.on_save(arguments, state, control)  # took 20 seconds, so that 40 are kept
+    step_at(559)
+    assert not control.should_training_stop
+    assert step_at(560) == pytest.approx(0.0, abs=3e-3)
+    assert control.should_training_stop
+    assert control.should_save
+
+
+def test_the_mean_of_weights_goes_where_the_model_goes() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    average = WeightAverage({"w": parameter}, 0.9)
+    average.parameters = {"w": torch.nn.Parameter(parameter.to("meta"))}
+    average.on_train_begin()
+    average.update()
+    assert average.mean["w"].device.type == "meta"
