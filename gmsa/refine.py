@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gmsa.decode.malloc import return_freed_memory
 from gmsa.decode.prompt import Frame, PromptTemplate
 from gmsa.lookups import gaps, quotes
 from gmsa.model.gmsa import GmsaNetwork
@@ -83,6 +84,7 @@ class Refiner:
                 self._learn(moving, asking)
                 adam.step()
                 falling.step()
+        return_freed_memory()  # of passes that were never of one shape
         return [states.detach().to(given.dtype) for states, given in zip(moving, soft, strict=True)]
 
     def _attention(self) -> AbstractContextManager[None]:
