@@ -1,7 +1,8 @@
 """Refinement: soft tokens improved by gradient steps of their own, everything else left alone. Past the paper.
 
 The compressor writes a memory in one pass. Among the soft tokens near those it writes there are others that the decoder
-reads better; a few steps of Adam find them. What they learn from is the window itself, the way the model was trained:
+reads better, when restoring above all; a few steps of Adam find them. What they learn from is the window itself, the
+way the model was trained:
 
     restore    the window's text (paper section 3, stage 1)
     look up    questions about quoted words (lookups.py), drawn anew at each step
