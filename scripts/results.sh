@@ -14,7 +14,8 @@ texts=$data/text_dev.jsonl.gz
 "$gmsa" eval restoration --data "$texts" --lengths 128 --merge-size 1,16,32 --limit 100 -o "$out/restoration-rates"
 "$gmsa" eval restoration --data "$texts" --lengths 16,32,64 --merge-size 2,4,8 --limit 200 -o "$out/restoration-short"
 "$gmsa" eval restoration --data "$texts" --lengths 128 --merge-size 4 --limit 64 --check -o "$out/restoration-checked"
-"$gmsa" eval restoration --data "$texts" --methods gmsa-refined --lengths 128 --merge-size 4,8 --limit 32 --bertscore none -o "$out/restoration-refined"
+"$gmsa" eval restoration --data "$texts" --methods gmsa-refined --lengths 128 --merge-size 4 --limit 32 --bertscore none -o "$out/restoration-refined"
+"$gmsa" eval restoration --data "$texts" --methods gmsa-refined --lengths 128 --merge-size 8 --limit 16 --bertscore none -o "$out/restoration-refined-8x"
 "$python" scripts/join_texts.py "$texts" 2800 >"$out/text_dev_long.jsonl"
 "$gmsa" eval restoration --data "$out/text_dev_long.jsonl" --lengths 512 --merge-size 4 --limit 325 -o "$out/restoration-512"
 
