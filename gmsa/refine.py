@@ -130,15 +130,9 @@ class Refiner:
         if not turns:
             return None
         rng.shuffle(turns)
-        frame = self.template(turns[0][0])
-        target: list[int] = []
-        learned: list[bool] = []
-        for number, (question, answers) in enumerate(turns):
-            asked = self.template.following(question) if number else []
-            said = [*self.template.encode(answers[0]), self.template.end_id]
-            target += [*asked, *said]
-            learned += [False] * len(asked) + [True] * len(said)
-        return frame, torch.tensor(target), torch.tensor(learned)
+        told = [(question, answers[0]) for question, answers in turns]
+        target, learned = self.template.conversation(told, learn_questions=False)
+        return self.template(told[0][0]), torch.tensor(target), torch.tensor(learned)
 
 
 @contextmanager

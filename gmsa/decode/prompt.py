@@ -130,6 +130,25 @@ class PromptTemplate:
         """
         return self._follow(_asked(question))
 
+    def conversation(self, turns: Sequence[tuple[str, str]], learn_questions: bool) -> tuple[list[int], list[bool]]:
+        """What follows the prompt that asks the first of several questions: answers, and between them the others.
+
+        Args:
+            turns: questions and their answers.
+            learn_questions: whether the further questions count, too.
+
+        Returns:
+            Token ids, and which of them count: answers with their end tokens.
+        """
+        target: list[int] = []
+        learned: list[bool] = []
+        for number, (question, answer) in enumerate(turns):
+            between = self.following(question) if number else []
+            said = [*self.encode(answer), self.end_id]
+            target += [*between, *said]
+            learned += [learn_questions] * len(between) + [True] * len(said)
+        return target, learned
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, none of them special."""
         return encode(self.tokenizer, text)

@@ -155,16 +155,9 @@ def _conversation(
     maker: Maker, contents: Sequence[Piece], turns: Sequence[tuple[str, Any]], sizes: tuple[int, ...], truncated: bool
 ) -> Example:
     """Questions about contents, each answered before the next is asked."""
-    template = maker.template
-    (question, answers), *further = turns
-    target = [*template.encode(_first(answers)), template.end_id]
-    learned = [True] * len(target)
-    for asked, told in further:
-        between = template.following(asked)
-        said = [*template.encode(_first(told)), template.end_id]
-        target += [*between, *said]
-        learned += [maker.recipe.learn_questions] * len(between) + [True] * len(said)
-    return maker.example(contents, question, target, sizes, truncated, learned if further else None)
+    told = [(question, _first(answers)) for question, answers in turns]
+    target, learned = maker.template.conversation(told, maker.recipe.learn_questions)
+    return maker.example(contents, told[0][0], target, sizes, truncated, learned if len(told) > 1 else None)
 
 
 def _partly_text(maker: Maker, documents: Sequence[Document], part: float, rng: random.Random) -> list[Piece]:
