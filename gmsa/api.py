@@ -292,6 +292,7 @@ class GMSA:
         texts = [text] if isinstance(text, str) else _listed("the context must be a text or a list of texts", text)
         for number, one in enumerate(texts):
             self._check_context(one, number)
+        refiner = Refiner(self.model, self.template, self.encoder_tokenizer)
         # Of each text its windows in order: soft tokens, and how many tokens.
         made: list[list[tuple[Tensor, int]]] = [[] for _ in texts]
         with tqdm(
@@ -302,7 +303,7 @@ class GMSA:
                 ids, mask, rows = (tensor.to(self.model.device) for tensor in arguments)
                 soft = self.model.compress(ids, mask, rows, merge_size)
                 if refine:
-                    soft = self._refiner([window.tokens for window in batch], soft, refine)
+                    soft = refiner([window.tokens for window in batch], soft, refine)
                 for window, states in zip(batch, soft, strict=True):
                     made[window.row].append((states, len(window.tokens)))
         memories = []
@@ -315,10 +316,6 @@ class GMSA:
             memories.append(Memory(soft_tokens, merge_size, sum(tokens), self.fingerprint, refine))
         self.timings = Timings(compress=time.perf_counter() - started)
         return memories[0] if isinstance(text, str) else memories
-
-    @property
-    def _refiner(self) -> Refiner:
-        return Refiner(self.model, self.template, self.encoder_tokenizer)
 
     def _windows_of(self, texts: Sequence[str], bar: tqdm) -> Iterator[Window]:
         """Windows of all texts; the bar counts characters."""

@@ -431,6 +431,7 @@ class CorpusFolder:
             found = json.loads(self.fs.cat_file(MANIFEST))
             if found["format"] != FORMAT or not found["settings"] or not isinstance(found["sources"], list):
                 raise ValueError(f"it must have settings, sources and the format {FORMAT}")
+            found["settings"] = {"refine": 0, **found["settings"]}  # older versions did not know of it
             return found
         except FileNotFoundError:
             return None
@@ -447,7 +448,7 @@ class CorpusFolder:
             raise CorpusError(f"{self.path} holds shards but no {MANIFEST}: name another folder")
         advice = "go on with the same, or name another folder"
         for name, value in settings.items():
-            if (before := found["settings"].get(name, 0 if name == "refine" else None)) != value:
+            if (before := found["settings"].get(name)) != value:
                 raise CorpusError(f"{self.path} was begun with {name} {before}, not {value}: {advice}")
         if found["sources"] != inputs:
             other = [each["path"] for each in inputs if each not in found["sources"]] or ["their number or order"]
@@ -499,8 +500,8 @@ def read_corpus(output: str) -> Iterator[CorpusRow]:
     manifest = folder.manifest()
     if manifest is None or not manifest["complete"]:
         raise CorpusError(f"{output} holds no finished corpus: run `gmsa compress-corpus` to its end")
-    form, size, fingerprint = (manifest["settings"][name] for name in ("form", "merge_size", "fingerprint"))
-    refined = manifest["settings"].get("refine", 0)  # older corpora are not
+    names = ("form", "merge_size", "fingerprint", "refine")
+    form, size, fingerprint, refined = (manifest["settings"][name] for name in names)
     for facts in manifest["files"]:
         with one_line_errors(f"read {folder.path}/{facts['file']}", OSError):
             content = folder.fs.cat_file(facts["file"])

@@ -96,11 +96,10 @@ class Refiner:
     def _learn(self, moving: Sequence[Tensor], rows: Sequence[Row | None]) -> None:
         """Add the gradient of each memory's mean loss over its own targets; None: nothing is asked of it."""
         chosen = [(states, row) for states, row in zip(moving, rows, strict=True) if row is not None]
-        chosen.sort(key=lambda pair: len(pair[1][1]))
+        chosen.sort(key=_length)
         room = CUDA_POSITIONS if self.model.device.type == "cuda" else POSITIONS
         while chosen:
-            longest = max(len(states) + len(target) for states, (_, target, _) in chosen)
-            step = max(1, room // longest)
+            step = max(1, room // _length(chosen[-1]))
             self._backward(chosen[-step:])
             del chosen[-step:]
 
@@ -133,6 +132,12 @@ class Refiner:
         told = [(question, answers[0]) for question, answers in turns]
         target, learned = self.template.conversation(told, learn_questions=False)
         return self.template(told[0][0]), torch.tensor(target), torch.tensor(learned)
+
+
+def _length(pair: tuple[Tensor, Row]) -> int:
+    """Positions of a memory and its target, the frame left aside."""
+    states, (_, target, _) = pair
+    return len(states) + len(target)
 
 
 @contextmanager

@@ -236,10 +236,8 @@ def _attend_on_cpu(
     Without a line, of a batch that is such a grid.
     """
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    query, key = (
-        query.to(value.dtype),
-        key.to(value.dtype),
-    )  # a norm of theirs that is trained, in fp32, makes them fp32
+    # A norm of theirs that is trained, in fp32, makes them fp32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if line is None:
         out = CausalAttention.apply(*(x.transpose(1, 2) for x in (query, key, value)), scaling)
         return out.unflatten(-1, query.shape[1::2]), None
