@@ -1,4 +1,4 @@
-"""What storing a model as 8-bit differences costs: teacher-forced scores of the same model stored both ways.
+"""What storing a model as differences in few bits costs: teacher-forced scores of the same model in every form.
 
 python experiments/storage_form.py runs/default-2-answer/checkpoint-620 $DATA/text_dev.jsonl.gz
 """
@@ -21,8 +21,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {"exact": Path(options.model), "int8": Path(scratch) / "int8"}
-        GMSA.from_pretrained(options.model, dtype="float32").save_pretrained(folders["int8"], form="int8")
+        folders = {"exact": Path(options.model), "int8": Path(scratch) / "int8", "int4": Path(scratch) / "int4"}
+        exact = GMSA.from_pretrained(options.model, dtype="float32")
+        for form in ("int8", "int4"):
+            exact.save_pretrained(folders[form], form=form)
         for form, folder in folders.items():
             gmsa = GMSA.from_pretrained(folder)
             texts = texts_of_length(gmsa, options.data, options.length, options.texts)

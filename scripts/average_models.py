@@ -1,6 +1,6 @@
 """Average the weights of models of one training history, each with a weight of its own.
 
-python scripts/average_models.py OUT FOLDER=WEIGHT FOLDER=WEIGHT ... [--form exact|int8] [--bases]
+python scripts/average_models.py OUT FOLDER=WEIGHT FOLDER=WEIGHT ... [--form exact|int8|int4] [--bases]
 
 Stages of one training end in neighbouring places; their mean is often better than each of them (docs/training-log.md).
 
@@ -37,7 +37,7 @@ def average(shares: dict[str, float], out: str, form: str = "exact", bases: bool
     Args:
         shares: folder -> its weight, above 0; they are scaled to add up to 1.
         out: folder to write.
-        form: how it is stored, exact or int8.
+        form: how it is stored, exact, int8 or int4.
         bases: average the matrices of linears in bases of the vocabulary; all models are in memory at once.
 
     Raises:

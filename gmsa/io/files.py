@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # torch takes seconds to import
 # What a write that was killed leaves behind begins so. Short: beside a file whose own name is as long as may be.
 SCRATCH = ".gmsa-"
 SMALLEST_SCALE = 1e-30  # so that a row of zeros has one
+INT4_GROUP = 32  # columns that share a scale
+INT4_CLIPS = [1 - step / 20 for step in range(9)]  # shares of the largest value that are tried as the end of the range
 
 
 def home() -> Path:
@@ -172,3 +174,37 @@ def int8_rows(matrix: "Tensor") -> "tuple[Tensor, Tensor]":
     """
     scale = (matrix.abs().amax(dim=1, keepdim=True) / 127).clamp(min=SMALLEST_SCALE)
     return (matrix / scale).round().char(), scale
+
+
+def int4_groups(matrix: "Tensor") -> "tuple[Tensor, Tensor]":
+    """A matrix in 4 bits with a scale per `INT4_GROUP` columns of a row, chosen for the least squared error.
+
+    Args:
+        matrix: (rows, columns) in fp32; columns a multiple of INT4_GROUP.
+
+    Returns:
+        uint8 (rows, columns / 2), two values -7..7 a byte, and bf16 scales (rows, columns / INT4_GROUP). What
+        `from_int4_groups` makes of them comes out the same when stored again.
+    """
+    import torch
+
+    grouped = matrix.unflatten(1, (-1, INT4_GROUP))
+    largest = grouped.abs().amax(dim=2, keepdim=True)
+    values, scales, least = (torch.zeros_like(grouped), torch.zeros_like(largest), torch.full_like(largest, torch.inf))
+    for share in INT4_CLIPS:
+        scale = (largest * share / 7).clamp(min=SMALLEST_SCALE).bfloat16().float()
+        rounded = (grouped / scale).round().clamp(-7, 7)
+        error = (rounded * scale - grouped).square().sum(dim=2, keepdim=True)
+        better = error < least
+        values, scales, least = (torch.where(better, new, old) for new, old in
+                                 ((rounded, values), (scale, scales), (error, least)))  # fmt: skip
+    nibbles = (values.flatten(1) + 8).byte()
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4, scales.squeeze(2).bfloat16()
+
+
+def from_int4_groups(packed: "Tensor", scales: "Tensor") -> "Tensor":
+    """The matrix (rows, columns), fp32, of what `int4_groups` returned."""
+    import torch
+
+    values = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1).float() - 8
+    return (values.unflatten(1, (-1, INT4_GROUP)) * scales.float()[..., None]).flatten(1)

@@ -72,7 +72,7 @@ class GmsaModel(GmsaNetwork):
 
         Args:
             save_directory: the folder; it changes all at once or not at all.
-            form: "exact", or "int8": differences from the backbone in 8 bits (checkpoint.py).
+            form: "exact", "int8" or "int4": differences from the backbone in so many bits (checkpoint.py).
             kwargs: `push_to_hub=True` and its arguments, as in transformers.
         """
         kwargs.pop("state_dict", None)  # the Trainer passes one; the model knows better what changed

@@ -161,7 +161,7 @@ class Recipe:
     compile: bool = False  # torch.compile on every block: pays after a minute or two, needs a C++ compiler on CPU
     evaluate: dict[str, Any] | None = None  # {"path", "every", "texts", "length", "merge_sizes"}
     on_error: str = "fail"  # lines that are not rows: fail, or skip and count them
-    form: str = "exact"  # how output/model is stored: exact or int8
+    form: str = "exact"  # how output/model is stored: exact, int8 or int4 (io/checkpoint.py)
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):

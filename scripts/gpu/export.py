@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A checkpoint of a run as the model that the run would leave if it ended there: the mean of its weights, in 8 bits.
+"""A checkpoint of a run as the model that the run would leave if it ended there: the mean of its weights, in 4 bits.
 
 python scripts/gpu/export.py CHECKPOINT OUT
 """
@@ -27,7 +27,7 @@ def main(checkpoint: str, output: str) -> None:
             if not name.startswith(":"):  # how many steps are in it
                 parameters[name].copy_(value)
     shutil.rmtree(output, ignore_errors=True)
-    gmsa.save_pretrained(output, form="int8")
+    gmsa.save_pretrained(output, form="int4")
 
 
 if __name__ == "__main__":

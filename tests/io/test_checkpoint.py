@@ -17,6 +17,7 @@ from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, CheckpointError
 from gmsa.io import checkpoint
 from gmsa.io.backbones import Backbone, load_backbone
+from gmsa.io.files import from_int4_groups, int4_groups
 from gmsa.io.loading import GmsaModel
 
 Build = Callable[..., GmsaModel]
@@ -35,6 +36,17 @@ def differing(one: GmsaModel, other: GmsaModel) -> list[str]:
 
 def load(folder: Path) -> GmsaModel:
     return GmsaModel.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def wide_model(tiny_backbone: Callable[..., Backbone]) -> tuple[GmsaModel, dict[str, Tensor]]:
+    """A trained model whose matrices are whole groups of 32 columns wide, and the weights it began with."""
+    backbone = tiny_backbone("llama", hidden_size=64)
+    model = GmsaModel(GmsaConfig(decoder=backbone.pointer, encoder_layers=2, window_size=16), backbone.model, None)
+    untouched = weights(model)
+    for number, parameter in enumerate(model.set_trainable(sorted(GROUPS))):
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.02
+    return model.eval(), untouched
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -92,13 +104,46 @@ def test_int8_form_is_close_and_small(trained_model: Build, tiny_model: Build, t
     assert moved == 3 * 7 + 3 * 4  # matrices of two encoder layers and one LSA block, projections of four layers
 
 
-def test_int8_form_does_not_drift(trained_model: Build, tmp_path: Path) -> None:
-    trained_model().save_pretrained(tmp_path / "first", form="int8")
+def test_int4_form_is_close_and_small(wide_model: tuple[GmsaModel, dict[str, Tensor]], tmp_path: Path) -> None:
+    model, untouched = wide_model
+    model.save_pretrained(tmp_path / "exact")
+    model.save_pretrained(tmp_path / "int4", form="int4")
+    sizes = [(tmp_path / form / "model.safetensors").stat().st_size for form in ("exact", "int4")]
+    assert sizes[1] < 0.3 * sizes[0]
+    ours, theirs = weights(model), weights(load(tmp_path / "int4"))
+    moved = 0
+    for name, value in ours.items():
+        change = value - untouched[name]
+        if value.dim() == 2 and change.any():
+            moved += 1
+            assert 0 < (theirs[name] - value).square().sum() < 0.012 * change.square().sum(), name  # .11 of the change
+        else:
+            assert torch.equal(theirs[name], value)
+    assert moved == 3 * 7 + 3 * 4
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_a_matrix_in_4_bits(scale: float) -> None:
+    matrix = torch.randn(5, 96, generator=torch.Generator().manual_seed(3)) * scale
+    matrix[1, :32] = 0
+    matrix[2, 3] = 40 * scale  # harms its own group alone
+    packed, scales = int4_groups(matrix)
+    again = from_int4_groups(packed, scales)
+    assert (packed.shape, scales.shape, again.shape) == ((5, 48), (5, 3), (5, 96))
+    error = (again - matrix).unflatten(1, (3, 32)).norm(dim=2) / matrix.unflatten(1, (3, 32)).norm(dim=2)
+    assert not again[1, :32].any()
+    assert (error.flatten()[torch.arange(15) != 3] < 0.2).all()
+    assert all(torch.equal(a, b) for a, b in zip(int4_groups(again), (packed, scales), strict=True))
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_rounded_forms_do_not_drift(wide_model: tuple[GmsaModel, dict[str, Tensor]], tmp_path: Path, form: str) -> None:
+    wide_model[0].save_pretrained(tmp_path / "first", form=form)
     first = load(tmp_path / "first")
     assert differing(first, load(tmp_path / "first")) == []
     first.save_pretrained(tmp_path / "exact")
     assert differing(first, load(tmp_path / "exact")) == []
-    first.save_pretrained(tmp_path / "second", form="int8")
+    first.save_pretrained(tmp_path / "second", form=form)
     second = weights(load(tmp_path / "second"))
     for name, value in weights(first).items():
         torch.testing.assert_close(second[name], value, rtol=0, atol=1e-6)
@@ -135,8 +180,8 @@ def test_int8_form_of_weights_drawn_at_random(
 
 
 def test_an_unknown_form(trained_model: Build, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="must be one of exact, int8, got 'int4'"):
-        trained_model().save_pretrained(tmp_path / "model", form="int4")
+    with pytest.raises(CheckpointError, match="must be one of exact, int8, int4, got 'int2'"):
+        trained_model().save_pretrained(tmp_path / "model", form="int2")
     assert not list(tmp_path.iterdir())
 
 
@@ -169,6 +214,10 @@ def saved(trained_model: Build, tmp_path: Path) -> Path:
     return folder
 
 
+def one_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value[:1].clone() for name, value in tensors.items() if name.split(":")[0] == NAME}
+
+
 NAME = "compressor.encoder.layers.1.mlp.up_proj.weight"
 
 
@@ -184,13 +233,13 @@ def test_an_unexpected_tensor_is_named(saved: Path) -> None:
         load(saved)
 
 
-@pytest.mark.parametrize("form", ["exact", "int8"])
-def test_a_tensor_of_another_shape_is_named(trained_model: Build, tmp_path: Path, form: str) -> None:
-    trained_model().save_pretrained(tmp_path, form=form)
-    key = NAME if form == "exact" else f"{NAME}:int8"
-    # One row alone would broadcast into place.
-    rewrite(tmp_path, lambda tensors: tensors.update({key: tensors[key][:1].clone()}))
-    with pytest.raises(CheckpointError, match=rf"{NAME} has shape \(1, 48\), the model \(64, 48\)"):
+@pytest.mark.parametrize("form", ["exact", "int8", "int4"])
+def test_a_tensor_of_another_shape_is_named(
+    wide_model: tuple[GmsaModel, dict[str, Tensor]], tmp_path: Path, form: str
+) -> None:
+    wide_model[0].save_pretrained(tmp_path, form=form)
+    rewrite(tmp_path, lambda tensors: tensors.update(one_row(tensors)))  # it would broadcast into place
+    with pytest.raises(CheckpointError, match=rf"{NAME} has shape \(1, 64\), the model \(64, 64\)"):
         load(tmp_path)
 
 
