@@ -278,11 +278,12 @@ def describe(folder: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             form = (file.metadata() or {}).get("form", "exact")
-            names = [name for name in file.keys() if not name.endswith(":scale")]  # noqa: SIM118 (not a dict)
-            parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is missing or damaged: {error}") from error
     decoder = config.decoder or {}
+    per_value = {"scale": 0, "int4": 2}  # parameters in each stored value; others hold one
+    parameters = sum(size * per_value.get(name.partition(":")[2], 1) for name, size in sizes.items())
     return {
         "folder": str(folder),
         "decoder": decoder.get("name"),

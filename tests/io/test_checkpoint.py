@@ -110,6 +110,7 @@ def test_int4_form_is_close_and_small(wide_model: tuple[GmsaModel, dict[str, Ten
     model.save_pretrained(tmp_path / "int4", form="int4")
     sizes = [(tmp_path / form / "model.safetensors").stat().st_size for form in ("exact", "int4")]
     assert sizes[1] < 0.3 * sizes[0]
+    assert len({checkpoint.describe(tmp_path / form)["parameters"] for form in ("exact", "int4")}) == 1
     ours, theirs = weights(model), weights(load(tmp_path / "int4"))
     moved = 0
     for name, value in ours.items():
