@@ -1,6 +1,6 @@
 """Pictures of the server's page with the model and the sample it has, for docs/images; the dark one is of a check.
 
-    gmsa serve --store "$(mktemp -d)" &
+    gmsa serve --store "$(mktemp -d)/store.sqlite" &
     python scripts/maintain/page_screenshots.py http://127.0.0.1:8000 docs/images
 
 Needs Chromium (Debian: apt-get install chromium) and `pip install playwright`.
