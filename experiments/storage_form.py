@@ -1,6 +1,6 @@
 """What storing a model as differences in few bits costs: teacher-forced scores of the same model in every form.
 
-python experiments/storage_form.py runs/default-2-answer/checkpoint-620 $DATA/text_dev.jsonl.gz
+python experiments/storage_form.py runs/default-6-longer/checkpoint-1650 $DATA/text_dev.jsonl.gz
 """
 
 import argparse

@@ -42,11 +42,8 @@ done
 "$gmsa" eval summ --data "$(data_of summ_dev)" --methods gmsa,original-prompt,truncate-head,bm25-sentences \
     --merge-size 4,8 --limit 60 --max-new-tokens 64 -o "$out/summ"
 
-# Speed, and what storing differences in 8 bits costs (the second stage's last checkpoint is kept by a run of its recipe)
+# Speed
 "$python" benchmarks/answering.py --output "$out/answering.json" --image "$out/answering.png"
-if [ -d runs/default-2-answer/checkpoint-620 ]; then
-    "$python" experiments/storage_form.py runs/default-2-answer/checkpoint-620 "$texts"
-fi
 
 # The ablations train their arms: an hour more on one core
 "$python" experiments/ablations.py --data "$data/qa_dev_squad.jsonl.gz" --texts "$texts" --folder "$out/ablations" -o "$out/ablations.json"

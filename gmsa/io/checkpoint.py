@@ -5,7 +5,7 @@ Three forms of the same tensors:
 - "int8": the difference from the backbone's own weight, in 8 bits with one scale per output channel. Differences are
   small, so the error is about 1/250 of the *change*, far below bf16's error on the weight itself.
 - "int4": the same in 4 bits with a scale for every 32 columns (int8 where a matrix is not that wide), half the size; an
-  error of a tenth of the change costs nothing that could be measured (experiments/storage_form.py).
+  error of a tenth of the change costs the default model .001 of its accuracy (experiments/storage_form.py).
 Vectors (norm gains) always stay exact; matrices that were drawn at random, so that there is nothing to differ from,
 are stored in bf16.
 """
