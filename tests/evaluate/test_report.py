@@ -275,14 +275,6 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert back.examples_of(back.rows[0]) == run.examples
 
 
-def test_results_of_before_there_were_reports_are_read() -> None:
-    folder = Path(__file__).parents[2] / "docs/results"
-    kept = json.loads((folder / "restoration-128-100-stage-4.json").read_text())
-    assert len(kept["rows"]) == 2
-    sections = report_sections([Run("old", kept["meta"], kept["rows"])])
-    assert len(tables_of(sections, "method")[0].rows) == 2
-
-
 RESULTS = sorted((Path(__file__).parents[2] / "docs/results").glob("*.json"))
 
 
