@@ -1,5 +1,4 @@
 import importlib
-import json
 import re
 import sys
 from html.parser import HTMLParser
