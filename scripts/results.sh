@@ -25,7 +25,7 @@ all="gmsa,gmsa-hybrid,bm25-sentences-trained,embedding-sentences-trained,origina
 for set in squad nq; do
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 500 --methods "$all" -o "$out/qa-$set"
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --merge-size 1,2,16 --limit 500 --methods gmsa -o "$out/qa-$set-rates"
-    "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4 --limit 200 -o "$out/others-$set" \
+    "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 200 -o "$out/others-$set" \
         --methods semantic-compression-trained,semantic-summary-trained,llmlingua-trained,snapkv-trained,kvzip-trained,semanticache-trained
 done
 for set in hotpotqa 2wiki narrativeqa; do

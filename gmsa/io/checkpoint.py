@@ -4,8 +4,8 @@ Three forms of the same tensors:
 - "exact": as they are, in fp32 or bf16; what training resumes from.
 - "int8": the difference from the backbone's own weight, in 8 bits with one scale per output channel. Differences are
   small, so the error is about 1/250 of the *change*, far below bf16's error on the weight itself.
-- "int4": the same in 4 bits with a scale for every 32 columns (int8 where a matrix is not that wide), half the size; an
-  error of a tenth of the change costs the default model .001 of its accuracy (experiments/storage_form.py).
+- "int4": the same in 4 bits with a scale for every 32 columns (int8 where a row is no multiple of them), half the size;
+  an error of a tenth of the change costs the default model .001 of its accuracy (experiments/storage_form.py).
 Vectors (norm gains) always stay exact; matrices that were drawn at random, so that there is nothing to differ from,
 are stored in bf16.
 """
@@ -231,7 +231,10 @@ def load_weights(model: GmsaNetwork, folder: Path) -> None:
     check_names(str(path), set(parameters), present)
     with torch.no_grad():
         for name in sorted(parameters):
-            difference = _difference(name, tensors)  # from what the model holds now
+            try:
+                difference = _difference(name, tensors)  # from what the model holds now
+            except (KeyError, RuntimeError) as error:
+                raise CheckpointError(f"{path}: the scales of {name} are missing or of another shape") from error
             value = tensors[name] if difference is None else difference
             if value.shape != parameters[name].shape:
                 raise CheckpointError(

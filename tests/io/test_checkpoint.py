@@ -244,6 +244,23 @@ def test_a_tensor_of_another_shape_is_named(
         load(tmp_path)
 
 
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("cut", [0, 3], ids=["missing", "too few"])
+def test_scales_that_do_not_fit_are_named(
+    wide_model: tuple[GmsaModel, dict[str, Tensor]], tmp_path: Path, form: str, cut: int
+) -> None:
+    wide_model[0].save_pretrained(tmp_path, form=form)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        scales = tensors.pop(f"{NAME}:scale")
+        if cut:
+            tensors[f"{NAME}:scale"] = scales[:cut].clone()
+
+    rewrite(tmp_path, change)
+    with pytest.raises(CheckpointError, match=rf"the scales of {NAME} are missing or of another shape"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("place", [-1, -5_000, 5_000])
 def test_a_flipped_byte_is_found(saved: Path, place: int) -> None:
     path = saved / "model.safetensors"
