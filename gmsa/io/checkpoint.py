@@ -103,11 +103,9 @@ def save_model(
 
 def _rounded(name: str, difference: Tensor, form: str) -> dict[str, Tensor]:
     """The tensors that hold a matrix's difference (rows, columns) from the backbone's."""
-    if form == "int4" and difference.shape[1] % INT4_GROUP == 0:
-        values, scale = int4_groups(difference)
-        return {f"{name}:int4": values, f"{name}:scale": scale}
-    values, scale = int8_rows(difference)
-    return {f"{name}:int8": values, f"{name}:scale": scale}
+    fits = form == "int4" and difference.shape[1] % INT4_GROUP == 0
+    values, scale = int4_groups(difference) if fits else int8_rows(difference)
+    return {f"{name}:{'int4' if fits else 'int8'}": values, f"{name}:scale": scale}
 
 
 def _difference(name: str, tensors: dict[str, Tensor]) -> Tensor | None:

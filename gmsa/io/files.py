@@ -190,16 +190,18 @@ def int4_groups(matrix: "Tensor") -> "tuple[Tensor, Tensor]":
 
     grouped = matrix.unflatten(1, (-1, INT4_GROUP))
     largest = grouped.abs().amax(dim=2, keepdim=True)
-    values, scales, least = (torch.zeros_like(grouped), torch.zeros_like(largest), torch.full_like(largest, torch.inf))
+    scales, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     for share in INT4_CLIPS:
         scale = (largest * share / 7).clamp(min=SMALLEST_SCALE).bfloat16().float()
-        rounded = (grouped / scale).round().clamp(-7, 7)
-        error = (rounded * scale - grouped).square().sum(dim=2, keepdim=True)
-        better = error < least
-        values, scales, least = (torch.where(better, new, old) for new, old in
-                                 ((rounded, values), (scale, scales), (error, least)))  # fmt: skip
-    nibbles = (values.flatten(1) + 8).byte()
+        error = (_in_4_bits(grouped, scale) * scale - grouped).square().sum(dim=2, keepdim=True)
+        scales = torch.where(error < least, scale, scales)
+        least = torch.minimum(error, least)
+    nibbles = (_in_4_bits(grouped, scales).flatten(1) + 8).byte()
     return nibbles[:, ::2] | nibbles[:, 1::2] << 4, scales.squeeze(2).bfloat16()
+
+
+def _in_4_bits(grouped: "Tensor", scale: "Tensor") -> "Tensor":
+    return (grouped / scale).round().clamp(-7, 7)
 
 
 def from_int4_groups(packed: "Tensor", scales: "Tensor") -> "Tensor":
