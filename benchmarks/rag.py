@@ -31,10 +31,10 @@ import torch
 from gmsa import GMSA, Memory, MemoryStore
 from gmsa.api import Contents
 from gmsa.evaluate.methods.base import Models, Question
-from gmsa.evaluate.methods.sentences import words_of
 from gmsa.evaluate.metrics import interval, paired_difference
 from gmsa.evaluate.qa import MEASURES, choose
 from gmsa.io.rows import read_rows
+from gmsa.sentences import words_of
 
 START = re.compile(r"Document \[\d+\] \(Title: ")
 

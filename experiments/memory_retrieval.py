@@ -34,12 +34,13 @@ from torch.nn import functional as F
 
 from gmsa import GMSA
 from gmsa.evaluate.methods.base import MethodUnavailable, Models
-from gmsa.evaluate.methods.sentences import EmbeddingSentences, words_of
+from gmsa.evaluate.methods.sentences import EmbeddingSentences
 from gmsa.evaluate.metrics import interval
 from gmsa.evaluate.qa import choose
 from gmsa.io.rows import read_rows
 from gmsa.model.merging import group_merge
 from gmsa.model.windows import Window, batch_windows, make_windows, split_windows
+from gmsa.sentences import words_of
 
 RECALL_AT = (1, 5, 20)
 KINDS = ("soft tokens", "merged states")

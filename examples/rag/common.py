@@ -7,8 +7,8 @@ from pathlib import Path
 
 import bm25s
 
-from gmsa.evaluate.methods.sentences import words_of
 from gmsa.integrations import LocalReader, Reader, ServerReader
+from gmsa.sentences import words_of
 
 CORPUS = Path(__file__).parent / "corpus"
 QUESTIONS = [

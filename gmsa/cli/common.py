@@ -233,7 +233,8 @@ def summary(facts: dict[str, Any]) -> str:
     """One line for a person."""
     times = ", ".join(f"{name} {value:.2f} s" for name, value in facts["seconds"].items())
     rate = facts["origin_tokens"] / facts["soft_tokens"]
-    return f"{facts['origin_tokens']} tokens -> {facts['soft_tokens']} soft tokens ({rate:.1f}x); {times}"
+    kept = f", {facts['kept_tokens']} kept" if "kept_tokens" in facts else ""
+    return f"{facts['origin_tokens']} tokens{kept} -> {facts['soft_tokens']} soft tokens ({rate:.1f}x); {times}"
 
 
 @contextlib.contextmanager

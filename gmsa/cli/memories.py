@@ -76,6 +76,7 @@ def add_commands(add: Add) -> None:
         "--memory", action="append", default=[], metavar="MEM", help="memory file, or id of a stored one; repeatable"
     )
     option("--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (128)")
+    option("--select", action="store_true", help="of texts keep the sentences that fit the question, at 2x")
     share(command, "--encoding", "--store", "--merge-size", "--decoder-weights", *MODEL)
 
 
@@ -145,7 +146,8 @@ def ask(options: argparse.Namespace) -> None:
     texts = [read_text(path, options.encoding) for path in options.context]
     memories = [open_memory(options, name) for name in options.memory]
     gmsa = load(options)
-    memories += gmsa.compress(texts, options.merge_size)
+    kept = gmsa.compress_for(options.question, texts, options.merge_size) if options.select and texts else []
+    memories += kept or gmsa.compress(texts, options.merge_size)
     spent = gmsa.timings.compress
     if sys.stdout.isatty() and not options.json:
         stream = gmsa.answer(options.question, memories, max_new_tokens=options.max_new_tokens, stream=True)
@@ -162,6 +164,9 @@ def ask(options: argparse.Namespace) -> None:
         **describe(memories),
         "seconds": seconds({**dataclasses.asdict(gmsa.timings), "compress": spent}),
     }
+    if kept:
+        facts["kept_tokens"] = sum(memory.origin_tokens for memory in kept)
+        facts["origin_tokens"] += sum(map(gmsa.count, texts)) - facts["kept_tokens"]
     if options.json:
         emit(facts)
     else:

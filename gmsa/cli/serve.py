@@ -41,6 +41,7 @@ def add_commands(add: Add) -> None:
     option("--decoder-name", metavar="NAME", help="of the model there (gmsa-FINGERPRINT, or the only one)")
     option("--served-name", action="append", metavar="NAME", help="the model's name; repeatable")
     option("--auto-compress", type=count, default=0, metavar="N", help="compress texts of more than N tokens (off)")
+    option("--select", action="store_true", help="of such texts keep the sentences that fit the question, at 2x")
     option("--max-context-tokens", type=count, default=131_072, metavar="N", help="of a text to compress (131072)")
     option("--max-prompt-tokens", type=count, default=8192, metavar="N", help="prompt and answer, soft ones too (8192)")
     option("--max-new-tokens", type=count, default=512, metavar="N", help="where none are asked for (512)")
@@ -180,7 +181,7 @@ def settings_of(options: argparse.Namespace) -> "Settings":
         **{
             field: getattr(options, field)
             for field in (
-                *("merge_size", "auto_compress", "max_context_tokens", "max_prompt_tokens", "max_new_tokens"),
+                *("merge_size", "auto_compress", "select", "max_context_tokens", "max_prompt_tokens", "max_new_tokens"),
                 *("max_queue", "max_body", "max_store", "accept_soft_tokens", "drain_seconds"),
             )
         },

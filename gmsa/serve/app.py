@@ -146,6 +146,7 @@ def _add_system_routes(app: FastAPI, service: Service) -> None:
             fingerprint=service.gmsa.fingerprint,
             merge_size=settings.merge_size,
             auto_compress=settings.auto_compress,
+            select=settings.select,
             max_prompt_tokens=service.max_prompt_tokens,
             max_context_tokens=settings.max_context_tokens,
         )

@@ -215,6 +215,11 @@ class Asked(Strict):
         None, description="compress texts of more tokens than this; 0: none; default: the server's"
     )
     merge_size: MergeSize | None = Field(None, description="of texts that are compressed; default: the server's")
+    select: bool | None = Field(
+        None,
+        description="of texts that are compressed keep the sentences that fit the last question, in as many soft "
+        "tokens; default: the server's",
+    )
 
 
 class Generation(Asked):
@@ -474,6 +479,7 @@ class ModelObject(BaseModel):
     fingerprint: str = Field(description="of the compressor; memories belong to one")
     merge_size: int = Field(description="used where a request names none")
     auto_compress: int = Field(description="texts of more tokens are compressed; 0: none")
+    select: bool = Field(description="sentences of theirs that fit the question are kept")
     max_prompt_tokens: int = Field(description="prompt and answer together, soft tokens counted as tokens")
     max_context_tokens: int = Field(description="of a text to be compressed")
 

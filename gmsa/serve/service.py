@@ -77,9 +77,10 @@ class ReadyPrompt:
 
 @dataclass(frozen=True)
 class LongText:
-    """A text to be compressed where it stands."""
+    """A text to be compressed where it stands; with a question, only what fits it."""
 
     text: str
+    question: str = ""
 
 
 Part = str | LongText | MemoryPart
@@ -290,22 +291,38 @@ class Service:
         metadata: dict[str, Any] | None,
         held: StoredMemory | None,
     ) -> tuple[StoredMemory, Memory, bool]:
-        if held is None and exceeds(self.gmsa.encoder_tokenizer, text, self.settings.max_context_tokens):
-            raise ApiError(
-                413,
-                f"the text has more than {self.settings.max_context_tokens} tokens, the most this server compresses",
-                "text_too_long",
-            )
+        if held is None:
+            self._check_context(text)
         started, begun = time.perf_counter(), tracing.now()
         made = self.store.get_or_compress(self.gmsa, text, size, label=label, metadata=metadata)
         if made[2]:
             tracing.past("store", begun, operation="load")
         else:
-            sizes = {name: getattr(made[0], name) for name in ("merge_size", "origin_tokens", "soft_tokens")}
-            tracing.past("compress", begun, **sizes)
-            self.metrics.compressed.inc(made[0].origin_tokens)
-            self.metrics.compress_seconds.inc(time.perf_counter() - started)
+            self._note_compressed(made[1], started, begun)
         return made
+
+    def _compress_for(self, part: LongText, merge_size: int | None) -> Memory:
+        """A memory for one question, which is not stored: the next one needs another."""
+        self._check_context(part.text)
+        started, begun = time.perf_counter(), tracing.now()
+        memory = self.gmsa.compress_for(part.question, part.text, merge_size or self.settings.merge_size)
+        self._note_compressed(memory, started, begun)
+        self.metrics.memories.labels("made").inc()
+        return memory
+
+    def _check_context(self, text: str) -> None:
+        if exceeds(self.gmsa.encoder_tokenizer, text, self.settings.max_context_tokens):
+            raise ApiError(
+                413,
+                f"the text has more than {self.settings.max_context_tokens} tokens, the most this server compresses",
+                "text_too_long",
+            )
+
+    def _note_compressed(self, memory: Memory, started: float, begun: int) -> None:
+        sizes = {"merge_size": memory.merge_size, "origin_tokens": memory.origin_tokens, "soft_tokens": len(memory)}
+        tracing.past("compress", begun, **sizes)
+        self.metrics.compressed.inc(memory.origin_tokens)
+        self.metrics.compress_seconds.inc(time.perf_counter() - started)
 
     async def load(self, id: str) -> Memory:
         """A stored memory that this model can read."""
@@ -341,6 +358,7 @@ class Service:
         prompts = []
         for text in request.prompts():
             parts = await self.prompt_thread(lambda text=text: self._shorten(text, request, last=True))  # type: ignore[misc]
+            parts = self._selecting(parts, parts[1:], request)
             given = [*memories, *[await self._resolve(part, request) for part in parts]]
             prompts.append(await self.prompt_thread(lambda given=given: self._prompt(self._bare(given))))  # type: ignore[misc]
         return prompts
@@ -356,6 +374,7 @@ class Service:
     def _plan(self, request: OpenChatRequest) -> list[tuple[str, list[Part]]]:
         """Each message's role and parts, long texts marked."""
         turns: list[tuple[str, list[Part]]] = []
+        asked: list[Part] = []  # by the user
         for message in request.messages:
             given = message.parts()
             # What a tool gave ends with no question.
@@ -365,7 +384,16 @@ class Service:
                 at_end = last and number == len(given) - 1
                 parts += [part] if isinstance(part, MemoryPart) else self._shorten(part, request, at_end)
             turns.append(("user" if isinstance(message, ToolMessage) else message.role, parts))
-        return turns
+            asked += parts if message.role == "user" else []
+        return [(role, self._selecting(parts, asked, request)) for role, parts in turns]
+
+    def _selecting(self, parts: list[Part], asked: list[Part], request: Generation) -> list[Part]:
+        """Parts whose long texts are to be compressed for the last text of what is asked, where that is wanted."""
+        select = request.select if request.select is not None else self.settings.select
+        question = next((part for part in reversed(asked) if isinstance(part, str) and part.strip()), "")
+        if not (select and question):
+            return parts
+        return [LongText(part.text, question) if isinstance(part, LongText) else part for part in parts]
 
     def _shorten(self, text: str, request: Generation, last: bool) -> list[Part]:
         """A text as it is or, if it is long, as what is to be compressed and what stays text."""
@@ -379,6 +407,8 @@ class Service:
         if isinstance(part, str):
             return part
         if isinstance(part, LongText):
+            if part.question:
+                return await self._in(self.compressing, lambda: self._compress_for(part, request.merge_size))
             return (await self.remember(part.text, request.merge_size))[1]
         if (part.memory_id is None) == (part.safetensors is None):
             raise InputError("a memory part has either a memory_id or safetensors")

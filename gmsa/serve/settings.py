@@ -15,6 +15,7 @@ class Settings:
         api_key_file: of keys in its place, one for each name (tenants.py).
         merge_size: of texts, where a request names none.
         auto_compress: compress texts of more tokens than this; 0: none.
+        select: of such texts keep the sentences that fit the last question (`GMSA.compress_for`).
         max_context_tokens: of one text to be compressed.
         max_prompt_tokens: prompt and answer together, soft tokens counted as tokens.
         max_new_tokens: of an answer, where a request names no number.
@@ -33,6 +34,7 @@ class Settings:
     api_key_file: Path | None = None
     merge_size: int = 4
     auto_compress: int = 0
+    select: bool = False
     max_context_tokens: int = 131_072
     max_prompt_tokens: int = 8192
     max_new_tokens: int = 512

@@ -44,6 +44,54 @@ def test_windows_equal_their_parts_compressed_alone(gmsa: GMSA) -> None:
     torch.testing.assert_close(whole.soft_tokens, joined, rtol=1e-4, atol=1e-4)
 
 
+def test_memories_for_a_question_are_of_the_sentences_that_fit_it(gmsa: GMSA) -> None:
+    text = "The mill was built in 1731. " + "Larks sing over fields of rye. " * 8
+    memory = gmsa.compress_for("When was the mill built?", text, 8)
+    [kept], size = gmsa.choose_for("When was the mill built?", [text], 8)
+    assert kept.startswith("The mill was built in 1731. Larks sing")
+    assert (size, memory.merge_size, memory.origin_tokens) == (2, 2, len(kept))
+    assert len(memory) <= -(-len(text) // 8) < len(memory) + 3  # windows hold 16: some rooms stay empty
+    torch.testing.assert_close(memory.soft_tokens, gmsa.compress(kept, 2).soft_tokens)
+    texts = [text, "Rooks do not sing.", "So does the mill."]
+    memories = gmsa.compress_for("mill", texts, 8)
+    stays, _ = gmsa.choose_for("mill", texts, 8)
+    assert [not part for part in stays] == [False, True, False]
+    assert [m.origin_tokens for m in memories] == [len(part) for part in stays if part]
+    assert sum(map(len, memories)) <= -(-sum(map(len, texts)) // 8)
+
+
+@pytest.mark.parametrize(("question", "size"), [("Zebras?", 8), ("What is it about?", 8), ("mill", 2), ("mill", 1)])
+def test_where_there_is_nothing_to_choose_all_of_a_text_stays(gmsa: GMSA, question: str, size: int) -> None:
+    text = "The mill was built in 1731. Larks sing over fields of rye."
+    assert gmsa.choose_for(question, [text], size) == ([text], size)
+    for one, other in zip(
+        gmsa.compress_for(question, [text, text], size), gmsa.compress([text, text], size), strict=True
+    ):
+        assert torch.equal(one.soft_tokens, other.soft_tokens)
+
+
+@pytest.mark.parametrize("size", [3, 5, 64, 1000])
+def test_memories_for_a_question_keep_to_the_budget(gmsa: GMSA, size: int) -> None:
+    texts = ["A mill. " * 3, "The mill stands here, for all to see. " * 4, "x"]
+    memories = gmsa.compress_for("mill", texts, size)
+    assert 1 <= sum(map(len, memories)) <= -(-sum(map(len, texts)) // size)
+
+
+def test_a_question_to_compress_for_is_a_text_that_says_something(gmsa: GMSA) -> None:
+    for question, text, message in (
+        (" ", "A mill.", "question is empty"),
+        (None, "A mill.", "question must be a text"),
+        ("Who?", " ", "context is empty"),
+        ("Who?", ["a", 3], "context at place 1 must be a text"),
+        ("Who?", None, "context must be a text or a list"),
+    ):
+        with pytest.raises(InputError, match=message):
+            gmsa.compress_for(question, text)  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match="merge_size"):
+        gmsa.compress_for("Who?", "A mill.", 0)
+    assert gmsa.compress_for("Who?", []) == []
+
+
 def test_answers_in_a_batch_equal_answers_alone(gmsa: GMSA) -> None:
     memories = gmsa.compress(TEXTS, 2)
     questions = ["Who?", "And what about a longer question?", "Why"]

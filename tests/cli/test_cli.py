@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import pty
 import subprocess
@@ -85,6 +86,22 @@ def test_ask_prints_the_answer_alone_on_stdout(model: str, text_file: str, capfd
     cut = json.loads(facts.out)["finish_reason"] == "length"
     assert ("note: cut after 6 tokens: --max-new-tokens allows more" in piped.stderr) == cut
     assert "note" not in facts.out
+
+
+def test_ask_reads_what_fits_the_question(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "The mill was built in 1731. " + "Larks sing over fields of rye. " * 8
+    (tmp_path / "mill.txt").write_text(text)
+    arguments = ["ask", "When was the mill built?", "--context", str(tmp_path / "mill.txt"), "--merge-size", "8"]
+    common = ["--max-new-tokens", "3", "--model", model]
+    assert cli.main([*arguments, "--select", "--json", *common]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["origin_tokens"] == len(text)
+    assert facts["soft_tokens"] == math.ceil(facts["kept_tokens"] / 2) <= math.ceil(len(text) / 8)
+    assert facts["merge_size"] == 2
+    assert cli.main([*arguments, "--select", *common]) == 0
+    assert f"{len(text)} tokens, {facts['kept_tokens']} kept -> " in capsys.readouterr().err
+    assert cli.main([*arguments, *common]) == 0
+    assert "kept" not in capsys.readouterr().err
 
 
 def test_ask_streams_on_a_terminal(model: str, text_file: str) -> None:

@@ -18,7 +18,7 @@ from gmsa.errors import CheckpointError, InputError
 from gmsa.evaluate.methods import METHODS, RESTORE, kv_cache, load_methods, provence, semanticache, sentences
 from gmsa.evaluate.methods import exit as exit_method
 from gmsa.evaluate.methods.base import Method, Models, Question, TextMethod
-from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
+from gmsa.evaluate.methods.sentences import Bm25Sentences
 from gmsa.evaluate.qa import choose, evaluate_qa
 from gmsa.evaluate.results import AnswerCache
 from gmsa.io.loading import GmsaModel
@@ -132,19 +132,6 @@ def test_an_odd_budget_gives_the_beginning_one_token_more(load: Callable[[str], 
     assert method.shorten("abc", "", 3) == "abc"
 
 
-def test_sentences_joined_are_the_text() -> None:
-    text = 'It cost 3.5 million. "Why?" he said... Then\n\nnothing!  The end'
-    assert split_sentences(text) == [
-        "It cost 3.5 million. ",
-        '"Why?" ',
-        "he said... ",
-        "Then\n\n",
-        "nothing!  ",
-        "The end",
-    ]
-    assert split_sentences("") == split_sentences(" \n") == []
-
-
 def test_bm25_takes_the_sentence_with_the_rare_word(load: Callable[[str], Bm25Sentences]) -> None:
     text = "The town is old. The town has a zeppelin hangar. The town is small. The town is flat."
     method = load("bm25-sentences")
@@ -175,6 +162,21 @@ def test_hybrid_reads_the_best_sentences_and_memories_of_the_rest(load: Callable
     assert len(output) <= 43 == math.ceil(len(first + "\n\nRye grows. ") / 2)
     # Nothing of the text for a budget of one token, and no memory where all of it is taken.
     assert [len(part) for part in method.read([Question(["abc"], "?")], 3)[0].content] == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["gmsa-bm25-sentences", "gmsa-embedding-sentences"])
+def test_soft_tokens_of_chosen_sentences(load: Callable[[str], Any], name: str) -> None:
+    method = load(name)
+    assert method.reader is method.models.gmsa  # whose soft tokens nobody else can read
+    best = "Who owned it? "
+    documents = ["Some rye was sold. Nothing else. ", f"The mill burnt down. {best}Nothing at all is known, dear."]
+    [output] = method.read([Question(documents, best)], 8)
+    [memory] = output.content  # nothing of the first document
+    kept, size = method.reader.choose_for(best, documents, 8, method.rank)
+    assert (kept[0], size) == ("", 2)
+    assert best in kept[1]
+    assert len(memory) == math.ceil(len(kept[1]) / 2) <= math.ceil(len("".join(documents)) / 8)
+    torch.testing.assert_close(memory.soft_tokens, method.reader.compress(kept[1], 2).soft_tokens)
 
 
 def test_embeddings_prefer_the_same_words(load: Callable[[str], TextMethod]) -> None:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from gmsa.api import GMSA
-from gmsa.evaluate.methods.base import Method, MethodOutput, Models, Question, TextMethod
-from gmsa.evaluate.methods.sentences import Bm25Sentences, split_sentences
+from gmsa.evaluate.methods.base import Method, MethodOutput, Question, TextMethod
 from gmsa.io.memory import Memory
 from gmsa.model.windows import split_windows
 from gmsa.refine import STEPS
+from gmsa.sentences import bm25, ranked, take
 from gmsa.text import encode
 
 TEXT = 0.5  # of a hybrid's budget
@@ -84,10 +83,6 @@ class Hybrid(Method):
     the memory, too.
     """
 
-    def __init__(self, models: Models, reader: GMSA) -> None:
-        super().__init__(models, reader)
-        self.sentences = Bm25Sentences(models, reader)
-
     def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
         return [self.mix(question, merge_size) for question in questions]
 
@@ -95,12 +90,13 @@ class Hybrid(Method):
         """Memories and text for one question; no text where the budget is 1, no memory of a document read whole."""
         template = self.reader.template
         budget = math.ceil(len(template.encode(question.context)) / merge_size)
-        documents = [split_sentences(document) for document in question.documents]
-        sentences = [sentence for document in documents for sentence in document]
+        documents = ranked(question.documents, question.prompt, bm25)
+        sentences = [sentence for document, _ in documents for sentence in document]
+        scores = [score for _, scores in documents for score in scores]
         room = int(budget * TEXT)
-        taken = self.sentences.take(sentences, question.prompt, room) if room else {}
+        taken = take(sentences, scores, room, self.reader.tokenizer) if room else {}
         rests, place = [], 0
-        for document in documents:
+        for document, _ in documents:
             rests.append("".join(s for i, s in enumerate(document, place) if taken.get(i) != s))
             place += len(document)
         text = "".join(taken[place] for place in sorted(taken))

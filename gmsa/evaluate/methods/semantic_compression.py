@@ -13,7 +13,8 @@ import networkx
 import torch
 
 from gmsa.evaluate.methods.base import HUB_ID
-from gmsa.evaluate.methods.sentences import EmbeddingSentences, split_sentences
+from gmsa.evaluate.methods.sentences import EmbeddingSentences
+from gmsa.sentences import split_sentences
 
 NEIGHBOURS = 8  # that a sentence is joined to
 ASKED = "Summarize the text above in a few words."

@@ -1,7 +1,7 @@
 """Choosing sentences: what all methods that rank them share, and the two that rank by words and by embeddings."""
 
-import re
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,23 +9,21 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from gmsa.api import GMSA
-from gmsa.evaluate.methods.base import HUB_ID, INSTALL, Models, TextMethod, find_minilm, from_hub, require
+from gmsa.evaluate.methods.base import (
+    HUB_ID,
+    INSTALL,
+    Method,
+    MethodOutput,
+    Models,
+    Question,
+    TextMethod,
+    find_minilm,
+    from_hub,
+)
+from gmsa.sentences import Rank, bm25, kept, ranked
 
-# From a first letter to ., ! or ? (and closing quotes) before white space, or to a line break, with the space after it.
-# No list of abbreviations: "Dr. Smith" is cut in two, the same for every method.
-SENTENCE = re.compile(r"\S.*?(?:[.!?][\"'”’)\]]*(?=\s|$)|(?=\n)|$)\s*")
 LONGEST = 256  # tokens of a sentence that are embedded
 BATCH = 32  # sentences embedded at once
-
-
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, each with the white space after it: joined they are the text again."""
-    return SENTENCE.findall(text)
-
-
-def words_of(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case."""
-    return re.findall(r"\w+", text.lower())
 
 
 class SentenceMethod(TextMethod):
@@ -36,44 +34,18 @@ class SentenceMethod(TextMethod):
     """
 
     @abstractmethod
-    def rank(self, sentences: list[str], question: str) -> list[float]:
+    def rank(self, sentences: list[str], question: str) -> Sequence[float]:
         """How well each sentence fits the question; higher is better."""
 
     def shorten(self, context: str, question: str, budget: int) -> str:
-        taken = self.take(split_sentences(context), question, budget)
-        return "".join(taken[place] for place in sorted(taken))
-
-    def take(self, sentences: list[str], question: str, budget: int) -> dict[int, str]:
-        """What is taken of which sentence, by its place, the best first."""
-        scores = self.rank(sentences, question)
-        taken: dict[int, str] = {}
-        for place in sorted(range(len(sentences)), key=lambda i: -scores[i]):  # stable: the earlier of equals first
-            ids = self.encode(sentences[place])
-            # What follows a cut sentence must not run into it.
-            taken[place] = sentences[place] if len(ids) <= budget else self.decode(ids[: budget - 1]).rstrip() + " "
-            budget -= len(ids)
-            if budget <= 0:
-                break
-        return taken
+        return kept(ranked([context], question, self.rank), budget, self.reader.tokenizer)[0]
 
 
 class Bm25Sentences(SentenceMethod):
-    """The sentences that share rare words with the question: BM25, Lucene's variant (https://arxiv.org/abs/2407.03618).
+    """The sentences that share rare words with the question, by BM25 (gmsa/sentences.py)."""
 
-    Without stemming or stop words; the document frequencies are those of the one context at hand.
-    """
-
-    def __init__(self, models: Models, reader: GMSA) -> None:
-        super().__init__(models, reader)
-        self.bm25s = require("bm25s", "eval")
-
-    def rank(self, sentences: list[str], question: str) -> list[float]:
-        query = words_of(question)
-        if not sentences or not query:  # bm25s takes neither
-            return [0.0] * len(sentences)
-        index = self.bm25s.BM25()
-        index.index([words_of(s) or [""] for s in sentences], show_progress=False)
-        return index.get_scores(query).tolist()
+    def rank(self, sentences: list[str], question: str) -> Sequence[float]:
+        return bm25(sentences, question)
 
 
 class EmbeddingSentences(SentenceMethod):
@@ -89,7 +61,7 @@ class EmbeddingSentences(SentenceMethod):
             model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
         self.model = model.eval().to(reader.model.device)
 
-    def rank(self, sentences: list[str], question: str) -> list[float]:
+    def rank(self, sentences: list[str], question: str) -> Sequence[float]:
         vectors = self.embed([question, *sentences])
         return (vectors[1:] @ vectors[0]).tolist()
 
@@ -106,3 +78,33 @@ class EmbeddingSentences(SentenceMethod):
             mask = batch["attention_mask"][..., None]
             vectors.append(F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
         return torch.cat(vectors)[torch.tensor(order).argsort()]
+
+
+class _SoftSentences(Method):
+    """Soft tokens of chosen sentences, twice as many as fit as text (`GMSA.compress_for`)."""
+
+    rank: Rank
+
+    def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
+        outputs = []
+        for question in questions:
+            documents = [document for document in question.documents if document.strip()]
+            content = self.reader.compress_for(question.prompt, documents, merge_size, rank=self.rank)
+            outputs.append(MethodOutput(content or [torch.empty(0, dtype=torch.long)]))
+        return outputs
+
+
+class SoftBm25(_SoftSentences):
+    """Soft tokens of the sentences that share rare words with the question."""
+
+    rank = staticmethod(bm25)
+
+
+class SoftEmbedding(_SoftSentences):
+    """Soft tokens of the sentences nearest to the question."""
+
+    made_with = HUB_ID
+
+    def __init__(self, models: Models, reader: GMSA) -> None:
+        super().__init__(models, reader)
+        self.rank = EmbeddingSentences(models, reader).rank

@@ -1,0 +1,110 @@
+"""Sentences that fit a question, for memories that are made to answer it (`GMSA.compress_for`), and for baselines.
+
+They are ranked by BM25 (Lucene's variant, https://arxiv.org/abs/2407.03618) without stemming. A sentence has a share of
+what its neighbours have in the question, too: it may say "he" where they say whom.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from gmsa.text import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# From a first letter to ., ! or ? (and closing quotes) before white space, or to a line break, with the space after it.
+# No list of abbreviations: "Dr. Smith" is cut in two.
+SENTENCE = re.compile(r"\S.*?(?:[.!?][\"'”’)\]]*(?=\s|$)|(?=\n)|$)\s*")
+BLANK_LINE = re.compile(r"\n\s*\n")
+NEIGHBOUR = 0.3  # of a neighbour's score
+# How well each of some sentences fits a question, higher is better. Documents end with a blank line.
+Rank = Callable[[list[str], str], Sequence[float]]
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, each with the white space after it: joined they are the text again."""
+    return SENTENCE.findall(text)
+
+
+def words_of(text: str) -> list[str]:
+    """Runs of letters and digits, in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+def bm25(sentences: list[str], question: str) -> list[float]:
+    """How well each sentence fits a question by its words, without English stop words; 0 where it shares none.
+
+    Document frequencies are those of these sentences. NEIGHBOUR of the scores of the sentences before and after are
+    added, but not across a blank line.
+    """
+    import bm25s
+    from bm25s.stopwords import STOPWORDS_EN_PLUS
+
+    stop = set(STOPWORDS_EN_PLUS)
+    query = [word for word in words_of(question) if word not in stop]
+    if not sentences or not query:  # bm25s takes neither
+        return [0.0] * len(sentences)
+    index = bm25s.BM25()
+    index.index([words_of(sentence) or [""] for sentence in sentences], show_progress=False)
+    own = [0.0, *index.get_scores(query).tolist(), 0.0]
+    joined = [False, *(not BLANK_LINE.search(sentence) for sentence in sentences[:-1]), False]
+    return [own[i + 1] + NEIGHBOUR * (joined[i] * own[i] + joined[i + 1] * own[i + 2]) for i in range(len(sentences))]
+
+
+def take(
+    sentences: Sequence[str], scores: Sequence[float], room: int, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[int, str]:
+    """What is taken of which sentence, by its place: the best first, whole while they fit in `room` tokens.
+
+    The first that does not fit is cut to what is left, so that all of the room is used.
+    """
+    taken: dict[int, str] = {}
+    for place in sorted(range(len(sentences)), key=lambda i: -scores[i]):  # stable: the earlier of equals first
+        ids = encode(tokenizer, sentences[place])
+        # What follows a cut sentence must not run into it.
+        whole = len(ids) <= room
+        taken[place] = sentences[place] if whole else tokenizer.decode(ids[: room - 1]).rstrip() + " "
+        room -= len(ids)
+        if room <= 0:
+            break
+    return taken
+
+
+def ranked(texts: Sequence[str], question: str, rank: Rank) -> list[tuple[list[str], Sequence[float]]]:
+    """The sentences of each text and how well they fit a question, ranked among those of all texts."""
+    documents = [split_sentences(text) for text in texts]
+    sentences: list[str] = []
+    for document in documents:
+        if sentences and document:
+            sentences[-1] += "\n\n"
+        sentences += document
+    scores = rank(sentences, question)
+    found, place = [], 0
+    for document in documents:
+        found.append((document, scores[place : place + len(document)]))
+        place += len(document)
+    return found
+
+
+def kept(
+    documents: Sequence[tuple[list[str], Sequence[float]]], room: int, tokenizer: "PreTrainedTokenizerBase"
+) -> list[str]:
+    """What is kept of each text: the best sentences of all of them, in their order, in `room` tokens.
+
+    Args:
+        documents: from `ranked`.
+        room: tokens, sentence by sentence.
+        tokenizer: that counts them.
+
+    Returns:
+        A text for each; "" where nothing is kept.
+    """
+    sentences = [sentence for document, _ in documents for sentence in document]
+    taken = take(sentences, [score for _, scores in documents for score in scores], room, tokenizer)
+    texts, place = [], 0
+    for document, _ in documents:
+        text = "".join(taken[i] for i in range(place, place + len(document)) if i in taken)
+        texts.append(text if text.strip() else "")
+        place += len(document)
+    return texts
