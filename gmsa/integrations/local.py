@@ -62,6 +62,8 @@ class LocalReader(Reader):
         merge_size: of memories that are made or looked up by text.
         form: of memories that are kept or looked up by text, where the store is given as a file.
         keep: store what had to be compressed. False: only look memories up.
+        select: of documents whose text is given read the sentences that fit the last question (`GMSA.compress_for`),
+            compressed for it alone.
         batch_size: chats answered at once, at most.
     """
 
@@ -73,6 +75,7 @@ class LocalReader(Reader):
         merge_size: int = 4,
         form: str = "bfloat16",
         keep: bool = True,
+        select: bool = False,
         batch_size: int = 8,
     ) -> None:
         super().__init__()
@@ -80,6 +83,7 @@ class LocalReader(Reader):
         self.merge_size = check_whole("merge_size", merge_size, error=InputError)
         self.form = form
         self.keep = keep
+        self.select = select
         self.batch_size = check_whole("batch_size", batch_size, error=InputError)
         self._lock = threading.Lock()  # one object of GMSA serves one caller at a time
         self._waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
@@ -159,7 +163,7 @@ class LocalReader(Reader):
         gmsa, store = self._given
         if not isinstance(gmsa, str | Path) or not isinstance(store, str | Path | None):
             raise InputError("to write this reader down give it the names of model and store, not the objects")
-        settings = {name: getattr(self, name) for name in ("merge_size", "form", "keep", "batch_size")}
+        settings = {name: getattr(self, name) for name in ("merge_size", "form", "keep", "select", "batch_size")}
         names = {"gmsa": str(gmsa), "store": None if store is None else str(store)}
         return {"type": "LocalReader", "init_parameters": {**names, **settings}}
 
@@ -213,13 +217,24 @@ class LocalReader(Reader):
         from gmsa.decode.prompt import Frame, Turn
 
         sources = [part for message in messages for part in message.parts if isinstance(part, Source)]
-        self._load([source for source in sources if source not in held], held)
-        turns = [Turn(m.role, [held[p] if isinstance(p, Source) else p for p in m.parts]) for m in messages]
+        asked = [p for m in messages if m.role == "user" for p in m.parts if isinstance(p, str) and p.strip()]
+        chosen = self._choose(asked[-1], sources) if self.select and asked else {}
+        self._load([source for source in sources if source not in held and source not in chosen], held)
+        read = held | chosen
+        turns = [Turn(m.role, [read[p] if isinstance(p, Source) else p for p in m.parts]) for m in messages]
+        turns = [Turn(turn.role, [part for part in turn.parts if part is not None]) for turn in turns]
         if not any(isinstance(part, str) and part.strip() for turn in turns for part in turn.parts):
             raise InputError("the question is empty")
         first, *content = self.gmsa.template.chat(turns)
         last = content.pop() if content else first[:0]
-        return _Prompt(Frame(first, last), content, [held[source] for source in sources])
+        return _Prompt(Frame(first, last), content, [m for m in map(read.get, sources) if m is not None])
+
+    def _choose(self, question: str, sources: Sequence[Source]) -> "dict[Source, Memory | None]":
+        """Memories for one question of the sources that have a text; None where nothing of it stays."""
+        texts = {source: source.text for source in sources if source.text is not None and not is_blank(source.text)}
+        kept, size = self.gmsa.choose_for(question, list(texts.values()), self.merge_size)
+        memories = iter(self.gmsa.compress([text for text in kept if text], size))
+        return {source: next(memories) if text else None for source, text in zip(texts, kept, strict=True)}
 
     def _load(self, sources: Sequence[Source], held: "dict[Source, Memory]") -> None:
         """Memories by id where they are stored, else by text."""

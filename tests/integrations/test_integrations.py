@@ -356,6 +356,25 @@ def test_what_a_server_refuses_to_compress_is_named_and_the_others_are_done() ->
     assert seen == ["one", "long", "three"]
 
 
+def test_sentences_that_fit_the_question_may_be_chosen(gmsa: GMSA, store: MemoryStore) -> None:
+    reader = LocalReader(gmsa, store, select=True)
+    long = "A bridge was built in 1302, of stone. " + "Larks sing over fields of rye. " * 8
+    documents = [long, "Nobody mows."]
+    question = "When was the bridge built?"
+    memories = gmsa.compress_for(question, documents, 4)
+    assert len(memories) == 1  # nothing of the other document
+    answer = reader.answer([Message("user", ["Read this.", *map(Source, documents), question])], SHORT)
+    assert answer.soft_tokens == len(memories[0])
+    assert answer.origin_tokens == memories[0].origin_tokens
+    assert answer.prompt_tokens > answer.soft_tokens
+    assert store.stats().memories == 0  # they are of no use to the next question
+    # A memory that is stored and comes without its text is read as it is.
+    kept = store.put(DOCUMENTS[0], gmsa.compress(DOCUMENTS[0], 4))
+    both = reader.answer(about(long, Source(id=kept.id), question=question), SHORT)
+    alone = gmsa.compress_for(question, [long], 4)
+    assert both.soft_tokens == sum(map(len, alone)) + kept.soft_tokens
+
+
 @pytest.mark.parametrize("fields", [{"merge_size": 0}, {"merge_size": "4"}, {"batch_size": 0}])
 def test_readers_say_what_they_cannot_be_made_of(fields: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="must be a whole number >= 1"):

@@ -28,7 +28,8 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Modu
     yield importlib.import_module
     for name in ("shared", "measuring", "windows", "memory_form", "cost_model", "store_file", "folder_store"):
         sys.modules.pop(name, None)
-    sys.modules.pop("alignment", None)
+    for name in ("alignment", "sentence_choice"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -223,6 +224,14 @@ def test_alignment(
     for row in rows:
         assert list(row["accuracy"]) == ["1", "2", "4"]
         assert all(0 <= value <= 1 for value in row["accuracy"].values())
+
+
+def test_sentence_choice(run: Callable[..., dict[str, Any]], data: dict[str, str]) -> None:
+    [found] = run("sentence_choice", data["questions"], "--limit", "4")["sets"]
+    assert found["questions"] == 4
+    for part in ("1/2", "1/4"):
+        assert list(found[part]) == ["the beginning", "BM25", "without stop words", "with neighbours", "both"]
+        assert set(found[part].values()) <= {0.0, 25.0, 50.0, 75.0, 100.0}
 
 
 def test_store_file(experiment: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

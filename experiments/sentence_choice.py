@@ -1,0 +1,113 @@
+"""How often chosen sentences still hold the answer, by how they are ranked.
+
+Of the contexts of questions whose answer stands in them word for word, `kept` sentences are taken up to a half and a
+quarter of their tokens. Ranked are they by BM25 alone, without stop words, with a share of their neighbours' scores,
+and with both, as `GMSA.compress_for` does; and the beginning of the text is taken instead.
+
+    python experiments/sentence_choice.py $DATA/qa_dev_squad.jsonl.gz $DATA/qa_dev_nq.jsonl.gz \
+        $DATA/long_dev_nq_multidoc.jsonl.gz $DATA/long_dev_fairytaleqa.jsonl.gz \
+        -o experiments/results/sentence-choice.json    # a minute on one core
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import bm25s
+from bm25s.stopwords import STOPWORDS_EN_PLUS
+from shared import measuring
+from tqdm import tqdm
+
+from gmsa import GMSA, sentences
+from gmsa.api import DEFAULT_MODEL
+from gmsa.evaluate.qa import choose
+from gmsa.io.rows import read_rows
+from gmsa.sentences import BLANK_LINE, NEIGHBOUR, Rank, kept, ranked, words_of
+
+PARTS = (2, 4)  # of the text: a half, a quarter
+
+
+def plain(texts: list[str], question: str) -> list[float]:
+    """BM25 and nothing else."""
+    query = words_of(question)
+    if not texts or not query:
+        return [0.0] * len(texts)
+    index = bm25s.BM25()
+    index.index([words_of(text) or [""] for text in texts], show_progress=False)
+    return index.get_scores(query).tolist()
+
+
+def without_stop_words(texts: list[str], question: str) -> list[float]:
+    """BM25 of a question without its stop words."""
+    return plain(texts, " ".join(word for word in words_of(question) if word not in STOPWORDS_EN_PLUS))
+
+
+def with_neighbours(texts: list[str], question: str) -> list[float]:
+    """BM25 and a share of the neighbours' scores."""
+    own = [0.0, *plain(texts, question), 0.0]
+    joined = [False, *(not BLANK_LINE.search(text) for text in texts[:-1]), False]
+    return [own[i + 1] + NEIGHBOUR * (joined[i] * own[i] + joined[i + 1] * own[i + 2]) for i in range(len(texts))]
+
+
+ARMS: dict[str, Rank] = {
+    "the beginning": lambda texts, _: [0.0] * len(texts),
+    "BM25": plain,
+    "without stop words": without_stop_words,
+    "with neighbours": with_neighbours,
+    "both": sentences.bm25,
+}
+
+
+def said(text: str) -> str:
+    """Its words, between spaces."""
+    return f" {' '.join(words_of(text))} "
+
+
+def documents_of(row: dict[str, Any]) -> list[str]:
+    """What a question is about."""
+    return [row["input"]] if isinstance(row["input"], str) else row["input"]
+
+
+def holds(texts: Sequence[str], row: dict[str, Any]) -> bool:
+    """Whether one of a question's answers stands in texts, word for word."""
+    answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+    return any(said(answer) in said(" ".join(texts)) for answer in answers)
+
+
+def measure(gmsa: GMSA, path: str, limit: int) -> dict[str, Any]:
+    """Of one file's questions the share, in percent, whose answer is kept."""
+    rows = choose([row for row in read_rows(path) if "text" not in row], limit)
+    rows = [row for row in rows if holds(documents_of(row), row)]
+    found: dict[str, Any] = {"data": Path(path).name, "questions": len(rows)}
+    for part in PARTS:
+        found[f"1/{part}"] = {}
+        for name, rank in ARMS.items():
+            count = 0
+            for row in tqdm(rows, desc=name, leave=False):
+                room = sum(map(gmsa.count, documents_of(row))) // part
+                scored = ranked(documents_of(row), row["prompt"], rank)
+                count += holds(kept(scored, room, gmsa.encoder_tokenizer), row)
+            found[f"1/{part}"][name] = round(100 * count / len(rows), 1)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run it from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="questions with answers, JSON lines")
+    parser.add_argument("-o", "--output", required=True, type=Path, help="results, JSON")
+    parser.add_argument("--limit", type=int, default=1000, help="questions of each file (1000)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokens count (default)")
+    options = parser.parse_args(arguments)
+    gmsa = GMSA.from_pretrained(options.model)
+    sets = []
+    for path in options.data:
+        sets.append(measure(gmsa, path, options.limit))
+        print(json.dumps(sets[-1]), flush=True)
+    measuring.write(options.output, {"neighbour": NEIGHBOUR, "sets": sets})
+
+
+if __name__ == "__main__":
+    main()
