@@ -37,7 +37,7 @@ short=gmsa,gmsa-bm25-sentences,bm25-sentences-trained,closed-book-trained
 for set in nq_multidoc fairytaleqa squad_article; do
     "$gmsa" eval qa --data "$(data_of long_dev_$set)" --text-decoder default --merge-size 8,4 --limit 200 --methods "$short" -o "$out/long-$set"
 done
-"$gmsa" eval ruler --text-decoder default --lengths 1024,4096 --merge-size 4 --limit 10 --methods gmsa,bm25-sentences-trained \
+"$gmsa" eval ruler --text-decoder default --lengths 1024,4096,16384 --merge-size 4 --limit 10 --methods gmsa,gmsa-bm25-sentences,bm25-sentences-trained \
     --max-new-tokens 64 -o "$out/ruler"
 "$gmsa" eval summ --data "$(data_of summ_dev)" --methods gmsa,original-prompt,truncate-head,bm25-sentences \
     --merge-size 4,8 --limit 60 --max-new-tokens 64 -o "$out/summ"
