@@ -58,6 +58,10 @@ def main() -> None:
     answers = gmsa.answer(QUESTIONS, memories[2], max_new_tokens=32)
     for question, answer in zip(QUESTIONS, answers, strict=True):
         print(f"  {question}\n    {paint(answer, '36')}")
+    print(paint("\nThe same, each from soft tokens of the sentences that fit it", "1"))
+    for question in QUESTIONS:
+        memory = gmsa.compress_for(question, text, merge_size=8)
+        print(f"  {len(memory)}: {paint(gmsa.answer(question, memory, max_new_tokens=32), '36')}")
 
 
 if __name__ == "__main__":
