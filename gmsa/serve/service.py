@@ -301,11 +301,14 @@ class Service:
             self._note_compressed(made[1], started, begun)
         return made
 
-    def _compress_for(self, part: LongText, merge_size: int | None) -> Memory:
-        """A memory for one question, which is not stored: the next one needs another."""
+    def _compress_for(self, part: LongText, merge_size: int | None) -> Memory | None:
+        """A memory for one question, which is not stored: the next one needs another. None: it is of the whole text."""
         self._check_context(part.text)
         started, begun = time.perf_counter(), tracing.now()
-        memory = self.gmsa.compress_for(part.question, part.text, merge_size or self.settings.merge_size)
+        [kept], size = self.gmsa.choose_for(part.question, [part.text], merge_size or self.settings.merge_size)
+        if kept == part.text:
+            return None
+        memory = self.gmsa.compress(kept, size)
         self._note_compressed(memory, started, begun)
         self.metrics.memories.labels("made").inc()
         return memory
@@ -407,9 +410,10 @@ class Service:
         if isinstance(part, str):
             return part
         if isinstance(part, LongText):
+            chosen = None
             if part.question:
-                return await self._in(self.compressing, lambda: self._compress_for(part, request.merge_size))
-            return (await self.remember(part.text, request.merge_size))[1]
+                chosen = await self._in(self.compressing, lambda: self._compress_for(part, request.merge_size))
+            return chosen or (await self.remember(part.text, request.merge_size))[1]
         if (part.memory_id is None) == (part.safetensors is None):
             raise InputError("a memory part has either a memory_id or safetensors")
         if part.memory_id is not None:
