@@ -341,7 +341,8 @@ class GMSA:
         """Memories to answer one question from: of the sentences that fit it best, in as many soft tokens.
 
         Merged by FOR_A_QUESTION little is lost, so that as many sentences stay as then make ceil(L / merge_size) soft
-        tokens of the L tokens of all texts. Where `rank` finds nothing in any sentence, all of them stay.
+        tokens of the L tokens of all texts; fewer where `rank` finds nothing in the others. Where it finds nothing in
+        any, all of them stay.
 
         Args:
             question: what the memories are for.

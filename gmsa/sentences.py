@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 SENTENCE = re.compile(r"\S.*?(?:[.!?][\"'”’)\]]*(?=\s|$)|(?=\n)|$)\s*")
 BLANK_LINE = re.compile(r"\n\s*\n")
 NEIGHBOUR = 0.3  # of a neighbour's score
-# How well each of some sentences fits a question, higher is better. Documents end with a blank line.
+LEAST = 0.25  # of the best one's score; less than NEIGHBOUR, so that the best one's neighbours stay
+# How well each of some sentences fits a question: higher is better, 0 not at all. Documents end with a blank line.
 Rank = Callable[[list[str], str], Sequence[float]]
 
 
@@ -36,7 +37,7 @@ def bm25(sentences: list[str], question: str) -> list[float]:
     """How well each sentence fits a question by its words, without English stop words; 0 where it shares none.
 
     Document frequencies are those of these sentences. NEIGHBOUR of the scores of the sentences before and after are
-    added, but not across a blank line.
+    added, but not across a blank line. What has no more than LEAST of the best score has 0: it would distract.
     """
     import bm25s
     from bm25s.stopwords import STOPWORDS_EN_PLUS
@@ -49,7 +50,9 @@ def bm25(sentences: list[str], question: str) -> list[float]:
     index.index([words_of(sentence) or [""] for sentence in sentences], show_progress=False)
     own = [0.0, *index.get_scores(query).tolist(), 0.0]
     joined = [False, *(not BLANK_LINE.search(sentence) for sentence in sentences[:-1]), False]
-    return [own[i + 1] + NEIGHBOUR * (joined[i] * own[i] + joined[i + 1] * own[i + 2]) for i in range(len(sentences))]
+    scores = [own[i + 1] + NEIGHBOUR * (joined[i] * own[i] + joined[i + 1] * own[i + 2]) for i in range(len(sentences))]
+    best = max(scores)
+    return [score if score > LEAST * best else 0.0 for score in scores]
 
 
 def take(
@@ -92,6 +95,8 @@ def kept(
 ) -> list[str]:
     """What is kept of each text: the best sentences of all of them, in their order, in `room` tokens.
 
+    Those with a score of 0 are not kept, even if there is room, unless all have it.
+
     Args:
         documents: from `ranked`.
         room: tokens, sentence by sentence.
@@ -101,10 +106,13 @@ def kept(
         A text for each; "" where nothing is kept.
     """
     sentences = [sentence for document, _ in documents for sentence in document]
-    taken = take(sentences, [score for _, scores in documents for score in scores], room, tokenizer)
+    scores = [score for _, scores in documents for score in scores]
+    places = [place for place, score in enumerate(scores) if score != 0 or not any(scores)]
+    taken = take([sentences[i] for i in places], [scores[i] for i in places], room, tokenizer)
+    parts = {places[i]: part for i, part in taken.items()}
     texts, place = [], 0
     for document, _ in documents:
-        text = "".join(taken[i] for i in range(place, place + len(document)) if i in taken)
+        text = "".join(parts[i] for i in range(place, place + len(document)) if i in parts)
         texts.append(text if text.strip() else "")
         place += len(document)
     return texts

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tokenizer
 
-from gmsa.sentences import NEIGHBOUR, bm25, kept, ranked, split_sentences, take
+from gmsa.sentences import LEAST, NEIGHBOUR, bm25, kept, ranked, split_sentences, take
 
 TOKENIZER = make_tokenizer()  # a token is a byte
 
@@ -33,7 +33,7 @@ def test_no_letter_of_a_text_is_in_no_sentence(text: str) -> None:
 def test_bm25_is_lucenes_formula() -> None:
     rng = random.Random(0)
     words = ["ant", "bee", "cat", "dog", "elk", "fox"]
-    sentences = [" ".join(rng.choices(words, k=rng.randint(1, 9))) + ".\n\n" for _ in range(7)]
+    sentences = [" ".join(rng.choices(words, k=rng.choice([1, 2, 30]))) + ".\n\n" for _ in range(7)]
     documents = [Counter(sentence.strip(".\n").split()) for sentence in sentences]
     lengths = [sum(document.values()) for document in documents]
     mean = sum(lengths) / len(lengths)
@@ -45,6 +45,8 @@ def test_bm25_is_lucenes_formula() -> None:
             rarity = math.log(1 + (len(documents) - having + 0.5) / (having + 0.5))
             score += rarity * document[word] / (document[word] + 1.5 * (0.25 + 0.75 * length / mean))
         expected.append(score)
+    expected = [score if score > LEAST * max(expected) else 0.0 for score in expected]
+    assert 0 < expected.count(0.0) < len(expected) - 1
     # Stop words of the question count for nothing; blank lines keep neighbours apart.
     assert bm25(sentences, "Is the Cat with a fox?") == pytest.approx(expected, abs=1e-5)
 
@@ -85,4 +87,6 @@ def test_sentences_of_all_texts_compete_and_only_those_of_one_are_neighbours() -
     documents = ranked(texts, "mill", bm25)
     assert [sentences for sentences, _ in documents] == [split_sentences(text) for text in texts]
     assert documents[1][1] == [0.0]  # although a mill begins the next text
+    assert kept(documents, 100, TOKENIZER) == ["The mill is old. ", "", texts[2]]  # what fits far less is not
+    assert kept(ranked(texts, "zebra", bm25), 100, TOKENIZER) == texts
     assert kept(documents, len("The mill is old. A mill. "), TOKENIZER) == ["The mill is old. ", "", "A mill. "]

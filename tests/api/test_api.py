@@ -45,12 +45,13 @@ def test_windows_equal_their_parts_compressed_alone(gmsa: GMSA) -> None:
 
 
 def test_memories_for_a_question_are_of_the_sentences_that_fit_it(gmsa: GMSA) -> None:
-    text = "The mill was built in 1731. " + "Larks sing over fields of rye. " * 8
-    memory = gmsa.compress_for("When was the mill built?", text, 8)
-    [kept], size = gmsa.choose_for("When was the mill built?", [text], 8)
-    assert kept.startswith("The mill was built in 1731. Larks sing")
-    assert (size, memory.merge_size, memory.origin_tokens) == (2, 2, len(kept))
-    assert len(memory) <= -(-len(text) // 8) < len(memory) + 3  # windows hold 16: some rooms stay empty
+    text = "The mill was built in 1731. " + "Larks sing over fields of rye. " * 8 + "The mill burnt down."
+    memory = gmsa.compress_for("When was the mill built?", text, 2**10)
+    assert len(memory) == 1  # however little there is room for
+    memory = gmsa.compress_for("When was the mill built?", text, 3)
+    kept = "The mill was built in 1731. Larks sing over fields of rye. The mill burnt down."  # a lark as its neighbour
+    assert gmsa.choose_for("When was the mill built?", [text], 3) == ([kept], 2)
+    assert (memory.merge_size, memory.origin_tokens) == (2, len(kept))
     torch.testing.assert_close(memory.soft_tokens, gmsa.compress(kept, 2).soft_tokens)
     texts = [text, "Rooks do not sing.", "So does the mill."]
     memories = gmsa.compress_for("mill", texts, 8)
