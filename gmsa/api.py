@@ -49,7 +49,7 @@ from gmsa.text import Control, check_text, token_pieces
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
-FOR_A_QUESTION = 2  # largest merge size of memories for one question: it costs 6 % of the default model's answers
+FOR_A_QUESTION = 2  # merge size of memories for one question: what it loses of the default model's answers is 6 %
 BUNDLED = Path(__file__).parent / "models" / DEFAULT_MODEL
 PREFILL_TOKENS = 4096  # of prompts, read together
 KEPT_PREFIXES = 1 << 30  # bytes of what questions have in common
@@ -341,8 +341,8 @@ class GMSA:
         """Memories to answer one question from: of the sentences that fit it best, in as many soft tokens.
 
         Merged by FOR_A_QUESTION little is lost, so that as many sentences stay as then make ceil(L / merge_size) soft
-        tokens of the L tokens of all texts, without those in which `rank` finds nothing. If they fit as they are, they
-        are merged by 1. Where it finds nothing in any sentence, all of them stay and are merged by merge_size.
+        tokens of the L tokens of all texts; fewer where `rank` finds nothing in the others. Where it finds nothing in
+        any, all of them stay.
 
         Args:
             question: what the memories are for.
@@ -387,8 +387,6 @@ class GMSA:
                 if over <= 0 or room <= size:
                     break
                 room = max(size, room - size * over)  # windows, and sentences that are joined, may take a few more
-            if sum(map(self.count, stays)) <= budget:
-                size = 1
         self.timings = Timings(compress=time.perf_counter() - started)
         return stays, size
 

@@ -48,17 +48,11 @@ def test_memories_for_a_question_are_of_the_sentences_that_fit_it(gmsa: GMSA) ->
     text = "The mill was built in 1731. " + "Larks sing over fields of rye. " * 8 + "The mill burnt down."
     memory = gmsa.compress_for("When was the mill built?", text, 2**10)
     assert len(memory) == 1  # however little there is room for
-    memory = gmsa.compress_for("When was the mill built?", text, 4)
+    memory = gmsa.compress_for("When was the mill built?", text, 3)
     kept = "The mill was built in 1731. Larks sing over fields of rye. The mill burnt down."  # a lark as its neighbour
-    assert gmsa.choose_for("When was the mill built?", [text], 4) == ([kept], 2)
+    assert gmsa.choose_for("When was the mill built?", [text], 3) == ([kept], 2)
     assert (memory.merge_size, memory.origin_tokens) == (2, len(kept))
     torch.testing.assert_close(memory.soft_tokens, gmsa.compress(kept, 2).soft_tokens)
-    # What fits as it is need not be merged.
-    for merge_size, size in ((2**10, 2), (8, 2), (4, 1)):
-        [stays], found = gmsa.choose_for("burnt", [text], merge_size)
-        assert found == size
-        assert stays.endswith("The mill burnt down.") == (merge_size < 100)
-        assert len(gmsa.compress_for("burnt", text, merge_size)) == -(-len(stays) // size)
     texts = [text, "Rooks do not sing.", "So does the mill."]
     memories = gmsa.compress_for("mill", texts, 8)
     stays, _ = gmsa.choose_for("mill", texts, 8)
