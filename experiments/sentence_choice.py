@@ -5,8 +5,9 @@ of their tokens. They are ranked by BM25 alone, without stop words, with a share
 both, and as `GMSA.compress_for` does, which drops besides what fits far less than the best; or the beginning is kept.
 
     python experiments/sentence_choice.py $DATA/qa_dev_squad.jsonl.gz $DATA/qa_dev_nq.jsonl.gz \
-        $DATA/long_dev_nq_multidoc.jsonl.gz $DATA/long_dev_fairytaleqa.jsonl.gz \
-        -o experiments/results/sentence-choice.json    # minutes on one core
+        $DATA/qa_dev_narrativeqa.jsonl.gz $DATA/qa_dev_hotpotqa.jsonl.gz $DATA/long_dev_nq_multidoc.jsonl.gz \
+        $DATA/long_dev_fairytaleqa.jsonl.gz \
+        --limit 400 -o experiments/results/sentence-choice.json    # two minutes on one core
 """
 
 import argparse
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from gmsa import GMSA, sentences
 from gmsa.api import DEFAULT_MODEL
 from gmsa.evaluate.qa import choose
-from gmsa.io.rows import read_rows
+from gmsa.io.rows import documents_of, read_rows
 from gmsa.sentences import BLANK_LINE, NEIGHBOUR, Rank, kept, ranked, words_of
 
 PARTS = (2, 4)  # of the text: a half, a quarter
@@ -70,11 +71,6 @@ ARMS: dict[str, Rank] = {
 def said(text: str) -> str:
     """Its words, between spaces."""
     return f" {' '.join(words_of(text))} "
-
-
-def documents_of(row: dict[str, Any]) -> list[str]:
-    """What a question is about."""
-    return [row["input"]] if isinstance(row["input"], str) else row["input"]
 
 
 def holds(texts: Sequence[str], row: dict[str, Any]) -> bool:

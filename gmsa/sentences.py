@@ -107,7 +107,8 @@ def kept(
     """
     sentences = [sentence for document, _ in documents for sentence in document]
     scores = [score for _, scores in documents for score in scores]
-    places = [place for place, score in enumerate(scores) if score != 0 or not any(scores)]
+    none = not any(scores)
+    places = [place for place, score in enumerate(scores) if none or score != 0]
     taken = take([sentences[i] for i in places], [scores[i] for i in places], room, tokenizer)
     parts = {places[i]: part for i, part in taken.items()}
     texts, place = [], 0

@@ -22,13 +22,8 @@ from gmsa.serve.schemas import ChatRequest, OpenChatRequest, PromptDetails, even
 from gmsa.serve.service import Job, Service, given_up
 from gmsa.serve.tenants import TENANT
 
-OWN = (
-    "model",
-    "auto_compress",
-    "merge_size",
-    "select",
-    "max_completion_tokens",
-)  # fields that vLLM does not know, or as others
+# Fields that vLLM does not know, or as others.
+OWN = ("model", "auto_compress", "merge_size", "select", "max_completion_tokens")
 
 
 def closed(raw: dict[str, Any]) -> ChatRequest:
