@@ -13,9 +13,10 @@ from gmsa.text import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# From a first letter to ., ! or ? (and closing quotes) before white space, or to a line break, with the space after it.
-# No list of abbreviations: "Dr. Smith" is cut in two.
-SENTENCE = re.compile(r"\S.*?(?:[.!?][\"'”’)\]]*(?=\s|$)|(?=\n)|$)\s*")
+# From a first letter to ., ! or ? (and closing quotes) before white space, or to a line break, with the space after it;
+# Chinese and Japanese have no space. No list of abbreviations: "Dr. Smith" is cut in two.
+SENTENCE = re.compile(r"\S.*?(?:[.!?][\"'”’)\]]*(?=\s|$)|[。！？][\"'”’」』）]*|(?=\n)|$)\s*")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 BLANK_LINE = re.compile(r"\n\s*\n")
 NEIGHBOUR = 0.3  # of a neighbour's score
 LEAST = 0.25  # of the best one's score; less than NEIGHBOUR, so that the best one's neighbours stay
@@ -29,8 +30,8 @@ def split_sentences(text: str) -> list[str]:
 
 
 def words_of(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case."""
-    return re.findall(r"\w+", text.lower())
+    """Runs of letters and digits, in lower case; Chinese and Japanese characters one by one, as no space ends words."""
+    return WORD.findall(text.lower())
 
 
 def bm25(sentences: list[str], question: str) -> list[float]:

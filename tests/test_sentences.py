@@ -22,6 +22,7 @@ def test_sentences_joined_are_the_text() -> None:
         "nothing!  ",
         "The end",
     ]
+    assert split_sentences("他走了。「下雨了！」她说。完") == ["他走了。", "「下雨了！」", "她说。", "完"]
     assert split_sentences("") == split_sentences(" \n") == []
 
 
@@ -49,6 +50,11 @@ def test_bm25_is_lucenes_formula() -> None:
     assert 0 < expected.count(0.0) < len(expected) - 1
     # Stop words of the question count for nothing; blank lines keep neighbours apart.
     assert bm25(sentences, "Is the Cat with a fox?") == pytest.approx(expected, abs=1e-5)
+
+
+def test_where_no_space_ends_words_each_character_is_one() -> None:
+    cats, mill = bm25(["猫在睡觉。", "磨坊建于1731年。"], "磨坊是何时建的？")
+    assert mill > cats
 
 
 def test_a_sentence_has_a_share_of_its_neighbours_in_the_same_paragraph() -> None:

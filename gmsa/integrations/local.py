@@ -46,11 +46,12 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A chat as the engine takes it: what stands between two texts, and the memories among it."""
+    """A chat as the engine takes it: what stands between two texts, and how much of it is in place of how much text."""
 
     frame: "Frame"
     content: "list[Memory | Tensor]"
-    memories: "list[Memory]"
+    soft_tokens: int
+    origin_tokens: int
 
 
 class LocalReader(Reader):
@@ -209,8 +210,8 @@ class LocalReader(Reader):
         answers = self.gmsa.read(frames, contents, batch_size=self.batch_size, **options)
         for (job, prompt), answer in zip(ready, answers, strict=True):
             read = len(prompt.frame.before) + sum(map(len, prompt.content)) + len(prompt.frame.after)
-            soft, origin = sum(map(len, prompt.memories)), sum(memory.origin_tokens for memory in prompt.memories)
-            job.result.set_result(Answer(str(answer), read, soft, origin, answer.tokens, answer.finish_reason))
+            sizes = read, prompt.soft_tokens, prompt.origin_tokens
+            job.result.set_result(Answer(str(answer), *sizes, answer.tokens, answer.finish_reason))
 
     def _prompt(self, messages: Sequence[Message], held: "dict[Source, Memory]") -> _Prompt:
         """A chat through the decoder's template. `held`: memories at hand, which are added to."""
@@ -227,7 +228,11 @@ class LocalReader(Reader):
             raise InputError("the question is empty")
         first, *content = self.gmsa.template.chat(turns)
         last = content.pop() if content else first[:0]
-        return _Prompt(Frame(first, last), content, [m for m in map(read.get, sources) if m is not None])
+        memories = [memory for memory in map(read.get, sources) if memory is not None]
+        kept_whole = [held[source] for source in sources if source not in chosen]
+        chosen_of = [source.text for source in sources if source in chosen and source.text is not None]
+        origin = sum(memory.origin_tokens for memory in kept_whole) + sum(map(self.gmsa.count, chosen_of))
+        return _Prompt(Frame(first, last), content, sum(map(len, memories)), origin)
 
     def _choose(self, question: str, sources: Sequence[Source]) -> "dict[Source, Memory | None]":
         """Memories for one question of the sources that have a text; None where nothing of it stays."""

@@ -19,7 +19,7 @@ from gmsa.serve.errors import ApiError
 from gmsa.serve.remote import RefusedError, chat_content
 from gmsa.serve.remote_scheduler import Relay, RemoteScheduler, salt
 from gmsa.serve.schemas import ChatRequest, OpenChatRequest, PromptDetails, event
-from gmsa.serve.service import Job, Service, given_up
+from gmsa.serve.service import Job, Service, given_up, text_tokens
 from gmsa.serve.tenants import TENANT
 
 # Fields that vLLM does not know, or as others.
@@ -73,7 +73,7 @@ class Chat:
         """Look memories up, compress what is long, and send."""
         turns = await self.service.chat_turns(self.body)
         memories = [memory for turn in turns for memory in memories_of(turn.parts)]
-        self.soft, self.origin = sum(map(len, memories)), sum(memory.origin_tokens for memory in memories)
+        self.soft, self.origin = sum(map(len, memories)), text_tokens(memories)
         content = await self.service.prompt_thread(lambda: self._request(raw, turns))
         self.begun = tracing.now()
         self.relay = Relay(content, bool(self.body.stream))

@@ -347,7 +347,7 @@ class PromptDetails(BaseModel):
     """What a prompt was made of: read in full it would have been prompt_tokens - soft_tokens + origin_tokens long."""
 
     soft_tokens: int = Field(description="soft tokens read")
-    origin_tokens: int = Field(description="tokens of the texts they stand for")
+    origin_tokens: int = Field(description="tokens of the texts they are read in place of")
     saved_tokens: int = Field(description="tokens that did not have to be read")
 
     @classmethod

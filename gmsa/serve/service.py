@@ -60,7 +60,7 @@ class ReadyPrompt:
 
     Attributes:
         pieces: token ids (T,) and soft tokens (M, d), in order.
-        soft_tokens, origin_tokens: how many of the latter there are, and what they stand for.
+        soft_tokens, origin_tokens: how many of the latter there are, and tokens of the texts they are read in place of.
         shares: positions up to the last memory, which other questions about the same memories begin with, too.
         key: of these; None: there is no memory.
     """
@@ -84,6 +84,18 @@ class LongText:
 
 
 Part = str | LongText | MemoryPart
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenMemory(Memory):
+    """A memory of what fits a question; `text_tokens`: how many the whole text has."""
+
+    text_tokens: int = 0
+
+
+def text_tokens(memories: Sequence[Memory]) -> int:
+    """How many tokens the texts have that memories are read in place of."""
+    return sum(one.text_tokens if isinstance(one, ChosenMemory) else one.origin_tokens for one in memories)
 
 
 class Job:
@@ -311,7 +323,8 @@ class Service:
         memory = self.gmsa.compress(kept, size)
         self._note_compressed(memory, started, begun)
         self.metrics.memories.labels("made").inc()
-        return memory
+        whole = self.gmsa.count(part.text)
+        return ChosenMemory(memory.soft_tokens, size, memory.origin_tokens, memory.fingerprint, text_tokens=whole)
 
     def _check_context(self, text: str) -> None:
         if exceeds(self.gmsa.encoder_tokenizer, text, self.settings.max_context_tokens):
@@ -476,7 +489,7 @@ class Service:
         return ReadyPrompt(
             tuple(piece.soft_tokens if isinstance(piece, Memory) else piece for piece in pieces),
             sum(map(len, memories)),
-            sum(memory.origin_tokens for memory in memories),
+            text_tokens(memories),
             sum(map(len, begin)),
             (TENANT.get(), *read) if read else None,  # what was read for one name is not found by another
         )

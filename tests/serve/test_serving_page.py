@@ -117,6 +117,23 @@ def test_from_a_text_to_answers(page: "sync_api.Page", make_gmsa: Callable[[], G
     assert re.search(r"read 15 soft tokens and \d+ tokens of prompt, saved 14$", text_of(page, "#gmsa-reads"))
     expect(page.locator("#saved")).to_have_text(re.compile(r"^\d+ prompt tokens saved since the server started$"))
     expect(page.locator("#gmsa-doubt")).to_be_hidden()  # nothing was checked
+    expect(page.locator("#chosen-reads")).to_have_text("At 2× the whole text is read: nothing to choose.")
+    assert not text_of(page, "#chosen-said")
+
+
+def test_an_answer_from_what_fits_the_question(page: "sync_api.Page", make_gmsa: Callable[[], GMSA]) -> None:
+    text = f"{TEXT} The mill was built in 1731. " + "Larks sing over fields of rye. " * 6
+    question = "When was the mill built?"
+    compress(page, text, size="4×")
+    gmsa = make_gmsa()
+    memory = gmsa.compress_for(question, text, 4)
+    sync_api.expect(page.locator("#chosen-reads")).to_contain_text("reads sentences that fit, in at most")
+    page.get_by_label("Question").fill(question)
+    page.keyboard.press("Enter")
+    page.locator("#original-times:not(:empty)").wait_for()
+    assert text_of(page, "#chosen-said").split() == gmsa.answer(question, memory, max_new_tokens=128).split()
+    saved = gmsa.count(text) - len(memory)
+    assert re.search(rf"read {len(memory)} soft tokens and \d+ .*, saved {saved}$", text_of(page, "#chosen-reads"))
 
 
 def test_a_check_says_what_is_proven(page: "sync_api.Page", make_gmsa: Callable[[], GMSA], service: Service) -> None:

@@ -4,6 +4,8 @@
 const $ = (id) => document.getElementById(id);
 const KEY = "gmsa-key";
 const PAGE_SIZE = 20;
+const SIDES = ["gmsa", "chosen", "original"]; // of the answers
+const FOR_A_QUESTION = 2; // by what the server merges sentences that are chosen for a question
 const MOST_COMPARED = 2000; // words: comparing takes the product of both lengths
 const SAMPLE_QUESTIONS = [
   "How many bricks were used?",
@@ -190,12 +192,14 @@ function use(memory, text) {
   $("rail-after").style.width = `${(100 * memory.soft_tokens) / memory.origin_tokens}%`;
   say("restore-status", "Ask the decoder to restate the text from its soft tokens alone.");
   $("restored").hidden = $("legend").hidden = true;
-  for (const side of ["gmsa", "original"])
+  for (const side of SIDES)
     for (const part of ["said", "times"]) $(`${side}-${part}`).textContent = "";
   $("gmsa-reads").textContent = `reads ${plural(memory.soft_tokens, "soft token")}`;
-  $("original-reads").textContent = text === null
-    ? "The server keeps no text: paste it above and compress to compare."
-    : `reads all ${plural(memory.origin_tokens, "token")}`;
+  const kept = "The server keeps no text: paste it above and compress to compare.";
+  $("original-reads").textContent = text === null ? kept : `reads all ${plural(memory.origin_tokens, "token")}`;
+  $("chosen-reads").textContent = memory.merge_size <= FOR_A_QUESTION
+    ? `At ${memory.merge_size}× the whole text is read: nothing to choose.`
+    : text === null ? kept : `reads sentences that fit, in at most ${plural(memory.soft_tokens, "soft token")}`;
   showDoubt();
   $("suggestions").hidden = !(text !== null && text === state.sample);
 }
@@ -316,16 +320,22 @@ async function ask(event) {
   state.asking?.abort();
   const stop = (state.asking = new AbortController());
   const { memory, text } = state;
-  for (const side of ["gmsa", "original"])
+  for (const side of SIDES)
     for (const part of ["said", "times"]) $(`${side}-${part}`).textContent = "";
   $("ask").disabled = true;
   $("stop-ask").hidden = false;
   say("ask-status", "Reading …");
   try {
-    await answer("gmsa", { type: "memory", memory_id: memory.id }, question, stop.signal);
+    await answer("gmsa", { type: "memory", memory_id: memory.id }, question, { auto_compress: 0 }, stop.signal);
     showDoubt();
-    if (text !== null) await answer("original", { type: "text", text }, question, stop.signal);
-    say("ask-status", "Both answers come from the same decoder, one after the other, so that their times compare.");
+    const whole = { type: "text", text };
+    if (text !== null && memory.merge_size > FOR_A_QUESTION) {
+      // The text is long by this measure, and the question is not.
+      const choice = { auto_compress: Math.max(1, Math.floor(memory.origin_tokens / 2)), select: true, merge_size: memory.merge_size };
+      await answer("chosen", whole, question, choice, stop.signal);
+    }
+    if (text !== null) await answer("original", whole, question, { auto_compress: 0 }, stop.signal);
+    say("ask-status", "All answers come from the same decoder, one after the other, so that their times compare.");
   } catch (error) {
     report("ask-status", error);
   } finally {
@@ -336,11 +346,11 @@ async function ask(event) {
   }
 }
 
-async function answer(side, context, question, signal) {
+async function answer(side, context, question, how, signal) {
   const started = performance.now();
   const body = {
     messages: [{ role: "user", content: [context, { type: "text", text: question }] }],
-    auto_compress: 0, max_tokens: 128, stream: true, stream_options: { include_usage: true },
+    ...how, max_tokens: 128, stream: true, stream_options: { include_usage: true },
   };
   const said = $(`${side}-said`);
   said.classList.add("busy");
