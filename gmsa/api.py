@@ -44,12 +44,11 @@ from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.merging import check_merge_size
 from gmsa.model.windows import Window, batch_windows, cut_windows, make_windows, split_windows
 from gmsa.refine import Refiner
-from gmsa.sentences import Rank, bm25, kept, ranked
+from gmsa.sentences import FOR_A_QUESTION, Rank, bm25, kept, ranked
 from gmsa.text import Control, check_text, token_pieces
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
-FOR_A_QUESTION = 2  # merge size of memories for one question: what it loses of the default model's answers is 6 %
 BUNDLED = Path(__file__).parent / "models" / DEFAULT_MODEL
 PREFILL_TOKENS = 4096  # of prompts, read together
 KEPT_PREFIXES = 1 << 30  # bytes of what questions have in common

@@ -9,6 +9,8 @@ All are learned by cross-entropy on the target alone (model/losses.py), mixed wi
 `distil`. A new objective of texts is a function here, a line in TEXT_OBJECTIVES, and a recipe field of that name.
 """
 
+import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from gmsa.decode.prompt import Piece, PromptTemplate
 from gmsa.io.rows import documents_of
 from gmsa.lookups import gaps, quotes
+from gmsa.sentences import FOR_A_QUESTION, bm25, kept, ranked
 from gmsa.text import encode
 from gmsa.train.examples import Document, Example
 from gmsa.train.recipe import Recipe
@@ -129,11 +132,23 @@ def answer(
     """Answer a question about its documents, with other rows' documents strewn among them, each a memory of its own.
 
     Further questions about the same documents follow as turns of one conversation, in any order. Where the recipe says
-    `mixed`, some documents are read as text beside the memories of the others.
+    `mixed`, some documents are read as text beside the memories of the others; where it says `choose`, of some only the
+    sentences that fit the question, as `GMSA.compress_for` reads them at the merge size that was drawn.
     """
+    turns = row.get("turns") or [(row["prompt"], row["answer"])]
+    turns = rng.sample(turns, len(turns)) if len(turns) > 1 else turns
+    texts = documents_of(row)
+    if maker.recipe.choose and rng.random() < maker.recipe.choose["share"]:
+        strewn = list(texts)
+        for text in others:
+            strewn.insert(rng.randint(0, len(strewn)), text)
+        chosen = _choose(maker, strewn, turns, sizes[0])
+        if chosen:
+            texts, turns = chosen
+            others, sizes = (), (FOR_A_QUESTION,)
     room, truncated = maker.recipe.max_context, False
     documents: list[Document] = []
-    for text in documents_of(row):
+    for text in texts:
         tokens = maker.tokenise(text)
         truncated |= len(tokens) > room
         documents.append(Document(tokens[:room]))
@@ -143,8 +158,6 @@ def answer(
         documents.insert(rng.randint(0, len(documents)), Document(tokens))
         room -= len(tokens)
     documents = [tokens for tokens in documents if tokens]
-    turns = row.get("turns") or [(row["prompt"], row["answer"])]
-    turns = rng.sample(turns, len(turns)) if len(turns) > 1 else turns
     contents: list[Piece] = list(documents)
     if maker.recipe.mixed and rng.random() < maker.recipe.mixed["share"]:
         contents = _partly_text(maker, documents, maker.recipe.mixed["part"], rng)
@@ -158,6 +171,24 @@ def _conversation(
     told = [(question, _first(answers)) for question, answers in turns]
     target, learned = maker.template.conversation(told, maker.recipe.learn_questions)
     return maker.example(contents, told[0][0], target, sizes, truncated, learned if len(told) > 1 else None)
+
+
+def _choose(
+    maker: Maker, texts: Sequence[str], turns: Sequence[tuple[str, Any]], merge_size: int
+) -> tuple[list[str], list[tuple[str, Any]]] | None:
+    """What stays of texts for the first question, and the questions whose answers stand in it.
+
+    None: nothing is left out at this merge size, or the first answer is not in what stays, which would teach guessing.
+    """
+    documents = ranked(texts, turns[0][0], bm25) if merge_size > FOR_A_QUESTION else []
+    if not any(score > 0 for _, scores in documents for score in scores):
+        return None
+    tokens = sum(len(maker.tokenise(text)) for text in texts)
+    room = FOR_A_QUESTION * math.ceil(tokens / merge_size)
+    stays = [text for text in kept(documents, room, maker.tokenizer) if text]
+    said = "\n\n".join(stays).casefold()
+    found = [_first(answers).strip().casefold() in said for _, answers in turns]
+    return (stays, list(itertools.compress(turns, found))) if found[0] else None
 
 
 def _partly_text(maker: Maker, documents: Sequence[Document], part: float, rng: random.Random) -> list[Piece]:

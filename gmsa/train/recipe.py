@@ -112,9 +112,17 @@ PARTS: dict[str, dict[str, Any]] = {
     "continuation": {"share": 0.5, "instruction": "Continue the text."},
     "lookup": {"share": 0.5, "instruction": 'What comes after "{words}"?', "gap": "", "turns": 6},
     "mixed": {"share": 0.5, "part": 0.125},
+    "choose": {"share": 0.3},
     "distil": {"weight": 0.5, "temperature": 1.0},
 }
-SHARES = (("continuation", "share"), ("lookup", "share"), ("mixed", "share"), ("mixed", "part"), ("distil", "weight"))
+SHARES = (
+    ("continuation", "share"),
+    ("lookup", "share"),
+    ("mixed", "share"),
+    ("mixed", "part"),
+    ("choose", "share"),
+    ("distil", "weight"),
+)
 # Parts that an overlay changes key by key; anything else it replaces whole.
 MERGED_PARTS = ("model", "evaluate", "trainer", *PARTS)
 # Whole numbers, the least that each may be, and what some may be instead.
@@ -149,6 +157,7 @@ class Recipe:
     continuation: dict[str, Any] | None = None  # {"share", "instruction"}: so many of the texts are to be continued
     lookup: dict[str, Any] | None = None  # {"share", "instruction", "turns"}: so many of the texts are asked about
     mixed: dict[str, Any] | None = None  # {"share", "part"}: so many questions read so much of a document as text, too
+    choose: dict[str, Any] | None = None  # {"share"}: so many questions read what `GMSA.compress_for` makes for them
     distil: dict[str, Any] | None = None  # {"weight", "temperature"}: learn from the decoder reading the full text
     reads: str = "memory"  # text: the decoder reads the context itself; what a fair comparison is trained with
     tokens_per_batch: int = 1024  # context tokens in one micro-batch
@@ -234,6 +243,8 @@ class Recipe:
                 raise ConfigError(f"{key} must be above 0 and at most 1, got {part[key]!r}")
         if self.continuation and self.lookup and self.continuation["share"] + self.lookup["share"] > 1:
             raise ConfigError("continuation and lookup: their shares of the texts must not add up to more than 1")
+        if self.choose and self.rates_per_sample != 1:
+            raise ConfigError("choose: what fits a question is merged at one rate, so rates_per_sample must be 1")
         if self.lookup:
             instruction = self.lookup["instruction"]
             if not isinstance(instruction, str) or "{words}" not in instruction:

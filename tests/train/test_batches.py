@@ -7,7 +7,7 @@ import re
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from hypothesis import strategies as st
 from tiny import TURN_END, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from gmsa import GMSA
 from gmsa.config import GmsaConfig
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
+from gmsa.io.backbones import Backbone
+from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import Conversations, RowIndex, index_rows
 from gmsa.train import batches as batches_module
 from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
@@ -634,6 +637,51 @@ def test_a_row_is_not_its_own_distractor(rows: list[dict[str, Any]]) -> None:
 
 def test_texts_have_no_distractors() -> None:
     assert all(len(e.contexts) == 1 for e in examples_of(batches_of(texts(), distractors=5)))
+
+
+# -- sentences that fit the question -----------------------------------------------------------------------------------
+
+RYE = "Larks sing over fields of rye. "
+MILL = "The mill was built in 1731. "
+DOCUMENTS = [RYE * 4 + MILL + RYE * 3, RYE * 2]
+
+
+def chosen_of(*turns: tuple[str, Any], sizes: Sequence[int] = (4,), **fields: Any) -> list[Example]:
+    """Examples of these questions about DOCUMENTS."""
+    rows = [{"input": DOCUMENTS, "prompt": prompt, "answer": answer} for prompt, answer in turns]
+    source = RowBatches(Conversations(rows_of(rows), 8), 4000)
+    fields = {"max_steps": 20, "max_context": 1000, "choose": {"share": 1}, "merge_sizes": list(sizes), **fields}
+    return examples_of(batches_of(source, **fields))
+
+
+def test_a_question_may_read_what_fits_it_as_when_it_is_asked(
+    tiny_model: Callable[..., GmsaModel], tiny_backbone: Callable[..., Backbone]
+) -> None:
+    question = "When was the mill built?"
+    gmsa = GMSA(tiny_model("llama", window_size=None), tiny_backbone("llama"))  # a token is a byte there, too
+    stays, size = gmsa.choose_for(question, DOCUMENTS, 4)
+    assert (len(stays), stays[1], size) == (2, "", 2)
+    for example in chosen_of((question, ["1731", "in 1731"])):
+        assert letters_of(example) == [stays[0]]
+        assert example.merge_size == 2
+        assert TOKENIZER.decode(example.prompt[-1]).startswith(f"\n{question}")
+        assert TOKENIZER.decode(example.target) == "1731<|im_end|>"
+    # As much as there is where nothing is left out when it is asked.
+    for sizes in ([1], [2]):
+        assert all(letters_of(example) == DOCUMENTS for example in chosen_of((question, "1731"), sizes=sizes))
+    assert all(letters_of(example) == DOCUMENTS for example in chosen_of(("Zebras?", "1731")))
+
+
+def test_what_is_not_in_what_fits_is_not_asked_of_it() -> None:
+    assert all(letters_of(example) == DOCUMENTS for example in chosen_of(("Who built the mill?", "Ada")))
+    asked = set()
+    for example in chosen_of(("Was it a mill?", "the MILL"), ("What do larks do?", "sing"), max_steps=40):
+        (document,) = letters_of(example)
+        said = TOKENIZER.decode([*example.prompt[-1], *example.target])
+        asked.add(("mill?" in said, "larks do?" in said))
+        assert "the MILL" not in said or MILL.strip() in document
+        assert "sing<" not in said or "sing" in document
+    assert len(asked) > 1
 
 
 # -- the context itself, for the decoder -------------------------------------------------------------------------------

@@ -461,6 +461,11 @@ def test_fields_that_moved_are_refused_with_their_new_place(load: Callable[..., 
         ({"lookup": {"instruction": 3}}, "lookup: instruction must be a text with {words} in it, got 3"),
         ({"lookup": {"turns": 0}}, "lookup: turns must be a whole number >= 1, got 0"),
         ({"lookup": {"turn": 3}}, "unknown key in lookup: 'turn'; did you mean 'turns'?"),
+        ({"choose": {"share": 2}}, "share must be above 0 and at most 1"),
+        (
+            {"choose": {}, "rates_per_sample": 2},
+            "choose: what fits a question is merged at one rate, so rates_per_sample must be 1",
+        ),
         ({"lookup": {"share": 0.6}, "continuation": {"share": 0.5}}, "continuation and lookup: their shares"),
     ],
 )
@@ -527,7 +532,8 @@ def test_the_stages() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [LEAST, FULL, {**LEAST, "distil": {}, "continuation": {}}, {**BASE, "trainer": {"max_steps": 0}}]
+    "fields",
+    [LEAST, FULL, {**LEAST, "distil": {}, "choose": {}, "continuation": {}}, {**BASE, "trainer": {"max_steps": 0}}],
 )
 def test_a_dumped_recipe_loads_as_an_equal_one(load: Callable[..., Recipe], fields: dict[str, Any]) -> None:
     recipe = Recipe(**fields)
@@ -569,6 +575,6 @@ def test_any_dumped_recipe_reads_as_an_equal_one(fields: dict[str, Any]) -> None
 
 def test_full_covers_what_it_can() -> None:
     """FULL, above, differs from the defaults in all that is not a plain number or exclusive to another value."""
-    plain = {"reads", "trains", "attn_implementation", "rows_per_batch", "compile"}
+    plain = {"choose", "reads", "trains", "attn_implementation", "rows_per_batch", "compile"}
     spared = {f.name for f in dataclasses.fields(Recipe) if f.type in (int, float)} | plain
     assert {f.name for f in dataclasses.fields(Recipe)} - spared <= set(FULL)
