@@ -5,6 +5,7 @@ question the first k documents are looked for, among its own or among all, and r
 
 - text: the documents in full, by the decoder before any training (`--text-decoder`: also by one trained on text);
 - gmsa: their memories from the store; nothing is compressed while a question is asked;
+- chosen: memories of those of their sentences that fit the question (`GMSA.compress_for`), made while it is asked;
 - nothing: no document, which tells what each decoder knows or guesses.
 
 Answers are greedy. Times are of one question at a time, from the question's text to the first token and to
@@ -56,6 +57,7 @@ class Way:
     name: str
     reader: GMSA
     merge_size: int | None = None
+    choose: bool = False  # of the documents read what fits the question
 
 
 def closing(text: str) -> int:
@@ -142,11 +144,13 @@ class Rag:
             self.own[asked.prompt] = Index(asked.documents)
         return (self.pool if scope == "all" else self.own[asked.prompt]).best(asked.prompt, k)
 
-    def content(self, way: Way, documents: Sequence[str]) -> Contents:
-        """What a way's decoder reads."""
+    def content(self, way: Way, question: str, documents: Sequence[str]) -> Contents:
+        """What a way's decoder reads for a question."""
         if way.merge_size is None or not documents:
             text = Question(list(documents), "").context
             return [torch.tensor(way.reader.template.encode(text), dtype=torch.long)]
+        if way.choose:
+            return self.gmsa.compress_for(question, documents, way.merge_size)
         return [self.memory(text, way.merge_size) for text in documents]
 
     def memory(self, text: str, merge_size: int) -> Memory:
@@ -167,8 +171,8 @@ def accuracy(
         base: dict[str, list[float]] = {}
         found = [rag.retrieve(asked, k, scope) for asked in questions]
         for way in ways:
-            contents = [rag.content(way, documents) for documents in found]
             prompts = [asked.prompt for asked in questions]
+            contents = [rag.content(way, prompt, documents) for prompt, documents in zip(prompts, found, strict=True)]
             answers = way.reader.read(
                 prompts, contents, max_new_tokens=options.new_tokens, batch_size=options.batch_size
             )
@@ -203,7 +207,7 @@ def latency(
     def ask(way: Way, asked: Asked, k: int, tokens: int) -> float:
         device = way.reader.model.device
         started = measuring.now(device)
-        content = rag.content(way, rag.retrieve(asked, k, "own"))
+        content = rag.content(way, asked.prompt, rag.retrieve(asked, k, "own"))
         way.reader.read([asked.prompt], [content], max_new_tokens=tokens, min_new_tokens=tokens)
         return measuring.now(device) - started
 
@@ -238,7 +242,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                         help="documents where all are searched (default: 3)")  # fmt: skip
     parser.add_argument("--new-tokens", type=measuring.positive, default=32, metavar="N", help="longest answer (32)")
     parser.add_argument("--batch-size", type=measuring.positive, default=16, metavar="N", help="but for times (16)")
-    parser.add_argument("--store", type=Path, metavar="FOLDER", help="keep the memories here (default: thrown away)")
+    parser.add_argument("--store", type=Path, metavar="FILE", help="keep the memories here (default: thrown away)")
     parser.add_argument("--text-decoder", metavar="MODEL", help="a model trained with `reads: text`: the fair bar")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -268,8 +272,11 @@ def main(arguments: Sequence[str]) -> None:
     text = [Way("text", models.backbone)]
     if options.text_decoder:
         text.append(Way("text, decoder trained alike", models.trained))
-    memories = [Way("gmsa", gmsa, size) for size in options.merge_size]
-    with tempfile.TemporaryDirectory() as scratch, MemoryStore(options.store or scratch, form="int8") as store:
+    memories = [Way(name, gmsa, size, name == "chosen") for size in options.merge_size for name in ("gmsa", "chosen")]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        MemoryStore(options.store or Path(scratch, "s"), form="int8") as store,
+    ):
         rag = Rag(gmsa, pool, store)
         note("store", (rag.fill(size) for size in options.merge_size))
         timed = [Asked(**row) for row in choose(questions, options.timed)]
