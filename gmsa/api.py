@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from gmsa.attention import last_attention, share_out
 from gmsa.config import GmsaConfig
 from gmsa.decode.batch import Batch, CachedStates
 from gmsa.decode.checked import (
@@ -44,12 +45,14 @@ from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.merging import check_merge_size
 from gmsa.model.windows import Window, batch_windows, cut_windows, make_windows, split_windows
 from gmsa.refine import Refiner
-from gmsa.sentences import FOR_A_QUESTION, Rank, bm25, kept, ranked
-from gmsa.text import Control, check_text, token_pieces
+from gmsa.sentences import FOR_A_QUESTION, Rank, bm25, kept, ranked, together, with_neighbours
+from gmsa.text import Control, check_text, encode, token_pieces
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
 BUNDLED = Path(__file__).parent / "models" / DEFAULT_MODEL
+LOOK_SIZE = 8  # merge size of a memory that is looked at to choose sentences, ...
+LOOK_TOKENS = 2048  # ... which has no more soft tokens than this
 PREFILL_TOKENS = 4096  # of prompts, read together
 KEPT_PREFIXES = 1 << 30  # bytes of what questions have in common
 # What errors say is taken.
@@ -321,11 +324,12 @@ class GMSA:
 
     @overload
     def compress_for(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
-        self, question: str, text: str, merge_size: int = ..., *, rank: Rank = ..., batch_size: int = ...,
+        self, question: str, text: str, merge_size: int = ..., *, rank: Rank | None = ..., batch_size: int = ...,
     ) -> Memory: ...  # fmt: skip
     @overload
     def compress_for(
-        self, question: str, text: Sequence[str], merge_size: int = ..., *, rank: Rank = ..., batch_size: int = ...,
+        self, question: str, text: Sequence[str], merge_size: int = ..., *, rank: Rank | None = ...,
+        batch_size: int = ...,
     ) -> list[Memory]: ...  # fmt: skip
 
     def compress_for(
@@ -334,7 +338,7 @@ class GMSA:
         text: str | Sequence[str],
         merge_size: int = MERGE_SIZE,
         *,
-        rank: Rank = bm25,
+        rank: Rank | None = None,
         batch_size: int = 8,
     ) -> Memory | list[Memory]:
         """Memories to answer one question from: of the sentences that fit it best, in as many soft tokens.
@@ -347,7 +351,7 @@ class GMSA:
             question: what the memories are for.
             text: one or several.
             merge_size: tokens of the texts per soft token.
-            rank: how well each sentence fits the question; the default goes by words.
+            rank: how well each sentence fits the question; None: `rank`. Faster, by words alone: `gmsa.sentences.bm25`.
             batch_size: as for `compress`.
 
         Returns:
@@ -364,7 +368,7 @@ class GMSA:
         return memories[0] if isinstance(text, str) else memories
 
     def choose_for(
-        self, question: str, texts: Sequence[str], merge_size: int = MERGE_SIZE, rank: Rank = bm25
+        self, question: str, texts: Sequence[str], merge_size: int = MERGE_SIZE, rank: Rank | None = None
     ) -> tuple[list[str], int]:
         """What `compress_for` compresses: what stays of each text ("" where nothing does), and by what it is merged."""
         started = time.perf_counter()
@@ -375,7 +379,7 @@ class GMSA:
         for number, one in enumerate(texts):
             self._check_context(one, number)
         stays, size = list(texts), merge_size
-        documents = ranked(texts, question, rank) if merge_size > FOR_A_QUESTION else []
+        documents = ranked(texts, question, rank or self.rank) if merge_size > FOR_A_QUESTION else []
         if any(score > 0 for _, scores in documents for score in scores):
             size = FOR_A_QUESTION
             budget = math.ceil(sum(map(self.count, texts)) / merge_size)
@@ -388,6 +392,41 @@ class GMSA:
                 room = max(size, room - size * over)  # windows, and sentences that are joined, may take a few more
         self.timings = Timings(compress=time.perf_counter() - started)
         return stays, size
+
+    def rank(self, sentences: list[str], question: str) -> list[float]:
+        """How well each sentence of some texts fits a question: by its words, and by what the decoder attends to.
+
+        The decoder reads a memory of all of them (8x, of long texts less), and what it attends to before it would write
+        the first word of an answer counts beside the words (`gmsa.sentences.together`). Words alone count (`bm25`)
+        where that cannot be seen: there is no decoder, it has too few positions, or attention of a kind of its own.
+
+        Args:
+            sentences: of all texts in order, with the white space after each.
+            question: what is asked about them.
+
+        Returns:
+            Of each, higher is better; 0: it does not fit, or far less than the best one.
+        """
+        words, attended = bm25(sentences, question), self._attended(sentences, question)
+        return words if attended is None else together(words, with_neighbours(sentences, attended))
+
+    def _attended(self, sentences: list[str], question: str) -> list[float] | None:
+        """How much the decoder attends to each sentence of a memory of all; None: that cannot be seen."""
+        text, body = "".join(sentences), body_of(self.model.decoder)
+        if not text.strip() or self.config.entry_layer or not len(layers_of(body)):
+            return None
+        memory = self.compress(text, max(LOOK_SIZE, math.ceil(self.count(text) / LOOK_TOKENS)))
+        pieces = [piece for piece in self._frame(question).around(*self._pieces([memory])) if len(piece)]
+        limit = getattr(self.model.decoder.config, "max_position_embeddings", None)
+        if limit is not None and sum(map(len, pieces)) > limit:
+            return None
+        (embeds,), (soft,) = self._embedded([pieces])
+        found = last_attention(body, embeds)
+        if found is None:
+            return None
+        tokens = torch.cat([window.tokens_of_each for window in self.windows(memory)])
+        counts = [len(encode(self.encoder_tokenizer, sentence)) for sentence in sentences]
+        return share_out(found[soft].cpu(), tokens, counts)
 
     def count(self, text: str) -> int:
         """How many tokens of a text there are to compress."""

@@ -1,7 +1,8 @@
 """Sentences that fit a question, for memories that are made to answer it (`GMSA.compress_for`), and for baselines.
 
-They are ranked by BM25 (Lucene's variant, https://arxiv.org/abs/2407.03618) without stemming. A sentence has a share of
-what its neighbours have in the question, too: it may say "he" where they say whom.
+They are ranked by BM25 (Lucene's variant, https://arxiv.org/abs/2407.03618) without stemming, with or without what the
+decoder attends to (gmsa/attention.py). A sentence has a share of what its neighbours have, too: it may say "he" where
+they say whom.
 """
 
 import logging
@@ -21,7 +22,9 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]
 BLANK_LINE = re.compile(r"\n\s*\n")
 FOR_A_QUESTION = 2  # merge size of memories for one question: what it loses of the default model's answers is 6 %
 NEIGHBOUR = 0.3  # of a neighbour's score
-LEAST = 0.25  # of the best one's score; less than NEIGHBOUR, so that the best one's neighbours stay
+LEAST = 0.25  # of the best one's score by words; less than NEIGHBOUR, so that the best one's neighbours stay
+ATTENTION = 3.0  # what all of it weighs beside the best sentence's words
+LEAST_OF_BOTH = 0.4  # where attention counts, too, of which every sentence has some
 # How well each of some sentences fits a question: higher is better, 0 not at all. Documents end with a blank line.
 Rank = Callable[[list[str], str], Sequence[float]]
 
@@ -39,8 +42,8 @@ def words_of(text: str) -> list[str]:
 def bm25(sentences: list[str], question: str) -> list[float]:
     """How well each sentence fits a question by its words, without English stop words; 0 where it shares none.
 
-    Document frequencies are those of these sentences. NEIGHBOUR of the scores of the sentences before and after are
-    added, but not across a blank line. What has no more than LEAST of the best score has 0: it would distract.
+    Document frequencies are those of these sentences. Neighbours have a share (`with_neighbours`). What has no more
+    than LEAST of the best score has 0: it would distract.
     """
     import bm25s
     from bm25s.stopwords import STOPWORDS_EN_PLUS
@@ -52,11 +55,35 @@ def bm25(sentences: list[str], question: str) -> list[float]:
         return [0.0] * len(sentences)
     index = bm25s.BM25()
     index.index([words_of(sentence) or [""] for sentence in sentences], show_progress=False)
-    own = [0.0, *index.get_scores(query).tolist(), 0.0]
+    return _without_least(with_neighbours(sentences, index.get_scores(query).tolist()), LEAST)
+
+
+def with_neighbours(sentences: Sequence[str], scores: Sequence[float]) -> list[float]:
+    """Scores with NEIGHBOUR of those of the sentences before and after added, but not across a blank line."""
+    own = [0.0, *scores, 0.0]
     joined = [False, *(not BLANK_LINE.search(sentence) for sentence in sentences[:-1]), False]
-    scores = [own[i + 1] + NEIGHBOUR * (joined[i] * own[i] + joined[i + 1] * own[i + 2]) for i in range(len(sentences))]
-    best = max(scores)
-    return [score if score > LEAST * best else 0.0 for score in scores]
+    return [own[i + 1] + NEIGHBOUR * (joined[i] * own[i] + joined[i + 1] * own[i + 2]) for i in range(len(sentences))]
+
+
+def together(words: Sequence[float], attention: Sequence[float]) -> list[float]:
+    """Two ways of ranking sentences as one; what has no more than LEAST_OF_BOTH of the best has 0.
+
+    Words count relative to the best sentence, attention as the share that a sentence has of all of it: among hundreds
+    of sentences no share is large, and then it is less to be trusted, too.
+
+    Args:
+        words: from `bm25`.
+        attention: as many, with neighbours.
+    """
+    most, whole = max(words, default=0.0) or 1.0, sum(attention) or 1.0
+    scores = [word / most + ATTENTION * share / whole for word, share in zip(words, attention, strict=True)]
+    return _without_least(scores, LEAST_OF_BOTH)
+
+
+def _without_least(scores: list[float], share: float) -> list[float]:
+    """Scores, 0 in place of those that have no more than a share of the best one."""
+    best = max(scores, default=0.0)
+    return [score if score > share * best else 0.0 for score in scores]
 
 
 def take(

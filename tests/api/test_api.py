@@ -10,6 +10,7 @@ from gmsa import GMSA, Memory
 from gmsa.errors import ConfigError, ContextTooLongError, InputError, MemoryFileError, MemoryMismatchError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
+from gmsa.sentences import bm25
 
 TEXTS = ["A short one.", "A second text that is a good deal longer than the first, over several windows.", "Third?"]
 
@@ -48,14 +49,14 @@ def test_memories_for_a_question_are_of_the_sentences_that_fit_it(gmsa: GMSA) ->
     text = "The mill was built in 1731. " + "Larks sing over fields of rye. " * 8 + "The mill burnt down."
     memory = gmsa.compress_for("When was the mill built?", text, 2**10)
     assert len(memory) == 1  # however little there is room for
-    memory = gmsa.compress_for("When was the mill built?", text, 3)
+    memory = gmsa.compress_for("When was the mill built?", text, 3, rank=bm25)
     kept = "The mill was built in 1731. Larks sing over fields of rye. The mill burnt down."  # a lark as its neighbour
-    assert gmsa.choose_for("When was the mill built?", [text], 3) == ([kept], 2)
+    assert gmsa.choose_for("When was the mill built?", [text], 3, bm25) == ([kept], 2)
     assert (memory.merge_size, memory.origin_tokens) == (2, len(kept))
     torch.testing.assert_close(memory.soft_tokens, gmsa.compress(kept, 2).soft_tokens)
     texts = [text, "Rooks do not sing.", "So does the mill."]
-    memories = gmsa.compress_for("mill", texts, 8)
-    stays, _ = gmsa.choose_for("mill", texts, 8)
+    memories = gmsa.compress_for("mill", texts, 8, rank=bm25)
+    stays, _ = gmsa.choose_for("mill", texts, 8, bm25)
     assert [not part for part in stays] == [False, True, False]
     assert [m.origin_tokens for m in memories] == [len(part) for part in stays if part]
     assert sum(map(len, memories)) <= -(-sum(map(len, texts)) // 8)
@@ -64,10 +65,9 @@ def test_memories_for_a_question_are_of_the_sentences_that_fit_it(gmsa: GMSA) ->
 @pytest.mark.parametrize(("question", "size"), [("Zebras?", 8), ("What is it about?", 8), ("mill", 2), ("mill", 1)])
 def test_where_there_is_nothing_to_choose_all_of_a_text_stays(gmsa: GMSA, question: str, size: int) -> None:
     text = "The mill was built in 1731. Larks sing over fields of rye."
-    assert gmsa.choose_for(question, [text], size) == ([text], size)
-    for one, other in zip(
-        gmsa.compress_for(question, [text, text], size), gmsa.compress([text, text], size), strict=True
-    ):
+    assert gmsa.choose_for(question, [text], size, bm25) == ([text], size)
+    memories = gmsa.compress_for(question, [text, text], size, rank=bm25)
+    for one, other in zip(memories, gmsa.compress([text, text], size), strict=True):
         assert torch.equal(one.soft_tokens, other.soft_tokens)
 
 

@@ -39,7 +39,7 @@ def run(
         return json.loads(output.read_text())
 
     yield run
-    for name in ("measuring", "answering", "compression", "decoding", "decoder_weights", "rag", "start"):
+    for name in ("measuring", "answering", "compression", "decoding", "decoder_weights", "start"):
         sys.modules.pop(name, None)
 
 
@@ -140,36 +140,6 @@ def test_bytes(run: Callable[..., dict[str, Any]]) -> None:
     llama = [row for row in results["reckoned"] if row["decoder"] == "Llama-2-7B" and row["merge_size"] == 4]
     assert llama[0]["cache_bytes_per_token"] == 32 * 2 * 4096 * 2
     assert llama[0]["times_smaller"]["bfloat16"] == 256
-
-
-def test_rag(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    words = ("mill", "bridge", "ferry")
-    documents = [f"Document [{i}] (Title: The {w}) The {w} (a {w}) was built in 173{i}." for i, w in enumerate(words)]
-    rows = [
-        {
-            "input": "\n\n".join(documents),
-            "prompt": f"When was the {word} built?",
-            "answer": [f"173{i}"],
-            "gold": f"The {word}\nThe {word} (a {word}) was built in 173{i}.",
-        }
-        for i, word in enumerate(words)
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = run("rag", str(file), "-k", "1", "--pool-k", "3", "--merge-size", "4")
-    ways = {"text", "gmsa", "chosen"}
-    accuracy = {(row["documents_from"], row["k"], row["way"]): row for row in results["accuracy"]}
-    assert set(accuracy) == {
-        *(("own", 0, way) for way in ("text", "gmsa")),
-        *(("own", 1, way) for way in ways),
-        *(("all", 3, way) for way in ways),
-    }
-    assert accuracy["own", 0, "text"]["tokens_read"] == 0
-    assert accuracy["own", 1, "text"]["gold_retrieved"] == 100
-    read = {way: accuracy["all", 3, way]["tokens_read"] for way in ways}
-    assert read["chosen"] < read["gmsa"] < read["text"]
-    assert {row["way"] for row in results["latency"]} == ways
-    assert results["store"][0]["documents"] == 3
 
 
 def test_start(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,10 +316,13 @@ def test_of_a_long_text_what_fits_the_question_may_be_kept(client: openai.OpenAI
     )
     assert said.usage.prompt_tokens_details.soft_tokens == len(memory)
     assert service.store.stats() == before  # a memory for one question is of no use to the next
-    # Where no sentence has a word of the question, the text's own memory is read, and kept.
+    # At 2x nothing is left out: the text's own memory is read, and kept.
     for _ in range(2):
         said = client.chat.completions.create(
-            model="gmsa", messages=about(document, "Zebras?"), max_tokens=1, extra_body={"select": True}
+            model="gmsa",
+            messages=about(document, question),
+            max_tokens=1,
+            extra_body={"select": True, "merge_size": 2},
         )
         assert said.usage.prompt_tokens_details.origin_tokens == len(document)
     assert service.store.stats().memories == before.memories + 1

@@ -26,6 +26,7 @@ from gmsa.errors import ConfigError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import Conversations, RowIndex, index_rows
+from gmsa.sentences import bm25
 from gmsa.train import batches as batches_module
 from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
 from gmsa.train.examples import Batch, Example
@@ -659,7 +660,7 @@ def test_a_question_may_read_what_fits_it_as_when_it_is_asked(
 ) -> None:
     question = "When was the mill built?"
     gmsa = GMSA(tiny_model("llama", window_size=None), tiny_backbone("llama"))  # a token is a byte there, too
-    stays, size = gmsa.choose_for(question, DOCUMENTS, 4)
+    stays, size = gmsa.choose_for(question, DOCUMENTS, 4, bm25)
     assert (len(stays), stays[1], size) == (2, "", 2)
     for example in chosen_of((question, ["1731", "in 1731"])):
         assert letters_of(example) == [stays[0]]

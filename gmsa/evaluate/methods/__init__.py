@@ -12,13 +12,17 @@ if TYPE_CHECKING:
     from gmsa.evaluate.methods.base import Method, Models
 
 # Methods with soft tokens, which the decoder of the model under test alone can read.
-OWN_READER = ("gmsa", "gmsa-refined", "gmsa-hybrid", "gmsa-bm25-sentences", "gmsa-embedding-sentences")
+OWN_READER = (
+    *("gmsa", "gmsa-refined", "gmsa-hybrid"),
+    *("gmsa-chosen-sentences", "gmsa-bm25-sentences", "gmsa-embedding-sentences"),
+)
 RESTORE = ("gmsa", "gmsa-refined")  # those with memories of whole texts
 # Where each method's class is; it is imported, and what it needs loaded, only when the method is asked for.
 METHODS = {
     "gmsa": "plain:GmsaMethod",
     "gmsa-refined": "plain:Refined",
     "gmsa-hybrid": "plain:Hybrid",
+    "gmsa-chosen-sentences": "sentences:SoftChosen",
     "gmsa-bm25-sentences": "sentences:SoftBm25",
     "gmsa-embedding-sentences": "sentences:SoftEmbedding",
     "original-prompt": "plain:OriginalPrompt",

@@ -100,6 +100,14 @@ class SoftBm25(_SoftSentences):
     rank = staticmethod(bm25)
 
 
+class SoftChosen(_SoftSentences):
+    """Soft tokens of the sentences that the decoder attends to and that share words with the question."""
+
+    def __init__(self, models: Models, reader: GMSA) -> None:
+        super().__init__(models, reader)
+        self.rank = reader.rank
+
+
 class SoftEmbedding(_SoftSentences):
     """Soft tokens of the sentences nearest to the question."""
 
