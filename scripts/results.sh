@@ -21,7 +21,8 @@ texts=$data/text_dev.jsonl.gz
 
 # Answers. One decoder, the shipped one, reads soft tokens and text alike (-trained)
 data_of() { echo "$data/$1.jsonl.gz"; }
-all="gmsa,gmsa-bm25-sentences,gmsa-embedding-sentences,gmsa-hybrid,bm25-sentences-trained,embedding-sentences-trained,original-prompt-trained,closed-book-trained"
+all="gmsa,gmsa-chosen-sentences,gmsa-bm25-sentences,gmsa-embedding-sentences,gmsa-hybrid"
+all="$all,chosen-sentences-trained,bm25-sentences-trained,embedding-sentences-trained,original-prompt-trained,closed-book-trained"
 for set in squad nq; do
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 500 --methods "$all" -o "$out/qa-$set"
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --merge-size 1,2,16 --limit 500 --methods gmsa -o "$out/qa-$set-rates"
@@ -33,11 +34,11 @@ for set in hotpotqa 2wiki narrativeqa; do
 done
 
 # Long contexts, RULER's tasks, and summaries
-short=gmsa,gmsa-bm25-sentences,bm25-sentences-trained,closed-book-trained
+short=gmsa,gmsa-chosen-sentences,gmsa-bm25-sentences,chosen-sentences-trained,bm25-sentences-trained,closed-book-trained
 for set in nq_multidoc fairytaleqa squad_article; do
     "$gmsa" eval qa --data "$(data_of long_dev_$set)" --text-decoder default --merge-size 8,4 --limit 200 --methods "$short" -o "$out/long-$set"
 done
-"$gmsa" eval ruler --text-decoder default --lengths 1024,4096,16384 --merge-size 4 --limit 10 --methods gmsa,gmsa-bm25-sentences,bm25-sentences-trained \
+"$gmsa" eval ruler --text-decoder default --lengths 1024,4096,16384 --merge-size 4 --limit 10 --methods gmsa,gmsa-chosen-sentences,gmsa-bm25-sentences,bm25-sentences-trained \
     --max-new-tokens 64 -o "$out/ruler"
 "$gmsa" eval summ --data "$(data_of summ_dev)" --methods gmsa,original-prompt,truncate-head,bm25-sentences \
     --merge-size 4,8 --limit 60 --max-new-tokens 64 -o "$out/summ"

@@ -164,19 +164,30 @@ def test_hybrid_reads_the_best_sentences_and_memories_of_the_rest(load: Callable
     assert [len(part) for part in method.read([Question(["abc"], "?")], 3)[0].content] == [1, 0]
 
 
-@pytest.mark.parametrize("name", ["gmsa-bm25-sentences", "gmsa-embedding-sentences"])
+@pytest.mark.parametrize("name", ["gmsa-chosen-sentences", "gmsa-bm25-sentences", "gmsa-embedding-sentences"])
 def test_soft_tokens_of_chosen_sentences(load: Callable[[str], Any], name: str) -> None:
     method = load(name)
     assert method.reader is method.models.gmsa  # whose soft tokens nobody else can read
     best = "Who owned it? "
     documents = ["Some rye was sold. Nothing else. ", f"The mill burnt down. {best}Nothing at all is known, dear."]
     [output] = method.read([Question(documents, best)], 8)
-    [memory] = output.content  # nothing of the first document
     kept, size = method.reader.choose_for(best, documents, 8, method.rank)
-    assert (kept[0], size) == ("", 2)
-    assert best in kept[1]
-    assert len(memory) == math.ceil(len(kept[1]) / 2) <= math.ceil(len("".join(documents)) / 8)
-    torch.testing.assert_close(memory.soft_tokens, method.reader.compress(kept[1], 2).soft_tokens)
+    assert size == 2
+    if name != "gmsa-chosen-sentences":  # an untrained model attends to everything
+        assert not kept[0]
+        assert best in kept[1]
+    texts = [text for text in kept if text]
+    assert len(output) <= math.ceil(len("".join(documents)) / 8)
+    for memory, text in zip(output.content, texts, strict=True):
+        assert len(memory) == math.ceil(len(text) / 2)
+        torch.testing.assert_close(memory.soft_tokens, method.reader.compress(text, 2).soft_tokens)
+
+
+def test_chosen_sentences_are_those_that_soft_tokens_are_made_of(load: Callable[[str], Any]) -> None:
+    method = load("chosen-sentences")
+    text = "Some rye was sold. Nothing else. The mill burnt down. Who owned it? Nothing at all is known, dear."
+    stays, _ = method.models.gmsa.choose_for("Who owned it?", [text], 4)
+    assert method.shorten(text, "Who owned it?", 2 * math.ceil(len(text) / 4)) == stays[0]
 
 
 def test_embeddings_prefer_the_same_words(load: Callable[[str], TextMethod]) -> None:

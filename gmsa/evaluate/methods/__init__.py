@@ -30,6 +30,7 @@ METHODS = {
     "truncate-head": "plain:TruncateHead",
     "truncate-tail": "plain:TruncateTail",
     "truncate-middle": "plain:TruncateMiddle",
+    "chosen-sentences": "sentences:ChosenSentences",
     "bm25-sentences": "sentences:Bm25Sentences",
     "embedding-sentences": "sentences:EmbeddingSentences",
     "semantic-compression": "semantic_compression:SemanticCompression",

@@ -80,6 +80,13 @@ class EmbeddingSentences(SentenceMethod):
         return torch.cat(vectors)[torch.tensor(order).argsort()]
 
 
+class ChosenSentences(SentenceMethod):
+    """The sentences that `GMSA.compress_for` chooses: by their words and by what the decoder attends to."""
+
+    def rank(self, sentences: list[str], question: str) -> Sequence[float]:
+        return self.models.gmsa.rank(sentences, question)
+
+
 class _SoftSentences(Method):
     """Soft tokens of chosen sentences, twice as many as fit as text (`GMSA.compress_for`)."""
 
