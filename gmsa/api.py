@@ -416,9 +416,10 @@ class GMSA:
         if not text.strip() or self.config.entry_layer or not len(layers_of(body)):
             return None
         memory = self.compress(text, max(LOOK_SIZE, math.ceil(self.count(text) / LOOK_TOKENS)))
-        pieces = [piece for piece in self._frame(question).around(*self._pieces([memory])) if len(piece)]
-        limit = getattr(self.model.decoder.config, "max_position_embeddings", None)
-        if limit is not None and sum(map(len, pieces)) > limit:
+        pieces = self._frame(question).around(*self._pieces([memory]))
+        try:
+            self._check_length(pieces, 0)
+        except ContextTooLongError:
             return None
         (embeds,), (soft,) = self._embedded([pieces])
         found = last_attention(body, embeds)

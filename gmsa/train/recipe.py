@@ -157,7 +157,7 @@ class Recipe:
     continuation: dict[str, Any] | None = None  # {"share", "instruction"}: so many of the texts are to be continued
     lookup: dict[str, Any] | None = None  # {"share", "instruction", "turns"}: so many of the texts are asked about
     mixed: dict[str, Any] | None = None  # {"share", "part"}: so many questions read so much of a document as text, too
-    choose: dict[str, Any] | None = None  # {"share"}: so many questions read what `GMSA.compress_for` makes for them
+    choose: dict[str, Any] | None = None  # {"share"}: so many questions read what `compress_for` chooses by their words
     distil: dict[str, Any] | None = None  # {"weight", "temperature"}: learn from the decoder reading the full text
     reads: str = "memory"  # text: the decoder reads the context itself; what a fair comparison is trained with
     tokens_per_batch: int = 1024  # context tokens in one micro-batch
