@@ -110,6 +110,8 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
     """Context tokens per second of training the default model's shape, and the share of the card's bf16 peak."""
     model, backbone = random_model("smollm2-135m", options)
     device, cuda = model.device, torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # not those of the models before
     trained = list(model.set_trainable(["encoder", "lsa", "decoder-qkv"]))
     for parameter in trained:
         parameter.data = parameter.data.float()

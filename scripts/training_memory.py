@@ -10,6 +10,7 @@ out in `rows`. Not in it: the CUDA context, buffers of NCCL, fragmentation; keep
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,9 @@ def widest(recipe: Recipe) -> dict[str, tuple[int, int, int]]:
     for entry in recipe.data:
         tokens = entry.get("tokens_per_batch", recipe.tokens_per_batch)
         rows = max(1, tokens // 1024)
-        restored = recipe.stage == "ae" or "text" in entry["path"]
+        restored = recipe.stage == "ae" or entry.get("as") == "texts" or "text" in Path(entry["path"]).name
+        if count := entry.get("rows_per_batch", recipe.rows_per_batch):
+            rows, tokens = count, count * (max(recipe.lengths) if restored else recipe.max_context)
         # Prompts are taken as 32 tokens a row, questions and answers as 64 each; 1,024 tokens of context a row.
         targets, prompts = (tokens, 32 * rows) if restored else (64 * rows, 64 * rows)
         read = int(tokens * share) + (targets + prompts) * times

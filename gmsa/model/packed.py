@@ -136,7 +136,7 @@ class Take(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (place,) = ctx.saved_tensors
         gradient = gradients[0]
-        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy(0, place, gradient), None
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, place, gradient), None
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -241,14 +241,16 @@ def _attend_on_cpu(
     if line is None:
         out = CausalAttention.apply(*(x.transpose(1, 2) for x in (query, key, value)), scaling)
         return out.unflatten(-1, query.shape[1::2]), None
-    flat = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]  # (N, heads * D)
+    # Split, not sliced: slices would each make a gradient of the whole line, zeros but for their part, to be added up.
+    sizes = [last - first for first, last, _, _ in line.segments]
+    flat = [x.squeeze(0).transpose(0, 1).flatten(1).split(sizes) for x in (query, key, value)]  # (n, heads * D) each
     counts = [x.shape[1] for x in (query, key, value)]
     parts = []
-    for first, last, rows, width in line.segments:
+    for (first, last, rows, width), *pieces in zip(line.segments, *flat, strict=True):
         cell = line.cell[first:last]
         grids = [
-            x.new_zeros(rows * width, x.shape[1]).index_copy(0, cell, x[first:last]).view(rows, width, heads, -1)
-            for x, heads in zip(flat, counts, strict=True)
+            x.new_zeros(rows * width, x.shape[1]).index_copy_(0, cell, x).view(rows, width, heads, -1)
+            for x, heads in zip(pieces, counts, strict=True)
         ]
         out = CausalAttention.apply(*grids, scaling)
         parts.append(Take.apply(out.view(rows * width, -1), cell))

@@ -8,6 +8,7 @@ import bisect
 import functools
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ class RowBatches:
     tokens_per_batch: int  # budget, counting what a batch is padded to
     lengths: Sequence[int] | None = None  # texts are cropped to one of these, drawn per row; None: rows are taken whole
     rows_per_batch: int | None = None  # so many rows in each batch instead, whatever their length
+    most: int = sys.maxsize  # tokens of a row that are read: the rest is cut off
+    more: int = 0  # tokens that come to a row that is taken whole: documents of other rows
 
     def __post_init__(self) -> None:
         self._chunks = -(-len(self.rows) // CHUNK)  # per epoch
@@ -80,7 +83,7 @@ class RowBatches:
     def _tokens(self, member: tuple[int, int | None]) -> int:
         number, length = member
         tokens = self.rows.characters[number] // CHARACTERS_PER_TOKEN + 1
-        return tokens if length is None else min(length, tokens)
+        return min(self.most, tokens + self.more if length is None else min(length, tokens))
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,10 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def all_in(output: Path) -> list[Path]:
-    """Folders of checkpoints in a run's folder, oldest first, complete or not."""
+def all_in(output: Path, after: int = -1) -> list[Path]:
+    """Folders of checkpoints in a run's folder, of steps after one, oldest first, complete or not."""
     found = [(int(match[1]), path) for path in output.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return [path for step, path in sorted(found) if step > after]
 
 
 def newest_complete(output: Path) -> tuple[Path | None, list[str]]:

@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from gmsa.decode.prompt import Piece, PromptTemplate
 from gmsa.io.rows import documents_of
 from gmsa.lookups import gaps, quotes
-from gmsa.sentences import FOR_A_QUESTION, bm25, kept, ranked
+from gmsa.sentences import FOR_A_QUESTION, bm25, kept, ranked, words_of
 from gmsa.text import encode
 from gmsa.train.examples import Document, Example
 from gmsa.train.recipe import Recipe
 
+T = TypeVar("T")
 # Shorter pieces of text teach neither restoring nor continuing.
 LEAST_CONTINUATION = 8
 
@@ -139,29 +140,30 @@ def answer(
     turns = rng.sample(turns, len(turns)) if len(turns) > 1 else turns
     texts = documents_of(row)
     if maker.recipe.choose and rng.random() < maker.recipe.choose["share"]:
-        strewn = list(texts)
-        for text in others:
-            strewn.insert(rng.randint(0, len(strewn)), text)
-        chosen = _choose(maker, strewn, turns, sizes[0])
+        chosen = _choose(maker, _strewn(texts, others, rng), turns, sizes[0])
         if chosen:
             texts, turns = chosen
             others, sizes = (), (FOR_A_QUESTION,)
     room, truncated = maker.recipe.max_context, False
-    documents: list[Document] = []
-    for text in texts:
+    documents: list[Document] = []  # the row's own first: others have what room they leave
+    for place, text in enumerate([*texts, *others]):
         tokens = maker.tokenise(text)
-        truncated |= len(tokens) > room
+        truncated |= place < len(texts) and len(tokens) > room
         documents.append(Document(tokens[:room]))
         room -= len(documents[-1])
-    for text in others:
-        tokens = maker.tokenise(text)[:room]
-        documents.insert(rng.randint(0, len(documents)), Document(tokens))
-        room -= len(tokens)
-    documents = [tokens for tokens in documents if tokens]
+    documents = [tokens for tokens in _strewn(documents[: len(texts)], documents[len(texts) :], rng) if tokens]
     contents: list[Piece] = list(documents)
     if maker.recipe.mixed and rng.random() < maker.recipe.mixed["share"]:
         contents = _partly_text(maker, documents, maker.recipe.mixed["part"], rng)
     return _conversation(maker, contents, turns, sizes, truncated)
+
+
+def _strewn(own: Sequence[T], others: Sequence[T], rng: random.Random) -> list[T]:
+    """One's own documents in their order, the others in random places among them."""
+    strewn = list(own)
+    for other in others:
+        strewn.insert(rng.randint(0, len(strewn)), other)
+    return strewn
 
 
 def _conversation(
@@ -186,8 +188,8 @@ def _choose(
     tokens = sum(len(maker.tokenise(text)) for text in texts)
     room = FOR_A_QUESTION * math.ceil(tokens / merge_size)
     stays = [text for text in kept(documents, room, maker.tokenizer) if text]
-    said = "\n\n".join(stays).casefold()
-    found = [_first(answers).strip().casefold() in said for _, answers in turns]
+    said = f" {' '.join(words_of(' '.join(stays)))} "
+    found = [f" {' '.join(words_of(_first(answers)))} " in said for _, answers in turns]
     return (stays, list(itertools.compress(turns, found))) if found[0] else None
 
 

@@ -16,7 +16,7 @@ from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine, Conversations, Rows, index_rows
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.packed import PackedBatch, packed_attention, packed_forward, why_not
-from gmsa.train.batches import RowBatches, TrainingBatches
+from gmsa.train.batches import CHARACTERS_PER_TOKEN, RowBatches, TrainingBatches
 from gmsa.train.examples import Batch, Document, Example, arguments
 from gmsa.train.log import tell
 from gmsa.train.recipe import STAGES, Recipe
@@ -57,6 +57,9 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
     if recipe.init:
         folder = checkpoint.find_folder(recipe.init, None, None, False)
         config = checkpoint.read_config(folder)
+        for part, asked, own in (("decoder", decoder_name, config.decoder), ("encoder", encoder_name, config.encoder)):
+            if asked and asked != (own or {}).get("name"):
+                tell(f"note: model.{part}={asked} is not used, since init stands on {(own or {}).get('name')}")
         for key, value in fields.items():
             setattr(config, key, value)
         config.check()
@@ -108,7 +111,10 @@ def training_batches(
         budget = int(entry.get("tokens_per_batch", recipe.tokens_per_batch))
         count = entry.get("rows_per_batch", recipe.rows_per_batch)
         weight = float(entry.get("weight", 1.0))
-        sources += [(RowBatches(rows, budget, lengths, count), weight) for rows, lengths in chosen if len(rows)]
+        for rows, lengths in chosen:
+            if len(rows):  # of distractors, none up to so many of the mean length
+                more = recipe.distractors * sum(rows.characters) // (2 * len(rows) * CHARACTERS_PER_TOKEN)
+                sources.append((RowBatches(rows, budget, lengths, count, recipe.max_context, more), weight))
     sink = model.compressor.sink_id if model.config.encoder_sink else None
     return TrainingBatches(
         sources,

@@ -191,10 +191,14 @@ class Recipe:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if self.average is not None and not 0 < number("average", self.average) < 1:
-            raise ConfigError(f"average must be between 0 and 1, got {self.average!r}")
-        if self.max_minutes is not None and not number("max_minutes", self.max_minutes) > 0:
-            raise ConfigError(f"max_minutes must be above 0, got {self.max_minutes!r}")
+        if self.average is not None:
+            self.average = number("average", self.average)
+            if not 0 < self.average < 1:
+                raise ConfigError(f"average must be between 0 and 1, got {self.average!r}")
+        if self.max_minutes is not None:
+            self.max_minutes = number("max_minutes", self.max_minutes)
+            if not self.max_minutes > 0:
+                raise ConfigError(f"max_minutes must be above 0, got {self.max_minutes!r}")
         _check_whole_list("lengths", self.lengths)
         check_keys("model", self.model, SETTINGS)
         self._check_data()
@@ -249,6 +253,9 @@ class Recipe:
             instruction = self.lookup["instruction"]
             if not isinstance(instruction, str) or "{words}" not in instruction:
                 raise ConfigError(f"lookup: instruction must be a text with {{words}} in it, got {instruction!r}")
+            gap = self.lookup["gap"]
+            if not isinstance(gap, str) or (gap and "{words}" not in gap):
+                raise ConfigError(f"lookup: gap must be a text with {{words}} in it, or empty, got {gap!r}")
             check_whole("lookup: turns", self.lookup["turns"])
         if self.continuation:
             instruction = self.continuation["instruction"]

@@ -92,8 +92,10 @@ class GmsaTrainer(Trainer):
                 out = packed_forward(self.accelerator.unwrap_model(model), batch)
         else:
             if distil is not None:
+                model.eval()  # a teacher without dropout
                 with torch.no_grad():
                     teacher = model(**arguments(batch, teacher=True))["logits"]
+                model.train()
             out = model(**arguments(batch, teacher=reads_text), keep_logits=distil is not None)
         loss = out["loss"]
         if distil is not None:
@@ -203,6 +205,8 @@ class GmsaTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # every process has written its part
             if main:
                 checkpoints.complete(self._run_dir / name, output / name)
+                for later in checkpoints.all_in(output, after=self.state.global_step):
+                    shutil.rmtree(later, ignore_errors=True)  # was left out when the run was resumed
                 checkpoints.rotate(output, self.recipe.trainer["save_total_limit"])
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -290,6 +294,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, began: 
         checkpoint.load_weights(model, last)
     every = recipe.evaluate.get("every", recipe.trainer["save_steps"]) if recipe.evaluate else None
     arguments = training_arguments(recipe.trainer, recipe.output, every)
+    if recipe.max_minutes is not None and arguments.world_size > 1:
+        raise ConfigError("max_minutes needs one process, since each has a clock of its own: use trainer.max_steps")
     batches = training_batches(recipe, model, encoder, template, arguments.world_size)
     if recipe.compile:
         compile_blocks(model, batches.packed)
@@ -303,6 +309,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, began: 
     average = None
     if recipe.average is not None:
         average = WeightAverage({n: p for n, p in model.named_parameters() if p.requires_grad}, recipe.average)
+    if main:
+        _begin_in(output, recipe, resume)
     log = RunLog(output)
     trainer = GmsaTrainer(recipe, probe, log, average, model=model, args=arguments, train_dataset=batches)
     if average and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -342,19 +350,20 @@ def _start_in(output: Path, recipe: Recipe, resume: bool, overwrite: bool, main:
         if main:
             tell(f"resuming from {last}" if last else f"{output} holds no checkpoint: starting anew")
             _tell_changes(output / "recipe.yaml", recipe)
-    elif checkpoints.all_in(output):
-        if not overwrite:
-            raise ConfigError(
-                f"{output} holds checkpoints of an earlier run: --resume to go on, --overwrite to start anew, "
-                "or output=another folder"
-            )
-        if main:
-            for folder in checkpoints.all_in(output):
-                shutil.rmtree(folder)
-    if main:
-        with atomic_file(output / "recipe.yaml") as scratch:
-            scratch.write_text(recipe.dump(), encoding="utf-8")
+    elif checkpoints.all_in(output) and not overwrite:
+        raise ConfigError(
+            f"{output} holds checkpoints of an earlier run: --resume to go on, --overwrite to start anew, "
+            "or output=another folder"
+        )
     return last
+
+
+def _begin_in(output: Path, recipe: Recipe, resume: bool) -> None:
+    """Take a run's folder over, once all that the recipe names was there."""
+    for folder in [] if resume else checkpoints.all_in(output):
+        shutil.rmtree(folder)
+    with atomic_file(output / "recipe.yaml") as scratch:
+        scratch.write_text(recipe.dump(), encoding="utf-8")
 
 
 def _tell_changes(path: Path, recipe: Recipe) -> None:

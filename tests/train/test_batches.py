@@ -842,3 +842,10 @@ def test_schedules_that_are_none(value: Any) -> None:
 def test_a_schedule_must_begin_at_the_beginning() -> None:
     with pytest.raises(ConfigError, match="one phase must begin at step 0"):
         RateSchedule.parse({10: [4], 20: [8]})
+
+
+def test_a_batch_is_planned_by_what_is_read_of_its_rows() -> None:
+    rows = planned([400] * 12, 200, None, None, 50)  # rows of 101 tokens that are cut to 50
+    assert {len(batch) for batch in epochs_of(rows, 0, 1)[0]} == {4}
+    rows = planned([400] * 12, 202, None, None, 1000, 101)  # as many tokens of others' documents
+    assert {len(batch) for batch in epochs_of(rows, 0, 1)[0]} == {1}

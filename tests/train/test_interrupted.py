@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gmsa.errors import CheckpointError, ConfigError
+from gmsa.errors import CheckpointError, ConfigError, GmsaError
 from gmsa.train import checkpoints
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import train
@@ -219,6 +219,9 @@ def test_a_new_run_does_not_touch_an_old_one(recipe: Callable[..., Recipe], tmp_
     with pytest.raises(ConfigError, match="--resume to go on, --overwrite to start anew"):
         train(recipe())
     assert (tmp_path / "run/log.jsonl").read_text() == before
+    with pytest.raises(GmsaError, match="typo"):
+        train(recipe(data=[{"path": str(tmp_path / "typo.jsonl")}]), overwrite=True)
+    assert checkpoints.all_in(tmp_path / "run")  # nothing is deleted for a run that cannot begin
     train(recipe(max_steps=2), overwrite=True)
     assert [path.name for path in checkpoints.all_in(tmp_path / "run")] == ["checkpoint-2"]
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 2

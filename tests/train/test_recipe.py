@@ -578,3 +578,10 @@ def test_full_covers_what_it_can() -> None:
     plain = {"choose", "reads", "trains", "attn_implementation", "rows_per_batch", "compile"}
     spared = {f.name for f in dataclasses.fields(Recipe) if f.type in (int, float)} | plain
     assert {f.name for f in dataclasses.fields(Recipe)} - spared <= set(FULL)
+
+
+def test_texts_that_are_numbers_are_numbers() -> None:
+    recipe = Recipe(**LEAST, average="98e-2", max_minutes="1e1")  # type: ignore[arg-type]
+    assert (recipe.average, recipe.max_minutes) == (0.98, 10.0)
+    with pytest.raises(ConfigError, match="gap must be a text with"):
+        Recipe(**LEAST, lookup={"gap": True})
