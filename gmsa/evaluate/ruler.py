@@ -108,15 +108,19 @@ def make_row(task: str, length: int, seed: str, tokens: Callable[[str], int]) ->
         return TASKS[task](random.Random(seed), units)
 
     fits, too_many = 0, 1 + length // 4  # of the smallest unit, a word and its number
+    short_of_hay: InputError | None = None  # where `too_many` is more than there is
     if tokens(made(0)[0]) > length:
         raise InputError(f"{task} does not fit into {length} tokens: ask for more")
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
+        ended = None
         try:
             fitting = tokens(made(middle)[0]) <= length
-        except InputError:
-            fitting = False
-        fits, too_many = (middle, too_many) if fitting else (fits, middle)
+        except InputError as error:  # there is not so much hay
+            fitting, ended = False, error
+        fits, too_many, short_of_hay = (middle, too_many, short_of_hay) if fitting else (fits, middle, ended)
+    if short_of_hay:
+        raise short_of_hay
     context, prompt, answer = made(fits)
     return {"input": context, "prompt": prompt, "answer": answer, "index": seed}
 

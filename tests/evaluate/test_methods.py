@@ -188,6 +188,13 @@ def test_chosen_sentences_are_those_that_soft_tokens_are_made_of(load: Callable[
     text = "Some rye was sold. Nothing else. The mill burnt down. Who owned it? Nothing at all is known, dear."
     stays, _ = method.models.gmsa.choose_for("Who owned it?", [text], 4)
     assert method.shorten(text, "Who owned it?", 2 * math.ceil(len(text) / 4)) == stays[0]
+    # What another model chooses is not found in a cache.
+    weight = next(method.models.gmsa.model.compressor.encoder.parameters())
+    was = weight.detach().clone()
+    weight.data += 1
+    assert load("chosen-sentences").fingerprint != method.fingerprint
+    weight.data = was
+    assert load("chosen-sentences").fingerprint == method.fingerprint
 
 
 def test_embeddings_prefer_the_same_words(load: Callable[[str], TextMethod]) -> None:

@@ -81,3 +81,8 @@ def test_the_command(make_gmsa: Callable[..., GMSA], tmp_path: Path, capsys: pyt
     assert "Long contexts: niah\\_single" in (tmp_path / "out/report.md").read_text()
     assert main(command) == 0
     assert capsys.readouterr().out == first  # from the cache, on the same rows
+
+
+def test_a_row_that_no_hay_can_fill_is_refused() -> None:
+    with pytest.raises(InputError, match="more words than there are"):
+        ruler.make_row("common_words", 65536, "seed", tokens)

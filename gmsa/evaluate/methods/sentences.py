@@ -20,6 +20,7 @@ from gmsa.evaluate.methods.base import (
     find_minilm,
     from_hub,
 )
+from gmsa.io.backbones import fingerprint_of
 from gmsa.sentences import Rank, bm25, kept, ranked
 
 LONGEST = 256  # tokens of a sentence that are embedded
@@ -82,6 +83,10 @@ class EmbeddingSentences(SentenceMethod):
 
 class ChosenSentences(SentenceMethod):
     """The sentences that `GMSA.compress_for` chooses: by their words and by what the decoder attends to."""
+
+    def __init__(self, models: Models, reader: GMSA) -> None:
+        super().__init__(models, reader)
+        self.made_with = f"the choice of {models.gmsa.fingerprint} {fingerprint_of(models.gmsa.model)}"
 
     def rank(self, sentences: list[str], question: str) -> Sequence[float]:
         return self.models.gmsa.rank(sentences, question)
