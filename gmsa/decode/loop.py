@@ -102,7 +102,8 @@ class Row:
     def say(self, piece: Piece) -> None:
         """Emit a piece if anybody listens."""
         if self.listens:
-            self.listens = piece.finish is None
+            if piece.finish is not None:  # never set anew: another thread may have said meanwhile that nobody listens
+                self.listens = False
             self.text += piece.text
             self.finish = piece.finish
             self.emit(piece)

@@ -59,7 +59,11 @@ class ChatGmsa(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        try:
+            reader: Any = self.reader.to_dict()
+        except InputError:  # made of objects
+            reader = id(self.reader)
+        return {**self._settings(), "reader": reader}
 
     def _generate(
         self,
@@ -96,7 +100,10 @@ class ChatGmsa(BaseChatModel):
     def _options(self, stop: Sequence[str] | None, given: Mapping[str, Any]) -> Options:
         """This model's settings, replaced by those of one call."""
         mine = {name: value for name, value in given.items() if name != "stream"}  # LangChain's own
-        return Options.of(self._identifying_params, {"stop": stop}, mine)
+        return Options.of(self._settings(), {"stop": stop}, mine)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
 
 
 class MemoryRetriever(BaseRetriever):
@@ -149,7 +156,7 @@ def _messages(messages: Sequence[BaseMessage]) -> list[Message]:
     """LangChain's messages as the reader takes them; InputError for what is neither text nor memory."""
     made = []
     for message in messages:
-        role = getattr(message, "role", ROLES.get(message.type))
+        role = getattr(message, "role", ROLES.get(message.type.removesuffix("MessageChunk").lower()))
         if role is None or getattr(message, "tool_calls", None):
             raise InputError(f"a message of type {message.type!r} cannot be read: there are no tools here")
         content = message.content if isinstance(message.content, list) else [message.content]

@@ -173,7 +173,7 @@ class MemoryPostprocessor(BaseNodePostprocessor):
         made = []
         for found, node in zip(nodes, attach_memories([node.node for node in nodes], self.reader), strict=True):
             id = node.metadata.get(MEMORY_ID)
-            mark = self.reader.mark(Source(id=id) if id else Source(text="{content}"))
+            mark = self.reader.mark(Source(node.get_content(), id) if id else Source(text="{content}"))
             # Without any metadata that the LLM may see the template would not be used.
             hidden = [name for name in node.excluded_llm_metadata_keys if name != MEMORY_ID]
             changes = {"text_template": mark, "excluded_llm_metadata_keys": hidden}

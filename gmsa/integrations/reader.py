@@ -16,6 +16,7 @@ from gmsa.errors import InputError, check_number, check_options, check_whole
 from gmsa.text import check_text, check_texts
 
 MEMORY_ID = "gmsa_memory_id"  # of a document's metadata
+MARKED = 4096  # texts of marked sources that are kept
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ class Reader(ABC):
 
     def __init__(self) -> None:
         self._nonce = secrets.token_hex(8)  # so that no document can hold a mark
+        self._marked: dict[str, str] = {}  # texts of marked sources with an id: to choose from, or make it anew of
 
     @abstractmethod
     def remember(self, texts: Sequence[str]) -> list[Remembered | None]:
@@ -236,8 +238,13 @@ class Reader(ABC):
     # Frameworks that put documents into a prompt as text put a mark there instead, which `split` finds again.
 
     def mark(self, source: Source) -> str:
-        """What stands for a source in a text."""
+        """What stands for a source in a text: short where it has an id, as frameworks count what they put together."""
         if source.id is not None:
+            if not is_blank(source.text):
+                self._marked.pop(source.id, None)
+                while len(self._marked) >= MARKED:
+                    self._marked.pop(next(iter(self._marked)), None)
+                self._marked[source.id] = source.text or ""
             return f"<memory {self._nonce} {source.id}>"
         return f"<memory {self._nonce}>{source.text}</memory {self._nonce}>"
 
@@ -250,5 +257,5 @@ class Reader(ABC):
         parts: list[str | Source] = []
         for between, id, whole in zip(found[::3], [*found[1::3], None], [*found[2::3], None], strict=True):
             parts += [between.strip()] if between.strip() else []
-            parts += [Source(text=whole, id=id)] if id or not is_blank(whole) else []
+            parts += [Source(text=self._marked.get(id) if id else whole, id=id)] if id or not is_blank(whole) else []
         return parts

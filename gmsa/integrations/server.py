@@ -183,23 +183,19 @@ class ServerReader(Reader):
             message, code = error["message"], error.get("code")
         except (ValueError, KeyError, TypeError):
             raise RemoteDecoderError(f"{self.url} answered {response.status_code}: is it a GMSA server?") from None
-        if response.status_code == 404 and code == "memory_not_found":
+        if response.status_code == 404 and code in ("memory_not_found", "memory_damaged"):
             raise MemoryNotFoundError(message)
         refused = f"{self.url} refused ({response.status_code}): {message}"
         raise RefusedError(refused) if response.status_code in OF_THE_REQUEST else RemoteDecoderError(refused)
 
 
 def _by_text(messages: Sequence[Message]) -> list[Message]:
-    """The same with sources by text alone, after an id was not found; MemoryNotFoundError where a source has none."""
-    made = []
-    for message in messages:
-        parts: list[str | Source] = []
-        for part in message.parts:
-            if isinstance(part, Source) and is_blank(part.text):
-                raise MemoryNotFoundError(f"the server has no memory {part.id}, and there is no text to make it of")
-            parts.append(Source(part.text) if isinstance(part, Source) else part)
-        made.append(Message(message.role, parts))
-    return made
+    """The same with sources by their text where they have one, after an id was not found."""
+
+    def part(given: str | Source) -> str | Source:
+        return Source(given.text) if isinstance(given, Source) and not is_blank(given.text) else given
+
+    return [Message(message.role, [part(one) for one in message.parts]) for message in messages]
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:

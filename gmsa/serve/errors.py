@@ -16,6 +16,7 @@ from gmsa.errors import (
     MemoryFileError,
     MemoryMismatchError,
     MemoryNotFoundError,
+    MemoryTooLargeError,
     StoreError,
 )
 from gmsa.serve.invalid import explained
@@ -30,6 +31,7 @@ STATUS: list[tuple[type[GmsaError], int, str]] = [
     (MemoryNotFoundError, 404, "memory_not_found"),
     (MemoryMismatchError, 400, "memory_mismatch"),
     (MemoryFileError, 404, "memory_damaged"),
+    (MemoryTooLargeError, 413, "memory_too_large"),
     (ContextTooLongError, 400, "context_length_exceeded"),
     (InputError, 400, "invalid_value"),
     (ConfigError, 400, "invalid_value"),

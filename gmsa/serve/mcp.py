@@ -10,6 +10,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import anyio.to_thread
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.transport_security import TransportSecuritySettings
 from pydantic import Field
 from starlette.types import ASGIApp
 
@@ -119,5 +120,10 @@ def described(entry: Any) -> dict[str, Any]:
 def http_app(server: MCPServer, settings: Settings, keys: Keys, host: str) -> ASGIApp:
     """The tools over streamable HTTP at /mcp, behind the same guard as the server's routes."""
     # Without sessions: one would go on under the name it was begun with, whoever knows its number.
-    app = server.streamable_http_app(host=host, max_request_body_size=settings.max_body, stateless_http=True)
+    app = server.streamable_http_app(
+        # The guard looks at the host; the SDK's own look refuses what a proxy in front passes on.
+        transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
+        max_request_body_size=settings.max_body,
+        stateless_http=True,
+    )
     return Guard(app, settings, keys, Metrics(), frozenset({host}))

@@ -13,9 +13,11 @@ Nothing that a server sends is ever unpickled here.
 
 import base64
 import contextlib
+import copy
 import importlib
 import io
 import json
+import os
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gmsa.api import GMSA, Content
-from gmsa.decode.prompt import SYSTEM, Turn
+from gmsa.decode.prompt import SYSTEM, PromptTemplate, Turn
 from gmsa.errors import ContextTooLongError, GmsaError, MemoryMismatchError, RemoteDecoderError
 from gmsa.io.export import decoder_fingerprint
 from gmsa.io.memory import Memory
@@ -99,6 +101,8 @@ class RemoteDecoder:
     ) -> None:
         check_enters_at_input(gmsa.config)
         self.gmsa = gmsa
+        # A tokenizer of its own: others use the model's meanwhile, and each call sets how special tokens are read.
+        self.template = PromptTemplate(copy.deepcopy(gmsa.tokenizer), gmsa.config)
         self.url = base_url(url)
         self._wanted = model
         self.served: tuple[str, int | None] | None = None  # once it has been asked
@@ -177,7 +181,7 @@ class RemoteDecoder:
             check_response(response, self.url)
         if not response.is_success:
             return False
-        expected = sum(map(len, self.gmsa.template.chat([turn])))
+        expected = sum(map(len, self.template.chat([turn])))
         return bool(response.json()["usage"]["prompt_tokens"] == expected)
 
     async def _ask(self, method: str, path: str, **options: Any) -> Any:
@@ -234,11 +238,12 @@ class RemoteDecoder:
         self, question: str, memories: Content | Sequence[Content], max_new_tokens: int, sampling: dict[str, Any]
     ) -> tuple[bytes, str]:
         """The request that asks a question, and the route it goes to."""
-        embeds = self.gmsa.prompt_embeddings(question, memories)
+        contents = [memories] if isinstance(memories, str | Memory | Tensor | os.PathLike) else list(memories)
+        contents = [Memory.load(one) if isinstance(one, os.PathLike) else one for one in contents]
+        embeds = self.gmsa.prompt_embeddings(question, contents)
         self._check_room(len(embeds), max_new_tokens)  # the server has been asked now what it takes
         if not self.chats:
             return self.request(embeds, max_new_tokens, sampling), "completions"
-        contents: Any = [memories] if isinstance(memories, str | Memory) else memories
         messages = self.chat_messages([Turn("user", [*contents, question])])
         fields = {"messages": messages, "max_tokens": max_new_tokens, "return_token_ids": True}
         return self.chat_request({**fields, **sampling}), "chat/completions"
@@ -313,7 +318,7 @@ class RemoteDecoder:
 
     def chat_messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """Turns as vLLM's chat route takes them, the model's own system prompt before them."""
-        said = [{"role": turn.role, "content": chat_content(self.gmsa, turn.parts)} for turn in turns]
+        said = [{"role": turn.role, "content": chat_content(self.gmsa, self.template, turn.parts)} for turn in turns]
         return [*self.system_messages(turns[0].role), *said]
 
     def system_messages(self, first_role: str) -> list[dict[str, Any]]:
@@ -344,12 +349,15 @@ class RemoteDecoder:
         return json.dumps({**body, **fixed, **sampling}).encode()
 
 
-def chat_content(gmsa: GMSA, parts: Sequence[str | Memory | Tensor]) -> str | list[dict[str, Any]]:
+def chat_content(
+    gmsa: GMSA, template: PromptTemplate, parts: Sequence[str | Memory | Tensor]
+) -> str | list[dict[str, Any]]:
     """The parts of a turn as content of a chat message; memories that follow one another are one.
 
+    The template is this thread's own: its tokenizer must not be used elsewhere meanwhile.
     vLLM would read what spells a special token in a user's text as one: such a text goes as embeddings of its tokens.
     """
-    if len(parts) == 1 and isinstance(parts[0], str) and not _spells_special(gmsa, parts[0]):
+    if len(parts) == 1 and isinstance(parts[0], str) and not _spells_special(template, parts[0]):
         return parts[0]
     content: list[dict[str, Any]] = []
     soft: list[Tensor] = []
@@ -365,8 +373,8 @@ def chat_content(gmsa: GMSA, parts: Sequence[str | Memory | Tensor]) -> str | li
             soft.append(part.soft_tokens if isinstance(part, Memory) else part)
             continue
         flush()
-        if _spells_special(gmsa, part):
-            soft.append(torch.tensor(gmsa.template.encode(part)))
+        if _spells_special(template, part):
+            soft.append(torch.tensor(template.encode(part)))
             flush()
         else:
             content.append({"type": "text", "text": part})
@@ -374,11 +382,11 @@ def chat_content(gmsa: GMSA, parts: Sequence[str | Memory | Tensor]) -> str | li
     return content
 
 
-def _spells_special(gmsa: GMSA, text: str) -> bool:
+def _spells_special(template: PromptTemplate, text: str) -> bool:
     if PLACEHOLDER in text:
         return True
-    marked = gmsa.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return list(marked) != gmsa.template.encode(text)
+    marked = template.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return list(marked) != template.encode(text)
 
 
 # -- what a server says ------------------------------------------------------------------------------------------------

@@ -80,11 +80,13 @@ class Chat:
         self.job.submit_relay(self.relay)
 
     def _request(self, raw: dict[str, Any], turns: list[Turn]) -> bytes:
-        self.service.check_turns_fit(turns, self.body.most_tokens or 1)
+        room = self.service.check_turns_fit(turns, self.body.most_tokens or 1)
         messages = [self._message(given, turn.parts) for given, turn in zip(raw["messages"], turns, strict=True)]
         fields = {name: value for name, value in raw.items() if name not in OWN and value is not None}
         fields["messages"] = [*self.remote.system_messages(turns[0].role), *messages]
-        fields["max_tokens"] = self.body.most_tokens or self.service.settings.max_new_tokens
+        fields["max_tokens"] = self.body.most_tokens or max(1, min(room, self.service.settings.max_new_tokens))
+        if fields.get("top_p") == 0:  # the likeliest token, which vLLM wants said otherwise
+            fields |= {"top_p": 1, "temperature": 0}
         fields |= salt(TENANT.get())
         if "stop" in fields:
             fields["stop"] = list(self.body.stops())
@@ -99,7 +101,7 @@ class Chat:
         for memory in memories_of(parts):
             self.service.gmsa.check(memory)
         calls = len(given.get("tool_calls") or ()) + bool(given.get("function_call"))  # read as text here alone
-        content = chat_content(self.service.gmsa, parts[: len(parts) - calls])
+        content = chat_content(self.service.gmsa, self.service.template, parts[: len(parts) - calls])
         changed = any(part["type"] == "prompt_embeds" for part in content if isinstance(part, dict))
         return {**given, "content": content} if changed else given
 

@@ -113,7 +113,7 @@ class TextOptions(Strict):
 class ResponseRequest(Asked):
     """Body of /v1/responses."""
 
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES - 1)]  # and the instructions
     instructions: AnyText | None = Field(None, description="of the system, before the input")
     max_output_tokens: Limit = Field(None, description="-1, as null: the server's limit")
     text: TextOptions | None = None

@@ -48,6 +48,7 @@ RESTORED_AT_ONCE = 4  # windows of one memory; more would crowd out other reques
 CHECKS_AT_MOST = 4  # running or waiting; they take long, and each holds a place among the open requests
 LARGEST_CHECKED = 16  # merge size; what a group may cost grows with it, and little is confirmed beyond
 MAX_ANSWERS = 32  # of one request, which counts as one of the queue
+TEMPLATE_TOKENS = 16  # more than a chat template elsewhere puts around a turn
 CHARACTERS_PER_TOKEN = 16  # more than texts have; only how much is tokenized first depends on it
 LINE_END = r"(?:\r\n|\r(?!\n)|(?<!\r)\n)"
 # What stands before and after the last border of a kind: the end of a paragraph, of a line.
@@ -390,7 +391,7 @@ class Service:
     def _plan(self, request: OpenChatRequest) -> list[tuple[str, list[Part]]]:
         """Each message's role and parts, long texts marked."""
         turns: list[tuple[str, list[Part]]] = []
-        asked: list[Part] = []  # by the user
+        asked: list[Part] = []  # by the user, last
         for message in request.messages:
             given = message.parts()
             # What a tool gave ends with no question.
@@ -400,7 +401,7 @@ class Service:
                 at_end = last and number == len(given) - 1
                 parts += [part] if isinstance(part, MemoryPart) else self._shorten(part, request, at_end)
             turns.append(("user" if isinstance(message, ToolMessage) else message.role, parts))
-            asked += parts if message.role == "user" else []
+            asked = parts if message.role == "user" else asked
         return [(role, self._selecting(parts, asked, request)) for role, parts in turns]
 
     def _selecting(self, parts: list[Part], asked: list[Part], request: Generation) -> list[Part]:
@@ -523,8 +524,8 @@ class Service:
             raise self._too_long(str(len(prompt)), asked or 1)
         return asked or min(room, self.settings.max_new_tokens)
 
-    def check_turns_fit(self, turns: Sequence[Turn], new: int) -> None:
-        """The same for a chat that a template elsewhere is put around.
+    def check_turns_fit(self, turns: Sequence[Turn], new: int) -> int:
+        """The same for a chat that a template elsewhere is put around; what room is left for it and an answer.
 
         Raises:
             ContextTooLongError: already without it, they and an answer of `new` tokens do not fit.
@@ -538,6 +539,7 @@ class Service:
                 read += count(self.tokenizer, part)
         if read + new > self.max_prompt_tokens:
             raise self._too_long(str(read), new)
+        return self.max_prompt_tokens - read - TEMPLATE_TOKENS * (1 + len(turns))
 
     def _too_long(self, tokens: str, new: int) -> ContextTooLongError:
         return ContextTooLongError(

@@ -400,6 +400,9 @@ def test_marks_are_found_again_and_cannot_be_forged(reader: LocalReader, gmsa: G
     assert reader.split(text) == ["Before", named, whole, "After"]
     assert LocalReader(gmsa).split(text) == [text]
     assert reader.split(" plain ") == [" plain "]
+    both = Source("A text that its id stands for.", "cd" * 32)
+    assert len(reader.mark(both)) < len(reader.mark(named)) + 1  # frameworks count what stands there
+    assert reader.split(reader.mark(both)) == [both]
 
 
 def test_a_reader_can_be_written_down(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,6 +455,20 @@ def test_a_server_answers_as_a_local_reader(remote: ServerReader, gmsa: GMSA, tm
     assert answer.finish_reason == pieces.finish_reason == local.answer(chat, SHORT).finish_reason == "length"
 
 
+def test_one_memory_that_is_gone_spoils_no_other(remote: ServerReader, service: Service) -> None:
+    first, second = remote.remember(DOCUMENTS[:2])
+    assert first is not None
+    assert second is not None
+    expected = remote.answer(about(*DOCUMENTS[:2]), SHORT).text
+    service.store.delete(second.id)
+    asked = about(Source(id=first.id), Source(DOCUMENTS[1], second.id))
+    assert remote.answer(asked, SHORT).text == expected
+    assert "".join(remote.stream(asked, SHORT)) == expected
+    service.store.delete(first.id)
+    with pytest.raises(MemoryNotFoundError, match=first.id[:12]):
+        remote.answer(asked, SHORT)
+
+
 def test_a_server_keeps_memories(remote: ServerReader, service: Service) -> None:
     entries = remote.remember(DOCUMENTS)
     again = remote.remember(DOCUMENTS)
@@ -462,7 +479,7 @@ def test_a_server_keeps_memories(remote: ServerReader, service: Service) -> None
     answer = remote.answer(named, SHORT)
     assert answer == remote.answer(about(*DOCUMENTS), SHORT)
     service.store.delete(ids[0])
-    with pytest.raises(MemoryNotFoundError, match="no text"):
+    with pytest.raises(MemoryNotFoundError, match="deleted, evicted, or never there"):
         remote.answer(named, SHORT)
     with_text = about(*[Source(text, id) for text, id in zip(DOCUMENTS, ids, strict=True)])
     assert "".join(remote.stream(with_text, SHORT)) == answer.text

@@ -195,3 +195,20 @@ def test_blank_documents_are_passed_on(model: ChatGmsa, reader: LocalReader, exp
     assert attached[1].metadata == {"place": "blank"}
     assert model.invoke([memory_message(QUESTION, attached)]).content == expected
     assert model.invoke([memory_message(QUESTION, documents)]).content == expected
+
+
+def test_a_streamed_answer_goes_back_into_the_history(model: ChatGmsa) -> None:
+    pieces = list(model.stream([HumanMessage(QUESTION)]))
+    whole = pieces[0]
+    for piece in pieces[1:]:
+        whole += piece
+    assert isinstance(whole, AIMessageChunk)
+    asked, then = HumanMessage(QUESTION), HumanMessage("And then?")
+    expected = model.invoke([asked, AIMessage(whole.content), then]).content
+    assert model.invoke([asked, whole, then]).content == expected
+
+
+def test_a_cache_tells_readers_apart(model: ChatGmsa, gmsa: GMSA) -> None:
+    other = ChatGmsa(reader=LocalReader(gmsa), max_tokens=8)
+    assert model._get_llm_string() != other._get_llm_string()
+    assert model._get_llm_string() == ChatGmsa(reader=model.reader, max_tokens=8)._get_llm_string()

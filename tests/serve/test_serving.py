@@ -311,6 +311,16 @@ def test_of_a_long_text_what_fits_the_question_may_be_kept(client: openai.OpenAI
         assert said.usage.prompt_tokens_details.origin_tokens == len(document)
         if len(messages) == 1:
             assert said.choices[0].message.content == expected
+    # An earlier turn's question chooses nothing of a message that is one long text.
+    messages = [*about("It was.", question), {"role": "assistant", "content": "1731."}]
+    said = client.chat.completions.create(
+        model="gmsa",
+        messages=[*messages, {"role": "user", "content": document.replace(" ", "_")}],
+        max_tokens=1,
+        extra_body={"select": True},
+    )
+    assert said.usage.prompt_tokens_details.soft_tokens >= len(document) // 4
+    before = service.store.stats()
     said = client.completions.create(
         model="gmsa", prompt=f"{document}\n\n{question}", max_tokens=1, extra_body={"select": True}
     )

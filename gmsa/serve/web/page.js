@@ -337,12 +337,15 @@ async function ask(event) {
     if (text !== null) await answer("original", whole, question, { auto_compress: 0 }, stop.signal);
     say("ask-status", "All answers come from the same decoder, one after the other, so that their times compare.");
   } catch (error) {
-    report("ask-status", error);
+    if (state.asking === stop) report("ask-status", error);
   } finally {
-    if (state.asking === stop) state.asking = null;
     refreshSaved();
-    $("ask").disabled = false;
-    $("stop-ask").hidden = true;
+    if (state.asking === stop) {
+      // Else another question is being answered by now.
+      state.asking = null;
+      $("ask").disabled = false;
+      $("stop-ask").hidden = true;
+    }
   }
 }
 
