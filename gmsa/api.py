@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import os
 import time
@@ -361,14 +362,19 @@ class GMSA:
             ConfigError: a bad merge size. InputError: as for `compress`, or an empty question.
         """
         texts = [text] if isinstance(text, str) else text
-        stays, size = self.choose_for(question, texts, merge_size, rank)
+        stays, size = self.choose_for(question, texts, merge_size, rank, batch_size)
         chosen = self.timings.compress
         memories = self.compress([one for one in stays if one], size, batch_size=batch_size)
         self.timings.compress += chosen
         return memories[0] if isinstance(text, str) else memories
 
     def choose_for(
-        self, question: str, texts: Sequence[str], merge_size: int = MERGE_SIZE, rank: Rank | None = None
+        self,
+        question: str,
+        texts: Sequence[str],
+        merge_size: int = MERGE_SIZE,
+        rank: Rank | None = None,
+        batch_size: int = 8,
     ) -> tuple[list[str], int]:
         """What `compress_for` compresses: what stays of each text ("" where nothing does), and by what it is merged."""
         started = time.perf_counter()
@@ -379,7 +385,8 @@ class GMSA:
         for number, one in enumerate(texts):
             self._check_context(one, number)
         stays, size = list(texts), merge_size
-        documents = ranked(texts, question, rank or self.rank) if merge_size > FOR_A_QUESTION else []
+        rank = rank or functools.partial(self.rank, batch_size=batch_size)
+        documents = ranked(texts, question, rank) if merge_size > FOR_A_QUESTION else []
         if any(score > 0 for _, scores in documents for score in scores):
             size = FOR_A_QUESTION
             budget = math.ceil(sum(map(self.count, texts)) / merge_size)
@@ -390,10 +397,12 @@ class GMSA:
                 if over <= 0 or room <= size:
                     break
                 room = max(size, room - size * over)  # windows, and sentences that are joined, may take a few more
+            if not any(stays):  # the first token of the best sentence is no character
+                stays, size = list(texts), merge_size
         self.timings = Timings(compress=time.perf_counter() - started)
         return stays, size
 
-    def rank(self, sentences: list[str], question: str) -> list[float]:
+    def rank(self, sentences: list[str], question: str, batch_size: int = 8) -> list[float]:
         """How well each sentence of some texts fits a question: by its words, and by what the decoder attends to.
 
         The decoder reads a memory of all of them (8x, of long texts less), and what it attends to before it would write
@@ -403,19 +412,21 @@ class GMSA:
         Args:
             sentences: of all texts in order, with the white space after each.
             question: what is asked about them.
+            batch_size: as for `compress`.
 
         Returns:
             Of each, higher is better; 0: it does not fit, or far less than the best one.
         """
-        words, attended = bm25(sentences, question), self._attended(sentences, question)
+        words, attended = bm25(sentences, question), self._attended(sentences, question, batch_size)
         return words if attended is None else together(words, with_neighbours(sentences, attended))
 
-    def _attended(self, sentences: list[str], question: str) -> list[float] | None:
+    def _attended(self, sentences: list[str], question: str, batch_size: int) -> list[float] | None:
         """How much the decoder attends to each sentence of a memory of all; None: that cannot be seen."""
         text, body = "".join(sentences), body_of(self.model.decoder)
         if not text.strip() or self.config.entry_layer or not len(layers_of(body)):
             return None
-        memory = self.compress(text, max(LOOK_SIZE, math.ceil(self.count(text) / LOOK_TOKENS)))
+        merge_size = max(LOOK_SIZE, math.ceil(self.count(text) / LOOK_TOKENS))
+        memory = self.compress(text, merge_size, batch_size=batch_size)
         pieces = self._frame(question).around(*self._pieces([memory]))
         try:
             self._check_length(pieces, 0)
@@ -608,6 +619,7 @@ class GMSA:
         """
         (contents,) = self._contents_of(memory, 1)
         assert not isinstance(contents, PrefixCache)
+        contents = [Memory.load(one) if isinstance(one, os.PathLike) else one for one in contents]
         started = time.perf_counter()
         *pieces, _ = self.template.restore().around(*self._pieces(contents))
         self._check_length(pieces, 1)
@@ -817,9 +829,12 @@ class GMSA:
             raise InputError(f"the memory is of a text of {memory.origin_tokens} tokens, this one has {len(tokens)}")
         prompts = [self._on_device(self._restoring(window)) for window in self.windows(memory)]
         windows = split_windows(tokens, self.config.window_size)
-        targets = [torch.tensor(window, device=self.model.device) for window in windows]
-        out = self.model.score(prompts, targets, keep_logits=False)
-        return Score(len(tokens), int(out["correct"]), float(out["loss"]) * len(tokens))
+        correct, nll = 0, 0.0
+        for prompt, window in zip(prompts, windows, strict=True):
+            target = torch.tensor(window, device=self.model.device)
+            out = self.model.score([prompt], [target], keep_logits=False)
+            correct, nll = correct + int(out["correct"]), nll + float(out["loss"]) * len(window)
+        return Score(len(tokens), correct, nll)
 
     # -- what stands behind these ----------------------------------------------------------------------------------
 

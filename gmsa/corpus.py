@@ -168,6 +168,8 @@ def compress_corpus(
     job = replace(job, fingerprint=_fingerprint(job), dtype=job.dtype or str(fast_dtype()).removeprefix("torch."))
     sources = find_sources(inputs)
     folder = CorpusFolder(output)
+    if any(open_url(source.path)[1].rpartition("/")[0] == folder.path.rstrip("/") for source in sources):
+        raise CorpusError(f"{output} holds what is read: name another folder to write")
     records: dict[int, Record] = {}
 
     def missing() -> Iterator[Shard]:
@@ -442,7 +444,11 @@ class CorpusFolder:
         """Write the manifest of a new corpus, or check that the one that is there is of the same job."""
         settings = {name: getattr(job, name) for name in SETTINGS}
         inputs, found = [source._asdict() for source in sources], self.manifest()
-        if not any(name.startswith("shard-") for name in self.fs.ls("", detail=False)):  # nothing has been made
+        try:
+            names = self.fs.ls("", detail=False)
+        except FileNotFoundError:  # an object store has no empty folders
+            names = []
+        if not any(name.startswith("shard-") for name in names):  # nothing has been made
             return self._write_manifest({"settings": settings, "sources": inputs, "complete": False})
         if found is None:
             raise CorpusError(f"{self.path} holds shards but no {MANIFEST}: name another folder")

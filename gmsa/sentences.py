@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from gmsa.errors import InputError
 from gmsa.text import encode
 
 if TYPE_CHECKING:
@@ -98,7 +99,9 @@ def take(
         ids = encode(tokenizer, sentences[place])
         # What follows a cut sentence must not run into it.
         whole = len(ids) <= room
-        taken[place] = sentences[place] if whole else tokenizer.decode(ids[: room - 1]).rstrip() + " "
+        part = sentences[place] if whole else tokenizer.decode(ids[: room - 1]).rstrip("\ufffd").rstrip() + " "
+        if part.strip():  # a cut may leave but a part of a character
+            taken[place] = part
         room -= len(ids)
         if room <= 0:
             break
@@ -113,8 +116,11 @@ def ranked(texts: Sequence[str], question: str, rank: Rank) -> list[tuple[list[s
         if sentences and document:
             sentences[-1] += "\n\n"
         sentences += document
-    scores = rank(sentences, question)
-    found, place = [], 0
+    scores = list(rank(sentences, question))
+    if len(scores) != len(sentences):
+        raise InputError(f"rank gave {len(scores)} scores for {len(sentences)} sentences")
+    found: list[tuple[list[str], Sequence[float]]] = []
+    place = 0
     for document in documents:
         found.append((document, scores[place : place + len(document)]))
         place += len(document)

@@ -113,7 +113,10 @@ class MemoryStore:
         self.path = Path(path).expanduser().absolute()  # SQLite's ":memory:" is a file here
         self.max_bytes = max_bytes
         self.form = form
-        self._check_path(create)
+        try:
+            self._check_path(create)
+        except OSError as error:  # nobody may look there, or the name is too long
+            raise StoreError(f"{self.path} cannot be a memory store: {error.strerror}") from error
         self._database = database.Database(self.path)
 
     def _check_path(self, create: bool) -> None:
@@ -419,10 +422,13 @@ class MemoryStore:
 
         Raises:
             MemoryNotFoundError, MemoryFileError: one of `ids` is not there or damaged.
-            InputError: not one memory for a file that holds one.
+            InputError: not one memory for a file that holds one; the file is the store's own.
             StoreError: the file cannot be written.
         """
         path, report = Path(file), ExportReport()
+        own = [Path(f"{self.path}{end}") for end in ("", "-wal", "-shm", "-claims")]
+        if path.exists() and any(one.exists() and path.samefile(one) for one in own):
+            raise InputError(f"{path} belongs to the store itself: name another file to write")
         keys: Sequence[str | int] = self._numbers() if ids is None else [*dict.fromkeys(ids)]
         if path.suffix == archive.SUFFIX and len(keys) != 1:
             raise InputError(f"{path} can hold one memory, not {len(keys)}: name one, or a file that ends in .tar")

@@ -1,6 +1,7 @@
 """What the decoder attends to before it answers, and how sentences are ranked by it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,22 @@ def test_two_ways_of_ranking_are_added_and_little_of_both_is_nothing() -> None:
     assert together([0.0, 0.0], [0.3, 0.1]) == pytest.approx([2.25, 0.0])
     assert together([3.0, 0.0], [0.0, 0.0]) == [1.0, 0.0]
     assert together([], []) == []
+
+
+def test_a_text_whose_first_token_is_no_character_is_read_whole(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gmsa.encoder_tokenizer, "decode", lambda *_, **__: "\ufffd")
+    memory = gmsa.compress_for(QUESTION, "The mill was built.", 64)
+    assert memory.origin_tokens == gmsa.count("The mill was built.")
+
+
+def test_a_batch_size_reaches_the_look(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    real = gmsa.compress
+
+    def compress(*args: Any, batch_size: int = 8) -> Any:
+        given.append(batch_size)
+        return real(*args, batch_size=batch_size)
+
+    monkeypatch.setattr(gmsa, "compress", compress)
+    gmsa.compress_for(QUESTION, "".join(SENTENCES), 4, batch_size=3)
+    assert given == [3, 3]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tokenizer
 
+from gmsa.errors import InputError
 from gmsa.sentences import LEAST, NEIGHBOUR, bm25, kept, ranked, split_sentences, take
 
 TOKENIZER = make_tokenizer()  # a token is a byte
@@ -96,3 +97,15 @@ def test_sentences_of_all_texts_compete_and_only_those_of_one_are_neighbours() -
     assert kept(documents, 100, TOKENIZER) == ["The mill is old. ", "", texts[2]]  # what fits far less is not
     assert kept(ranked(texts, "zebra", bm25), 100, TOKENIZER) == texts
     assert kept(documents, len("The mill is old. A mill. "), TOKENIZER) == ["The mill is old. ", "", "A mill. "]
+
+
+def test_a_cut_leaves_no_part_of_a_character() -> None:
+    text = "砖🧱" * 9
+    for room in range(1, 40):
+        taken = "".join(take([text], [1.0], room, TOKENIZER).values())
+        assert text.startswith(taken.rstrip())
+
+
+def test_a_rank_must_rank_every_sentence() -> None:
+    with pytest.raises(InputError, match="rank gave 1 scores for 2 sentences"):
+        ranked(["One. Two."], "one?", lambda sentences, question: [1.0])

@@ -84,9 +84,10 @@ def names(text: str) -> list[str]:
 def size(text: str) -> int:
     """A number of bytes from the command line: 1000000, 64k, 500M, 2GB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", text.lower())
-    if not found or not (value := int(float(found[1]) * UNITS[found[2]])):
+    value = float(found[1]) * UNITS[found[2]] if found else 0.0
+    if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"a size is bytes, or a number with k, M, G or T, got {text!r}")
-    return value
+    return int(value)
 
 
 def encoding(text: str) -> str:

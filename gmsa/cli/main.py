@@ -46,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         drop_output()
         return 1
     except OSError as error:
-        if error.filename is not None or error.errno not in UNWRITABLE:
+        if error.filename is not None:
+            print(f"gmsa: {plain(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+            return 1
+        if error.errno not in UNWRITABLE:
             raise
         drop_output()
         print(f"gmsa: cannot write the output: {error.strerror}", file=sys.stderr)

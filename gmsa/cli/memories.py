@@ -165,8 +165,8 @@ def ask(options: argparse.Namespace) -> None:
         "seconds": seconds({**dataclasses.asdict(gmsa.timings), "compress": spent}),
     }
     if kept:
-        facts["kept_tokens"] = sum(memory.origin_tokens for memory in kept)
-        facts["origin_tokens"] += sum(map(gmsa.count, texts)) - facts["kept_tokens"]
+        facts["kept_tokens"] = facts["origin_tokens"]
+        facts["origin_tokens"] += sum(map(gmsa.count, texts)) - sum(memory.origin_tokens for memory in kept)
     if options.json:
         emit(facts)
     else:

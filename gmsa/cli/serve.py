@@ -209,7 +209,7 @@ def key_of(given: str | None, file: str | None, variable: str) -> str | None:
     """An API key: from a file, else as given, else from the environment; an error if it is none."""
     from gmsa.serve.tenants import is_key
 
-    key = given or os.environ.get(variable) or None
+    key = given if given is not None else os.environ.get(variable) or None
     if file is not None:
         try:
             key = Path(file).read_text(encoding="utf-8-sig").strip()

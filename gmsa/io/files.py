@@ -28,7 +28,7 @@ def home() -> Path:
     given = os.environ.get("GMSA_HOME")
     if given:
         return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "gmsa"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gmsa"
 
 
 def sha256_of(path: Path) -> str:

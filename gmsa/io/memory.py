@@ -5,7 +5,7 @@ loads a flipped byte without complaint. `Memory.save` keeps soft tokens as they 
 - "float32": exact.
 - "bfloat16": half as large; exact for a model that computes in bf16.
 - "int8": a quarter; each soft token in 8 bits with one fp32 scale of its own, read back as fp32.
-What it writes out (`encode`) are memory files, too, with a second SHA-256 in the header, `check`, over the rest of it.
+What it writes out (`encode`) are memory files, too. A second SHA-256 in the header, `check`, is over the rest of it.
 """
 
 import hashlib
@@ -28,6 +28,8 @@ INT8_FORMAT = "gmsa-memory-int8-1"
 FIELDS = ("merge_size", "origin_tokens", "fingerprint", "refined")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 SCALE_BYTES = 4  # of one soft token in int8
+# What a file from elsewhere may end in: its header may be no JSON object, hold no texts, be nested without end.
+UNREADABLE = (safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,7 @@ class Memory:
         header = {name: str(getattr(self, name)) for name in FIELDS} | {"format": FORMAT, "sha256": _sha256(tensors)}
         try:
             with atomic_file(path) as scratch:
-                save_file(tensors, scratch, metadata=header)
+                save_file(tensors, scratch, metadata=header | {"check": _check(header)})
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise MemoryFileError(f"cannot write {os.fspath(path)}: {reason_of(error)}") from error
 
@@ -108,10 +110,12 @@ class Memory:
         if not isinstance(path, str | os.PathLike):
             raise InputError(f"a memory file is named by its path, got {type(path).__name__}")
         path = Path(path)
-        if not path.is_file():
-            raise MemoryFileError(f"{path} is a folder" if path.is_dir() else f"no such memory file: {path}")
         try:
             raw = path.read_bytes()
+        except FileNotFoundError:
+            raise MemoryFileError(f"no such memory file: {path}") from None
+        except IsADirectoryError:
+            raise MemoryFileError(f"{path} is a folder") from None
         except OSError as error:
             raise MemoryFileError(f"{path} cannot be read: {reason_of(error)}") from error
         return cls.from_bytes(raw, str(path))
@@ -127,15 +131,15 @@ class Memory:
             tensors, header = _read(raw)
             if header.get("format") not in (FORMAT, INT8_FORMAT):
                 raise MemoryFileError(f"{name} is a safetensors file, but not a memory made by `gmsa compress`")
-            if _sha256(tensors) != header["sha256"]:
+            check = header.pop("check", None)  # older versions wrote none
+            if _sha256(tensors) != header["sha256"] or check not in (None, _check(header)):
                 raise ValueError("its SHA-256 differs from the one recorded")
             if header["format"] == INT8_FORMAT:
                 soft_tokens = from_rows(_rows_of(tensors, "int8"), "int8")
             else:
                 soft_tokens = tensors["soft_tokens"]
-            counts = int(header["merge_size"]), int(header["origin_tokens"])
-            return cls(soft_tokens, *counts, header["fingerprint"], int(header.get("refined", 0)))
-        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            return cls(soft_tokens, *_counts(header, soft_tokens), header["fingerprint"], int(header.get("refined", 0)))
+        except UNREADABLE as error:
             raise MemoryFileError(f"{name} is damaged or not a memory: compress the text anew ({error})") from error
 
 
@@ -192,12 +196,9 @@ def decode(raw: bytes) -> tuple[Tensor, dict[str, str]]:
         if _check(header) != check or _sha256(tensors) != header["sha256"]:
             raise ValueError("its SHA-256 differs from the one recorded")
         rows = _rows_of(tensors, form)
-        merge_size, origin_tokens = int(header["merge_size"]), int(header["origin_tokens"])
+        _counts(header, rows)
         header["refined"] = str(int(header.get("refined", 0)))  # what older versions wrote has none
-        if not (1 <= merge_size < 2**53 and 1 <= len(rows) <= origin_tokens < 2**53):
-            raise ValueError(f"{len(rows)} soft tokens cannot stand for {origin_tokens} tokens at {merge_size}x")
-    # Anything can be in the header of a file from elsewhere: no JSON object, no texts, nested without end.
-    except (safetensors.SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise MemoryFileError(f"not a stored memory: {error}") from error
     return rows, header
 
@@ -206,6 +207,14 @@ def _read(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a safetensors file; SafetensorError where it is none."""
     tensors = load(raw)
     return tensors, json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}
+
+
+def _counts(header: dict[str, str], rows: Tensor) -> tuple[int, int]:
+    """Merge size and origin tokens by a header; ValueError where that many soft tokens cannot stand for them."""
+    merge_size, origin_tokens = int(header["merge_size"]), int(header["origin_tokens"])
+    if not (1 <= merge_size < 2**53 and 1 <= len(rows) <= origin_tokens < 2**53):
+        raise ValueError(f"{len(rows)} soft tokens cannot stand for {origin_tokens} tokens at {merge_size}x")
+    return merge_size, origin_tokens
 
 
 def _rows_of(tensors: dict[str, Tensor], form: str) -> Tensor:

@@ -108,7 +108,9 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
 
 def check_merge_size(value: int) -> int:
     """Return `value` as a merge size, or raise ConfigError saying what one is."""
-    return check_whole("merge_size", value)
+    if (size := check_whole("merge_size", value)) >= 2**53:
+        raise ConfigError(f"merge_size must be below 2^53, got {value!r}")
+    return size
 
 
 # -- what the paper compares with --------------------------------------------------------------------------------------

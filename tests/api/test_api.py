@@ -282,7 +282,10 @@ def test_a_path_is_taken_where_a_memory_is(gmsa: GMSA, tmp_path: Path) -> None:
     assert gmsa.answer("Who?", [path], max_new_tokens=5) == answer
     assert gmsa.answer(["Who?"], [[path]], max_new_tokens=5) == [answer]
     assert gmsa.read(["Who?"], [[path]], max_new_tokens=5) == [answer]
-    assert gmsa.answer("Who?", gmsa.prefill(path), max_new_tokens=5) == answer
+    prefix = gmsa.prefill(path)
+    path.unlink()  # it has been read
+    assert gmsa.answer("Who?", prefix, max_new_tokens=5) == answer
+    memory.save(path)
     assert gmsa.restore(str(path)) == gmsa.restore(path) == gmsa.restore(memory)
     assert gmsa.restore([path, memory]) == [gmsa.restore(memory)] * 2
     assert gmsa.restore_checked(path) == gmsa.restore_checked(memory)

@@ -11,6 +11,8 @@ import pytest
 
 from gmsa import GMSA
 from gmsa.cli import main as cli
+from gmsa.cli.serve import key_of
+from gmsa.errors import ConfigError
 
 TEXT = "The mill was built in 1731 by two brothers. It stands by the river still."
 
@@ -192,3 +194,17 @@ def test_the_default_backbone_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (folder / "config.json").write_text(json.dumps(config))
     error = fails(capsys, "ask", "Who?", "--context", text_file, "--model", str(folder))
     assert "run `gmsa pull`" in error
+
+
+@pytest.mark.parametrize("command", [["restore"], ["info"], ["data", "check"], ["store", "ls", "--store"]])
+def test_a_name_that_no_file_can_have_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command, "x" * 300]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("gmsa: ")
+    assert "too long" in said
+    assert said.count("\n") == 1
+
+
+def test_an_empty_key_is_no_open_door() -> None:
+    with pytest.raises(ConfigError, match="not empty"):
+        key_of("", None, "NO_SUCH_VARIABLE")

@@ -545,3 +545,11 @@ def test_sizes_and_missing_packages(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert cli.main(["compress-corpus", str(corpus), "out"]) == 1
     assert capsys.readouterr().err == "gmsa: corpora need more packages (pyarrow): pip install 'gmsa[corpus]'\n"
+
+
+def test_what_is_read_is_not_written_into(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n')
+    with pytest.raises(CorpusError, match="holds what is read: name another folder"):
+        compress_corpus([str(path)], str(tmp_path), model=model)
+    assert list(tmp_path.iterdir()) == [path]

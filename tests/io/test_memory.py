@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from gmsa import Memory
 from gmsa.errors import MemoryFileError
@@ -83,3 +85,37 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 def test_saving_into_a_missing_folder_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(MemoryFileError, match="cannot write"):
         make().save(tmp_path / "nowhere" / "m.safetensors")
+
+
+def test_a_flipped_bit_of_the_header_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    make().save(path)
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    for at in range(8, end):
+        damaged = bytearray(raw)
+        damaged[at] ^= 1
+        try:
+            again = Memory.from_bytes(bytes(damaged))
+        except MemoryFileError:
+            continue
+        assert (again.merge_size, again.origin_tokens, again.fingerprint, again.refined) == (4, 18, "abc", 0)
+
+
+@pytest.mark.parametrize("fields", [{"merge_size": "0"}, {"merge_size": "-3"}, {"origin_tokens": "0"}])
+def test_counts_that_cannot_be_are_refused(tmp_path: Path, fields: dict[str, str]) -> None:
+    path = tmp_path / "m.safetensors"
+    make().save(path)
+    with safe_open(path, "pt") as file:
+        header, tensors = dict(file.metadata()), {"soft_tokens": file.get_tensor("soft_tokens")}
+    del header["check"]  # as older versions wrote them
+    save_file(tensors, path, metadata=header)
+    assert Memory.load(path).origin_tokens == 18
+    save_file(tensors, path, metadata={**header, **fields})
+    with pytest.raises(MemoryFileError, match="cannot stand for"):
+        Memory.load(path)
+
+
+def test_a_path_that_cannot_be_looked_at_is_an_error_in_a_line() -> None:
+    with pytest.raises(MemoryFileError, match="cannot be read"):
+        Memory.load("x" * 300)

@@ -709,6 +709,17 @@ def test_export_and_import(tmp_path: Path, store: MemoryStore) -> None:
         assert [(m.name, m.mode) for m in tar] == [(f"memories/{entries[2].id}.safetensors", 0o600)]
 
 
+def test_export_does_not_write_over_the_store(tmp_path: Path) -> None:
+    path = tmp_path / "st.sqlite"
+    with MemoryStore(path) as store:
+        entry = store.put("t", make("t"))
+        (tmp_path / "link").symlink_to(path)
+        for own in (path, tmp_path / "link", f"{path}-wal"):
+            with pytest.raises(InputError, match="belongs to the store itself"):
+                store.export([entry.id], own)
+        assert store.load(entry.id) is not None
+
+
 def test_export_leaves_out_what_is_damaged(tmp_path: Path, store: MemoryStore) -> None:
     a, b = store.put("a", make("a")), store.put("b", make("b"))
     HARMS["flip -1"](store, a.id)
