@@ -66,6 +66,7 @@ def test_what_is_sent(gmsa: GMSA, remote: RemoteDecoder, server: FakeVllm) -> No
     assert body["stop_token_ids"] == sorted(gmsa.ends)
     assert "prompt" not in body  # vLLM would answer it as a second prompt
     sent = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+    assert remote.template.tokenizer not in (gmsa.tokenizer, gmsa.encoder_tokenizer)  # others use them meanwhile
     prompt = gmsa.template(QUESTION)
     table = gmsa.model.get_input_embeddings().weight
     assert torch.equal(sent, torch.cat([table[prompt.before], memory.soft_tokens, table[prompt.after]]))
