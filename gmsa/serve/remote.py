@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from gmsa.api import GMSA, Content
+from gmsa.api import GMSA, Content, PrefixCache
 from gmsa.decode.prompt import SYSTEM, PromptTemplate, Turn
 from gmsa.errors import ContextTooLongError, GmsaError, MemoryMismatchError, RemoteDecoderError
 from gmsa.io.export import decoder_fingerprint
@@ -238,8 +238,9 @@ class RemoteDecoder:
         self, question: str, memories: Content | Sequence[Content], max_new_tokens: int, sampling: dict[str, Any]
     ) -> tuple[bytes, str]:
         """The request that asks a question, and the route it goes to."""
-        contents = [memories] if isinstance(memories, str | Memory | Tensor | os.PathLike) else list(memories)
-        contents = [Memory.load(one) if isinstance(one, os.PathLike) else one for one in contents]
+        contents: Any = [memories] if isinstance(memories, Memory | Tensor | os.PathLike) else memories
+        if not isinstance(contents, str | PrefixCache):  # which are refused
+            contents = [Memory.load(one) if isinstance(one, os.PathLike) else one for one in contents]
         embeds = self.gmsa.prompt_embeddings(question, contents)
         self._check_room(len(embeds), max_new_tokens)  # the server has been asked now what it takes
         if not self.chats:

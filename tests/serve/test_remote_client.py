@@ -173,6 +173,14 @@ def test_what_cannot_be_asked_is_not_sent(gmsa: GMSA, remote: RemoteDecoder, ser
     assert server.seen == []
 
 
+def test_contents_are_taken_as_by_the_model_itself(gmsa: GMSA, remote: RemoteDecoder, tmp_path: Path) -> None:
+    memory, path = gmsa.compress(TEXTS[0], 2), tmp_path / "m.safetensors"
+    memory.save(path)
+    expected = remote.answer(QUESTION, [memory], max_new_tokens=5)
+    for contents in (memory, path, [path], iter([memory])):
+        assert remote.answer(QUESTION, contents, max_new_tokens=5) == expected  # type: ignore[arg-type]
+
+
 def test_a_decoder_of_another_compressor_is_refused(gmsa: GMSA, folders: tuple[Path, Path], tmp_path: Path) -> None:
     note = json.loads((folders[0] / "gmsa.json").read_text())
     (tmp_path / "gmsa.json").write_text(json.dumps({**note, "compressor": "0" * 16}))
