@@ -19,6 +19,7 @@ os.environ.update(
     }
 )
 
+import torch.distributed
 from accelerate.state import AcceleratorState, DistributedType
 from torch.distributed.fsdp import FSDPModule
 
@@ -51,4 +52,6 @@ def check_sharded(self: GmsaTrainer, model: Any, *args: Any, **kwargs: Any) -> A
 
 GmsaTrainer.compute_loss = check_sharded
 
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+assert not torch.distributed.is_initialized()  # else the process may abort as it ends
+sys.exit(code)

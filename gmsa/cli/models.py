@@ -71,6 +71,7 @@ def train(options: argparse.Namespace) -> None:
     began = time.monotonic()  # before torch is loaded
     with packages("training needs", "train"):
         from gmsa.train.plan import plan
+        from gmsa.train.trainer import leave_group
         from gmsa.train.trainer import train as run
     from gmsa.train.recipe import Recipe
 
@@ -80,6 +81,7 @@ def train(options: argparse.Namespace) -> None:
         print(plan(recipe))
         return
     folder = run(recipe, resume=options.resume, overwrite=options.overwrite, began=began)
+    leave_group()
     if os.environ.get("RANK", "0") == "0":  # several processes may share the work
         print(folder)
 

@@ -336,6 +336,16 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, began: 
     return final
 
 
+def leave_group() -> None:
+    """End what joins the processes of a run; nothing where there is one process.
+
+    Else the group's threads may still hold tensors when Python ends, and now and then such a process aborts.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a process that writes the model may be late
+        torch.distributed.destroy_process_group()
+
+
 def _start_in(output: Path, recipe: Recipe, resume: bool, overwrite: bool, main: bool) -> Path | None:
     """Make a run's folder ready; the checkpoint to resume from, if any."""
     try:
