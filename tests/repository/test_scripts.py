@@ -215,3 +215,39 @@ def test_the_speed_of_a_run_is_read_off_its_log() -> None:
     assert "SPEED 2,000 context tokens/s, 400 ms a step" in told
     assert "2.0 GiB; loss 1.500 -> 1.000; steps without a finite gradient: 1" in told
     assert speed([]) == "no step was logged: too little time"
+
+
+def test_the_tables_of_results_are_those_of_the_files() -> None:
+    script = runpy.run_path(str(SCRIPTS / "maintain" / "results_tables.py"))
+    for path in script["PAGES"]:
+        page = path.read_text()
+        assert "<!-- results: " in page
+        assert script["rendered"](page) == page, f"{path.name}: run scripts/maintain/results_tables.py"
+    page = (SCRIPTS.parent / "docs" / "results.md").read_text()
+    assert script["rendered"](page.replace("| gmsa, 4x | ", "| gmsa, 4x | 9")) == page  # what it would not leave
+
+
+def test_all_results_are_of_the_model_that_the_card_describes() -> None:
+    card = (SCRIPTS.parent / "docs" / "model-card.md").read_text()
+    script = runpy.run_path(str(SCRIPTS / "maintain" / "results_tables.py"))
+    for name in script["FILES"]:
+        for path in (SCRIPTS.parent / "docs" / "results").glob(f"{name}.json"):
+            made_by = json.loads(path.read_text())["meta"]["model_fingerprint"]
+            assert f"compressor `{made_by}`" in card, path.name
+
+
+def test_results_are_brought_without_the_names_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(SCRIPTS / "maintain" / "results_tables.py"))
+    out, root = tmp_path / "out", tmp_path / "root"
+    for name in ("qa-squad", "summ", "report"):
+        (out / name).mkdir(parents=True)
+        command = f"gmsa eval qa --data /home/me/data/{name}.jsonl.gz --limit 5 -o {out}/{name}"
+        (out / name / "results.json").write_text(json.dumps({"meta": {"command": command}, "rows": []}))
+    (root / "docs" / "results").mkdir(parents=True)
+    monkeypatch.setitem(script["take"].__globals__, "ROOT", root)
+    script["take"](out)
+    found = {path.name: json.loads(path.read_text())["meta"]["command"] for path in (root / "docs/results").iterdir()}
+    assert found == {
+        f"{name}.json": f"gmsa eval qa --data $DATA/{name}.jsonl.gz --limit 5 -o results/{name}"
+        for name in ("qa-squad", "summ")
+    }
