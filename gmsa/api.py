@@ -345,8 +345,8 @@ class GMSA:
         """Memories to answer one question from: of the sentences that fit it best, in as many soft tokens.
 
         Merged by FOR_A_QUESTION little is lost, so that as many sentences stay as then make ceil(L / merge_size) soft
-        tokens of the L tokens of all texts; fewer where `rank` finds nothing in the others. Where it finds nothing in
-        any, all of them stay.
+        tokens of the L tokens of all texts; fewer where `rank` finds nothing in the others. If these fit as they are,
+        they are merged by 1, which loses least. Where `rank` finds nothing in any, all of them stay.
 
         Args:
             question: what the memories are for.
@@ -399,6 +399,8 @@ class GMSA:
                 room = max(size, room - size * over)  # windows, and sentences that are joined, may take a few more
             if not any(stays):  # the first token of the best sentence is no character
                 stays, size = list(texts), merge_size
+            elif sum(self._soft_tokens(one, 1) for one in stays) <= budget:
+                size = 1  # room to spare: names and numbers keep their spelling
         self.timings = Timings(compress=time.perf_counter() - started)
         return stays, size
 

@@ -142,8 +142,8 @@ def answer(
     if maker.recipe.choose and rng.random() < maker.recipe.choose["share"]:
         chosen = _choose(maker, _strewn(texts, others, rng), turns, sizes[0])
         if chosen:
-            texts, turns = chosen
-            others, sizes = (), (FOR_A_QUESTION,)
+            texts, turns, merge_size = chosen
+            others, sizes = (), (merge_size,)
     room, truncated = maker.recipe.max_context, False
     documents: list[Document] = []  # the row's own first: others have what room they leave
     for place, text in enumerate([*texts, *others]):
@@ -177,20 +177,20 @@ def _conversation(
 
 def _choose(
     maker: Maker, texts: Sequence[str], turns: Sequence[tuple[str, Any]], merge_size: int
-) -> tuple[list[str], list[tuple[str, Any]]] | None:
-    """What stays of texts for the first question, and the questions whose answers stand in it.
+) -> tuple[list[str], list[tuple[str, Any]], int] | None:
+    """What stays of texts for the first question, the questions whose answers stand in it, and by what it is merged.
 
     None: nothing is left out at this merge size, or the first answer is not in what stays, which would teach guessing.
     """
     documents = ranked(texts, turns[0][0], bm25) if merge_size > FOR_A_QUESTION else []
     if not any(score > 0 for _, scores in documents for score in scores):
         return None
-    tokens = sum(len(maker.tokenise(text)) for text in texts)
-    room = FOR_A_QUESTION * math.ceil(tokens / merge_size)
-    stays = [text for text in kept(documents, room, maker.tokenizer) if text]
+    budget = math.ceil(sum(len(maker.tokenise(text)) for text in texts) / merge_size)
+    stays = [text for text in kept(documents, FOR_A_QUESTION * budget, maker.tokenizer) if text]
+    size = 1 if sum(len(maker.tokenise(text)) for text in stays) <= budget else FOR_A_QUESTION
     said = f" {' '.join(words_of(' '.join(stays)))} "
     found = [f" {' '.join(words_of(_first(answers)))} " in said for _, answers in turns]
-    return (stays, list(itertools.compress(turns, found))) if found[0] else None
+    return (stays, list(itertools.compress(turns, found)), size) if found[0] else None
 
 
 def _partly_text(maker: Maker, documents: Sequence[Document], part: float, rng: random.Random) -> list[Piece]:

@@ -49,9 +49,10 @@ def test_memories_for_a_question_are_of_the_sentences_that_fit_it(gmsa: GMSA) ->
     text = "The mill was built in 1731. " + "Larks sing over fields of rye. " * 8 + "The mill burnt down."
     memory = gmsa.compress_for("When was the mill built?", text, 2**10)
     assert len(memory) == 1  # however little there is room for
-    memory = gmsa.compress_for("When was the mill built?", text, 3, rank=bm25)
+    memory = gmsa.compress_for("When was the mill built?", text, 4, rank=bm25)
     kept = "The mill was built in 1731. Larks sing over fields of rye. The mill burnt down."  # a lark as its neighbour
-    assert gmsa.choose_for("When was the mill built?", [text], 3, bm25) == ([kept], 2)
+    assert gmsa.choose_for("When was the mill built?", [text], 4, bm25) == ([kept], 2)
+    assert gmsa.choose_for("When was the mill built?", [text], 3, bm25) == ([kept], 1)  # it fits as it is
     assert (memory.merge_size, memory.origin_tokens) == (2, len(kept))
     torch.testing.assert_close(memory.soft_tokens, gmsa.compress(kept, 2).soft_tokens)
     texts = [text, "Rooks do not sing.", "So does the mill."]

@@ -655,16 +655,17 @@ def chosen_of(*turns: tuple[str, Any], sizes: Sequence[int] = (4,), **fields: An
     return examples_of(batches_of(source, **fields))
 
 
+@pytest.mark.parametrize(("merge_size", "merged_by"), [(4, 2), (3, 1)])
 def test_a_question_may_read_what_fits_it_as_when_it_is_asked(
-    tiny_model: Callable[..., GmsaModel], tiny_backbone: Callable[..., Backbone]
+    merge_size: int, merged_by: int, tiny_model: Callable[..., GmsaModel], tiny_backbone: Callable[..., Backbone]
 ) -> None:
     question = "When was the mill built?"
     gmsa = GMSA(tiny_model("llama", window_size=None), tiny_backbone("llama"))  # a token is a byte there, too
-    stays, size = gmsa.choose_for(question, DOCUMENTS, 4, bm25)
-    assert (len(stays), stays[1], size) == (2, "", 2)
-    for example in chosen_of((question, ["1731", "in 1731"])):
+    stays, size = gmsa.choose_for(question, DOCUMENTS, merge_size, bm25)
+    assert (len(stays), stays[1], size) == (2, "", merged_by)
+    for example in chosen_of((question, ["1731", "in 1731"]), sizes=[merge_size]):
         assert letters_of(example) == [stays[0]]
-        assert example.merge_size == 2
+        assert example.merge_size == merged_by
         assert TOKENIZER.decode(example.prompt[-1]).startswith(f"\n{question}")
         assert TOKENIZER.decode(example.target) == "1731<|im_end|>"
     # As much as there is where nothing is left out when it is asked.

@@ -93,7 +93,7 @@ class ChosenSentences(SentenceMethod):
 
 
 class _SoftSentences(Method):
-    """Soft tokens of chosen sentences, twice as many as fit as text (`GMSA.compress_for`)."""
+    """Soft tokens of chosen sentences, up to twice as many as fit as text (`GMSA.compress_for`)."""
 
     rank: Rank
 
