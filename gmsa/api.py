@@ -46,14 +46,16 @@ from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.merging import check_merge_size
 from gmsa.model.windows import Window, batch_windows, cut_windows, make_windows, split_windows
 from gmsa.refine import Refiner
-from gmsa.sentences import FOR_A_QUESTION, Rank, bm25, kept, ranked, together, with_neighbours
+from gmsa.sentences import FOR_A_QUESTION, Rank, bm25, kept, ranked, shared_words, take, together, with_neighbours
 from gmsa.text import Control, check_text, encode, token_pieces
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
 BUNDLED = Path(__file__).parent / "models" / DEFAULT_MODEL
 LOOK_SIZE = 8  # merge size of a memory that is looked at to choose sentences, ...
-LOOK_TOKENS = 2048  # ... which has no more soft tokens than this
+LOOK_TOKENS = (
+    1024  # ... which is of no more tokens than this: in more the decoder looks at much that is beside the point
+)
 PREFILL_TOKENS = 4096  # of prompts, read together
 KEPT_PREFIXES = 1 << 30  # bytes of what questions have in common
 # What errors say is taken.
@@ -407,9 +409,10 @@ class GMSA:
     def rank(self, sentences: list[str], question: str, batch_size: int = 8) -> list[float]:
         """How well each sentence of some texts fits a question: by its words, and by what the decoder attends to.
 
-        The decoder reads a memory of all of them (8x, of long texts less), and what it attends to before it would write
-        the first word of an answer counts beside the words (`gmsa.sentences.together`). Words alone count (`bm25`)
-        where that cannot be seen: there is no decoder, it has too few positions, or attention of a kind of its own.
+        The decoder reads an 8x memory of them, of long texts of those whose words fit best, and what it attends to
+        before it would write the first word of an answer counts beside the words (`gmsa.sentences.together`). Words
+        alone count (`bm25`) where that cannot be seen: there is no decoder, it has too few positions, or attention of
+        a kind of its own.
 
         Args:
             sentences: of all texts in order, with the white space after each.
@@ -423,12 +426,15 @@ class GMSA:
         return words if attended is None else together(words, with_neighbours(sentences, attended))
 
     def _attended(self, sentences: list[str], question: str, batch_size: int) -> list[float] | None:
-        """How much the decoder attends to each sentence of a memory of all; None: that cannot be seen."""
-        text, body = "".join(sentences), body_of(self.model.decoder)
-        if not text.strip() or self.config.entry_layer or not len(layers_of(body)):
+        """How much the decoder attends to each sentence in a memory of LOOK_TOKENS; None: that cannot be seen."""
+        body = body_of(self.model.decoder)
+        if self.config.entry_layer or not len(layers_of(body)):
             return None
-        merge_size = max(LOOK_SIZE, math.ceil(self.count(text) / LOOK_TOKENS))
-        memory = self.compress(text, merge_size, batch_size=batch_size)
+        looked_at = self._looked_at(sentences, question)
+        text = "".join(looked_at.values())
+        if not text.strip():
+            return None
+        memory = self.compress(text, LOOK_SIZE, batch_size=batch_size)
         pieces = self._frame(question).around(*self._pieces([memory]))
         try:
             self._check_length(pieces, 0)
@@ -439,8 +445,18 @@ class GMSA:
         if found is None:
             return None
         tokens = torch.cat([window.tokens_of_each for window in self.windows(memory)])
-        counts = [len(encode(self.encoder_tokenizer, sentence)) for sentence in sentences]
-        return share_out(found[soft].cpu(), tokens, counts)
+        counts = [len(encode(self.encoder_tokenizer, sentence)) for sentence in looked_at.values()]
+        shares = dict(zip(looked_at, share_out(found[soft].cpu(), tokens, counts), strict=True))
+        return [shares.get(place, 0.0) for place in range(len(sentences))]
+
+    def _looked_at(self, sentences: list[str], question: str) -> dict[int, str]:
+        """The sentences that are looked at, by their places, in order: all, or those whose words fit best."""
+        if sum(len(encode(self.encoder_tokenizer, sentence)) for sentence in sentences) <= LOOK_TOKENS:
+            return dict(enumerate(sentences))
+        scores = shared_words(sentences, question)
+        places = [place for place, score in enumerate(scores) if score > 0]
+        best = [sentences[place] for place in places], [scores[place] for place in places]
+        return {places[i]: part for i, part in sorted(take(*best, LOOK_TOKENS, self.encoder_tokenizer).items())}
 
     def count(self, text: str) -> int:
         """How many tokens of a text there are to compress."""

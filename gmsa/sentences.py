@@ -41,10 +41,17 @@ def words_of(text: str) -> list[str]:
 
 
 def bm25(sentences: list[str], question: str) -> list[float]:
-    """How well each sentence fits a question by its words, without English stop words; 0 where it shares none.
+    """How well each sentence fits a question by its words (`shared_words`); 0 where that is little.
 
-    Document frequencies are those of these sentences. Neighbours have a share (`with_neighbours`). What has no more
-    than LEAST of the best score has 0: it would distract.
+    What has no more than LEAST of the best score has 0: it would distract.
+    """
+    return _without_least(shared_words(sentences, question), LEAST)
+
+
+def shared_words(sentences: list[str], question: str) -> list[float]:
+    """BM25 of each sentence for a question, without English stop words; 0 where it shares no word.
+
+    Document frequencies are those of these sentences. Neighbours have a share (`with_neighbours`).
     """
     import bm25s
     from bm25s.stopwords import STOPWORDS_EN_PLUS
@@ -56,7 +63,7 @@ def bm25(sentences: list[str], question: str) -> list[float]:
         return [0.0] * len(sentences)
     index = bm25s.BM25()
     index.index([words_of(sentence) or [""] for sentence in sentences], show_progress=False)
-    return _without_least(with_neighbours(sentences, index.get_scores(query).tolist()), LEAST)
+    return with_neighbours(sentences, index.get_scores(query).tolist())
 
 
 def with_neighbours(sentences: Sequence[str], scores: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gmsa import GMSA
+from gmsa.api import LOOK_TOKENS
 from gmsa.attention import last_attention, share_out
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
@@ -80,16 +81,43 @@ def test_words_alone_count_where_attention_cannot_be_seen(
     gmsa: GMSA, tiny_model: Callable[..., GmsaModel], tiny_backbone: Callable[..., Backbone]
 ) -> None:
     words = bm25(SENTENCES, QUESTION)
-    long = ["A mill. " * 600]  # 600 soft tokens, and the decoder has 512 positions
-    assert gmsa.rank(long, QUESTION) == bm25(long, QUESTION)
+    long = ["Larks sing. "] * 200  # more than is looked at, and of none of it do the words say that it fits
+    assert gmsa.rank(long, QUESTION) == bm25(long, QUESTION) == [0.0] * 200
     assert gmsa.rank([], QUESTION) == []
     gmsa.model.decoder.set_attn_implementation("eager")
     assert gmsa.rank(SENTENCES, QUESTION) == words
     entering = GMSA(tiny_model("llama", entry_layer=2, lsa="none", encoder_sink=False), tiny_backbone("llama"))
     assert entering.rank(SENTENCES, QUESTION) == words
+    short = GMSA(tiny_model("llama"), tiny_backbone("llama"))
+    short.model.decoder.config.max_position_embeddings = 8
+    assert short.rank(SENTENCES, QUESTION) == words
     gmsa.drop_decoder()
     assert gmsa.rank(SENTENCES, QUESTION) == words
     assert gmsa.compress_for(QUESTION, "".join(SENTENCES), 8).merge_size == 2
+
+
+def test_of_a_long_text_the_sentences_whose_words_fit_best_are_looked_at(
+    gmsa: GMSA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentences = ["Larks sing. "] * 90 + ["The mill was sold. "] * 90 + ["Larks sing. "] * 90 + ["The mill was built. "]
+    compressed: list[str] = []
+    real = gmsa.compress
+
+    def compress(text: str, *args: Any, **options: Any) -> Any:
+        compressed.append(text)
+        return real(text, *args, **options)
+
+    monkeypatch.setattr(gmsa, "compress", compress)
+    ranks = gmsa.rank(sentences, QUESTION)
+    (text,) = compressed
+    assert len(text) <= LOOK_TOKENS  # a token is a byte
+    assert text.startswith("The mill was sold. ")
+    assert text.endswith("The mill was built. ")  # the best by its words, wherever it stands
+    words = bm25(sentences, QUESTION)
+    places = [place for place, score in enumerate(words) if score > 0]
+    assert all(ranks[place] == 0 for place in range(80))  # neither words nor attention
+    assert [place for place, score in enumerate(ranks) if score > 0] != places  # attention counts
+    assert all(rank >= 0 for rank in ranks)
 
 
 def test_two_ways_of_ranking_are_added_and_little_of_both_is_nothing() -> None:
