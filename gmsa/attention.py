@@ -2,7 +2,8 @@
 
 The last token of a prompt attends to where the answer stands even where a memory holds too little to read it from: at
 8x it finds the right sentences far more often than the decoder writes the right answer (docs/training-log.md). So a
-memory made cheaply, of everything or of what the words say fits, says which sentences are worth more soft tokens (`GMSA.compress_for`).
+memory made cheaply, of everything or of what fits by its words, says which sentences are worth more soft tokens
+(`GMSA.compress_for`).
 """
 
 from collections.abc import Callable, Sequence
