@@ -46,7 +46,18 @@ from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.merging import check_merge_size
 from gmsa.model.windows import Window, batch_windows, cut_windows, make_windows, split_windows
 from gmsa.refine import Refiner
-from gmsa.sentences import FOR_A_QUESTION, Rank, bm25, kept, ranked, shared_words, take, together, with_neighbours
+from gmsa.sentences import (
+    FOR_A_QUESTION,
+    LEAST,
+    Rank,
+    kept,
+    ranked,
+    shared_words,
+    take,
+    together,
+    with_neighbours,
+    without_least,
+)
 from gmsa.text import Control, check_text, encode, token_pieces
 
 DEFAULT_MODEL = "default"
@@ -422,15 +433,18 @@ class GMSA:
         Returns:
             Of each, higher is better; 0: it does not fit, or far less than the best one.
         """
-        words, attended = bm25(sentences, question), self._attended(sentences, question, batch_size)
+        shared = shared_words(sentences, question)
+        words, attended = without_least(shared, LEAST), self._attended(sentences, shared, question, batch_size)
         return words if attended is None else together(words, with_neighbours(sentences, attended))
 
-    def _attended(self, sentences: list[str], question: str, batch_size: int) -> list[float] | None:
+    def _attended(
+        self, sentences: list[str], shared: list[float], question: str, batch_size: int
+    ) -> list[float] | None:
         """How much the decoder attends to each sentence in a memory of LOOK_TOKENS; None: that cannot be seen."""
         body = body_of(self.model.decoder)
         if self.config.entry_layer or not len(layers_of(body)):
             return None
-        looked_at = self._looked_at(sentences, question)
+        looked_at = self._looked_at(sentences, shared)
         text = "".join(looked_at.values())
         if not text.strip():
             return None
@@ -449,13 +463,12 @@ class GMSA:
         shares = dict(zip(looked_at, share_out(found[soft].cpu(), tokens, counts), strict=True))
         return [shares.get(place, 0.0) for place in range(len(sentences))]
 
-    def _looked_at(self, sentences: list[str], question: str) -> dict[int, str]:
+    def _looked_at(self, sentences: list[str], shared: list[float]) -> dict[int, str]:
         """The sentences that are looked at, by their places, in order: all, or those whose words fit best."""
         if sum(len(encode(self.encoder_tokenizer, sentence)) for sentence in sentences) <= LOOK_TOKENS:
             return dict(enumerate(sentences))
-        scores = shared_words(sentences, question)
-        places = [place for place, score in enumerate(scores) if score > 0]
-        best = [sentences[place] for place in places], [scores[place] for place in places]
+        places = [place for place, score in enumerate(shared) if score > 0]
+        best = [sentences[place] for place in places], [shared[place] for place in places]
         return {places[i]: part for i, part in sorted(take(*best, LOOK_TOKENS, self.encoder_tokenizer).items())}
 
     def count(self, text: str) -> int:

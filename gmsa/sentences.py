@@ -45,7 +45,7 @@ def bm25(sentences: list[str], question: str) -> list[float]:
 
     What has no more than LEAST of the best score has 0: it would distract.
     """
-    return _without_least(shared_words(sentences, question), LEAST)
+    return without_least(shared_words(sentences, question), LEAST)
 
 
 def shared_words(sentences: list[str], question: str) -> list[float]:
@@ -85,10 +85,10 @@ def together(words: Sequence[float], attention: Sequence[float]) -> list[float]:
     """
     most, whole = max(words, default=0.0) or 1.0, sum(attention) or 1.0
     scores = [word / most + ATTENTION * share / whole for word, share in zip(words, attention, strict=True)]
-    return _without_least(scores, LEAST_OF_BOTH)
+    return without_least(scores, LEAST_OF_BOTH)
 
 
-def _without_least(scores: list[float], share: float) -> list[float]:
+def without_least(scores: list[float], share: float) -> list[float]:
     """Scores, 0 in place of those that have no more than a share of the best one."""
     best = max(scores, default=0.0)
     return [score if score > share * best else 0.0 for score in scores]
