@@ -64,9 +64,7 @@ DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
 BUNDLED = Path(__file__).parent / "models" / DEFAULT_MODEL
 LOOK_SIZE = 8  # merge size of a memory that is looked at to choose sentences, ...
-LOOK_TOKENS = (
-    1024  # ... which is of no more tokens than this: in more the decoder looks at much that is beside the point
-)
+LOOK_TOKENS = 1024  # ... which is of no more tokens than this: among more the decoder looks at much that distracts it
 PREFILL_TOKENS = 4096  # of prompts, read together
 KEPT_PREFIXES = 1 << 30  # bytes of what questions have in common
 # What errors say is taken.

@@ -6,6 +6,7 @@ A table below a line `<!-- results: NAME -->` gets its rows from the function NA
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -36,6 +37,7 @@ Row = dict[str, Any]
 Key = tuple[str, str, int | None, int | None]
 
 
+@functools.cache
 def load_rows() -> dict[Key, Row]:
     """All measured rows by data set, method, merge size and length."""
     rows: dict[Key, Row] = {}
@@ -57,14 +59,11 @@ def take(folder: Path) -> None:
         (ROOT / "docs/results" / f"{path.parent.name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-ROWS: dict[Key, Row] = {}
-
-
 def qa(name: str, method: str, merge_size: int | None) -> Row | None:
     """The row of a method on a set of questions; `method` read by the shipped decoder where it reads text."""
     for prefix in ("qa_dev", "long_dev"):
         for called in (method, f"{method}-trained"):
-            if row := ROWS.get((f"{prefix}_{name}.jsonl.gz", called, merge_size, None)):
+            if row := load_rows().get((f"{prefix}_{name}.jsonl.gz", called, merge_size, None)):
                 return row
     return None
 
@@ -72,7 +71,7 @@ def qa(name: str, method: str, merge_size: int | None) -> Row | None:
 def restored(method: str, merge_size: int, length: int) -> Row:
     """A row of restoration; that of 512 tokens is of joined texts."""
     data = "text_dev_long.jsonl" if length > 128 else "text_dev.jsonl.gz"
-    return ROWS[data, method, merge_size, length]
+    return load_rows()[data, method, merge_size, length]
 
 
 def share(value: float | None) -> str:
@@ -159,7 +158,7 @@ def ruler() -> Iterable[list[str]]:
     for task, label in TASKS.items():
         cells = []
         for method in methods:
-            found = [ROWS[task, method, 4, length]["metrics"]["string_match"] for length in (1024, 4096, 16384)]
+            found = [load_rows()[task, method, 4, length]["metrics"]["string_match"] for length in (1024, 4096, 16384)]
             cells.append(" / ".join(f"{value:.0f}" for value in found))
         yield [label, *cells]
 
@@ -212,7 +211,6 @@ def card() -> Iterable[list[str]]:
 
 def rendered(page: str) -> str:
     """A page with the tables as the files have them."""
-    ROWS.update(load_rows())
     tables: dict[str, Callable[[], Iterable[list[str]]]] = {
         made.__name__: made
         for made in (restoration, restoration_lengths, answers, rates, named, ruler, long_contexts, readme, card)
