@@ -131,9 +131,12 @@ class AnswerRun:
         return [self.cache.answers[key] for key in keys]
 
     def _batches(self, missing: dict[str, Question]) -> Iterator[list[str]]:
-        """Keys in batches of like context length: less padding. The longest first: too long a one fails at once."""
+        """Keys in batches of like context length: less padding. The longest first: too long a one fails at once.
+
+        Questions about the same documents stand together.
+        """
         lengths = {key: len(question.context) for key, question in missing.items()}
-        order = sorted(missing, key=lambda key: -lengths[key])
+        order = sorted(missing, key=lambda key: (-lengths[key], missing[key].documents))
         while order:
             read = max(1, lengths[order[0]] // (self.merge_size or 1))
             rows = max(1, min(self.batch_size, BATCH_CHARACTERS // read))
@@ -143,11 +146,15 @@ class AnswerRun:
     def _answer(self, questions: list[Question]) -> list[dict[str, Any]]:
         reader = self.method.reader
         started = time.perf_counter()
-        outputs = self.method.read(questions, self.merge_size or 1)
+        # What does not depend on the question is read once for all questions about it.
+        readings = [tuple(q.documents) if self.method.query_agnostic else i for i, q in enumerate(questions)]
+        distinct = dict(zip(readings, questions, strict=True))
+        found = dict(zip(distinct, self.method.read([*distinct.values()], self.merge_size or 1), strict=True))
+        outputs = [found[reading] for reading in readings]
         read = time.perf_counter()
         answers = self.method.answer(questions, outputs, self.max_new_tokens, len(questions))
         answered = time.perf_counter()
-        seconds = {"compress": (read - started) / len(questions), "answer": (answered - read) / len(questions)}
+        seconds = {"compress": (read - started) / len(distinct), "answer": (answered - read) / len(questions)}
         entries = []
         for question, output, answer in zip(questions, outputs, answers, strict=True):
             around = reader.template(question.prompt)

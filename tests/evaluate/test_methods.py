@@ -19,7 +19,7 @@ from gmsa.evaluate.methods import METHODS, RESTORE, kv_cache, load_methods, prov
 from gmsa.evaluate.methods import exit as exit_method
 from gmsa.evaluate.methods.base import Method, Models, Question, TextMethod
 from gmsa.evaluate.methods.sentences import Bm25Sentences
-from gmsa.evaluate.qa import choose, evaluate_qa
+from gmsa.evaluate.qa import AnswerRun, choose, evaluate_qa
 from gmsa.evaluate.results import AnswerCache
 from gmsa.io.loading import GmsaModel
 
@@ -104,6 +104,24 @@ def test_a_batch_answers_as_each_question_alone(load: Callable[[str], Method], n
     together = answers(QUESTIONS)
     assert together == [answers([question])[0] for question in QUESTIONS]
     assert answers(QUESTIONS[::-1]) == together[::-1]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_questions_about_one_text_are_answered_as_each_alone(
+    load: Callable[[str], Method], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = load(name)
+    questions = [Question(QUESTIONS[0].documents, prompt) for prompt in ("Who?", "What is it about?", "Where, then?")]
+
+    def answers(questions: list[Question]) -> list[str]:
+        run = AnswerRun(method, 2 if method.compresses else None, 6, 8, AnswerCache(None, pytest.fail))
+        return [entry["predicted"] for entry in run.answer(questions, lambda _: None)]
+
+    alone = [answers([question])[0] for question in questions]
+    read, reads = method.read, list[int]()
+    monkeypatch.setattr(method, "read", lambda part, size: reads.append(len(part)) or read(part, size))
+    assert answers(questions) == alone
+    assert reads == [1 if method.query_agnostic else 3]
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in RESTORE])

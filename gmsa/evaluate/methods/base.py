@@ -169,12 +169,14 @@ class Method(ABC):
     Attributes:
         name: on the command line and in results; the registry's.
         compresses: whether a merge size means anything to it.
+        query_agnostic: whether `read` looks at documents alone, so that one reading serves all questions about them.
         made_with: models and packages that its outputs depend on, beside the reader's weights.
         refine: steps by which memories are refined.
     """
 
     name: str
     compresses: ClassVar[bool] = True
+    query_agnostic: ClassVar[bool] = False
     made_with: str = ""
     refine: int = 0
 

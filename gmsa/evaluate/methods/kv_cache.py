@@ -31,7 +31,7 @@ from gmsa.evaluate.methods.base import Method, MethodOutput, MethodUnavailable, 
 from gmsa.model.backbone import body_of, cache_argument
 
 ROWS = 8  # prompts read in full at once
-QUERIES = 256  # whose attention is held at once
+QUERIES = 256
 REPEAT = "Repeat the previous context exactly."  # KVzip's prompt
 OBSERVED = "gmsa_observed_sdpa"
 Observer = Callable[[int, Tensor, Tensor, float], None]  # layer, queries (B, Hq, T, D), keys (B, H, T, D), scaling
@@ -190,9 +190,10 @@ def attention_to_context(query: Tensor, key: Tensor, scaling: float, span: tuple
     """
     start, end, stop = span
     queries = query[:, end:stop].unflatten(0, (len(key), -1))  # (H, Hq / H, Q, D)
-    products = (queries @ key[:, None, :stop].transpose(-1, -2)).float() * scaling  # (H, Hq / H, Q, stop)
-    later = torch.arange(stop, device=key.device)[None] > torch.arange(end, stop, device=key.device)[:, None]
-    return products.masked_fill(later, -math.inf).softmax(-1)[..., start:end]
+    products = (queries @ key[:, None, :stop].transpose(-1, -2)).float().mul_(scaling)  # (H, Hq / H, Q, stop)
+    later = torch.ones(stop - end, stop - end, dtype=torch.bool, device=key.device).triu(1)  # of the run's own tokens
+    products[..., end:].masked_fill_(later, -math.inf)
+    return products.softmax(-1)[..., start:end]
 
 
 def _take(states: Tensor, before: int, index: Tensor) -> Tensor:
@@ -219,6 +220,8 @@ class SnapKV(PrunedCacheMethod):
 class KVzip(PrunedCacheMethod):
     """Keeps what the decoder attends to most while it repeats the context; blind to the question."""
 
+    query_agnostic = True
+
     def frame(self, prompt: Frame, context: list[int]) -> Frame:
         repeat = self.reader.template(REPEAT)
         return Frame(repeat.before, torch.cat([repeat.after, torch.tensor(context, dtype=torch.long)]))
@@ -237,6 +240,8 @@ class KVzip(PrunedCacheMethod):
 
 class StreamingLLM(PrunedCacheMethod):
     """Keeps the first 4 tokens of the prompt and the last of the context; blind to the question."""
+
+    query_agnostic = True
 
     def choose(self, attention: Tensor, before: int, budget: int) -> Tensor:
         heads, length = attention.shape

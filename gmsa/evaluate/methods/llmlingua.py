@@ -68,6 +68,8 @@ def make_compressor(lm: GMSA) -> Any:
 class LLMLingua(TextMethod):
     """Does not look at the question."""
 
+    query_agnostic = True
+
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
         self.compressor = make_compressor(models.backbone)
@@ -89,6 +91,8 @@ class LLMLingua(TextMethod):
 class LongLLMLingua(LLMLingua):
     """Prefers documents and tokens that the question makes likelier, or that make the question likelier."""
 
+    query_agnostic = False
+
     def options(self, question: str) -> dict[str, Any]:
         """As its authors use it."""
         return {
@@ -105,6 +109,7 @@ class LongLLMLingua(LLMLingua):
 class LLMLingua2(TextMethod):
     """A token classifier keeps or drops each word (https://arxiv.org/abs/2403.12968); blind to the question."""
 
+    query_agnostic = True
     made_with = MODEL
 
     def __init__(self, models: Models, reader: GMSA) -> None:

@@ -22,6 +22,8 @@ class GmsaMethod(Method):
     Any checkpoint of this project reads so: the model under test, an ablation, or appended tokens (TCP-AE, ICAE).
     """
 
+    query_agnostic = True
+
     def read(self, questions: Sequence[Question], merge_size: int) -> list[MethodOutput]:
         documents = [document for question in questions for document in question.documents]
         memories = iter(self.reader.compress(documents, merge_size, refine=self.refine))
@@ -56,6 +58,8 @@ class ClosedBook(Method):
 class TruncateHead(TextMethod):
     """The beginning stays."""
 
+    query_agnostic = True
+
     def shorten(self, context: str, question: str, budget: int) -> str:
         return self.decode(self.encode(context)[:budget])
 
@@ -63,12 +67,16 @@ class TruncateHead(TextMethod):
 class TruncateTail(TextMethod):
     """The end stays."""
 
+    query_agnostic = True
+
     def shorten(self, context: str, question: str, budget: int) -> str:
         return self.decode(self.encode(context)[-budget:])
 
 
 class TruncateMiddle(TextMethod):
     """The middle goes and both ends stay, as in LongBench (https://arxiv.org/abs/2308.14508)."""
+
+    query_agnostic = True
 
     def shorten(self, context: str, question: str, budget: int) -> str:
         ids = self.encode(context)

@@ -23,6 +23,8 @@ ASKED = "Summarize the text above in a few words."
 class SemanticCompression(EmbeddingSentences):
     """The most central sentences of every topic."""
 
+    query_agnostic = True
+
     def rank(self, sentences: list[str], question: str) -> list[float]:
         """How early in its topic a sentence comes: topics take turns, large ones more of them."""
         scores = [0.0] * len(sentences)

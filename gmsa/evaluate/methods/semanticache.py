@@ -26,6 +26,8 @@ STEPS = 10  # bisections of the threshold
 class SemantiCache(CacheMethod):
     """Every token reads the mean of its cluster in place of its own key and value; blind to the question."""
 
+    query_agnostic = True
+
     def prune(self, cache: WholeCache) -> PrunedCache:
         length = len(cache.ids)
         context = slice(cache.start, cache.start + length)
