@@ -433,7 +433,6 @@ class CorpusFolder:
             found = json.loads(self.fs.cat_file(MANIFEST))
             if found["format"] != FORMAT or not found["settings"] or not isinstance(found["sources"], list):
                 raise ValueError(f"it must have settings, sources and the format {FORMAT}")
-            found["settings"] = {"refine": 0, **found["settings"]}  # older versions did not know of it
             return found
         except FileNotFoundError:
             return None

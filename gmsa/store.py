@@ -120,12 +120,6 @@ class MemoryStore:
         self._database = database.Database(self.path)
 
     def _check_path(self, create: bool) -> None:
-        folder = self.path.parent if self.path.name == "index.sqlite3" else self.path
-        if (folder / "index.sqlite3").exists() and (self.path.is_dir() or (folder / "memories").is_dir()):
-            raise StoreError(
-                f"{folder} is a memory store of an older GMSA, a folder: write it out with that version (`gmsa store "
-                "export all.tar`) and take it in here (`gmsa store import all.tar`), or compress the texts anew"
-            )
         if self.path.is_dir():
             raise StoreError(f"{self.path} is a folder: a memory store is a file, such as {self.path / 'store.sqlite'}")
         if not create and not self.path.exists():
@@ -464,12 +458,12 @@ class MemoryStore:
             StoreError: the store cannot be written to; what was taken in before stays.
         """
         report = ImportReport()
-        for name, raw, notes in archive.read_files(Path(file)):
+        for name, raw in archive.read_files(Path(file)):
             try:
-                entry, rows = archive.unpack(raw, notes)
+                entry, rows = archive.unpack(raw)
                 (report.added if self._add(entry, rows) else report.present).append(entry.id)
             except (MemoryFileError, MemoryTooLargeError) as error:
-                report.refused.append(Damage(name, notes.get("label"), str(error)))
+                report.refused.append(Damage(name, None, str(error)))
         return report
 
 

@@ -100,12 +100,7 @@ def store_path(options: argparse.Namespace) -> Path:
     """The file that the options name, or the default."""
     from gmsa.io.files import home
 
-    if options.store:
-        return Path(options.store)
-    path, old = home() / "store.sqlite", home() / "store"
-    if old.is_dir() and not path.exists():
-        print(f"gmsa: {old} is of an older version and is not used: see `--store {old}`", file=sys.stderr)
-    return path
+    return Path(options.store) if options.store else home() / "store.sqlite"
 
 
 def open_store(options: argparse.Namespace, **more: Any) -> "MemoryStore":

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".safetensors"
-MANIFEST = "manifest.json"  # newer labels and metadata than the files', in archives of older versions
 MAX_LABEL = 1_000  # characters
 MAX_METADATA = 2**16  # characters of JSON
-Notes = dict[str, Any]  # label and metadata
 
 
 def check_notes(label: str | None, metadata: dict[str, Any] | None) -> None:
@@ -50,7 +48,7 @@ def pack(entry: StoredMemory, rows: "Tensor") -> bytes:
     return encode(rows, entry.dtype, {**fields, **label, "metadata": json.dumps(entry.metadata)})
 
 
-def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor]":
+def unpack(raw: bytes) -> "tuple[StoredMemory, Tensor]":
     """What such a file holds.
 
     Raises:
@@ -60,17 +58,17 @@ def unpack(raw: bytes, newer: Notes) -> "tuple[StoredMemory, Tensor]":
 
     rows, header = decode(raw)
     try:
-        notes = {"label": header.get("label"), "metadata": json.loads(header["metadata"]), **newer}
-        check_notes(notes["label"], notes["metadata"] or {})
+        label, metadata = header.get("label"), json.loads(header["metadata"])
+        check_notes(label, metadata or {})
         id, created = header["id"], float(header["created"])
-        if not ID.fullmatch(id) or not 0 <= created < 1e12 or not isinstance(notes["metadata"], dict):
+        if not ID.fullmatch(id) or not 0 <= created < 1e12 or not isinstance(metadata, dict):
             raise ValueError(f"it is of no memory: {id[:64]!r}, made at {created}")
         sizes = int(header["merge_size"]), int(header["origin_tokens"]), len(rows)
     except (KeyError, ValueError, RecursionError) as error:
         raise MemoryFileError(f"its header is wrong: {error}") from error
     stored = header["form"], rows.nbytes, header["fingerprint"]
     made = created, time.time(), int(header["refined"])
-    return StoredMemory(id, notes["label"], notes["metadata"], *sizes, *stored, *made), rows
+    return StoredMemory(id, label, metadata, *sizes, *stored, *made), rows
 
 
 def write_files(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
@@ -90,15 +88,15 @@ def write_files(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
                 tar.addfile(info, BytesIO(raw))
 
 
-def read_files(path: Path) -> Iterator[tuple[str, bytes, Notes]]:
-    """Name, bytes, and newer notes if there are any, of what `write_files` wrote.
+def read_files(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of what `write_files` wrote.
 
     Raises:
         MemoryFileError: it is damaged, no archive, or holds what has no place in one; before anything is given out.
     """
     try:
         if path.suffix == SUFFIX:
-            yield path.stem, path.read_bytes(), {}
+            yield path.stem, path.read_bytes()
             return
         tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed below)
     except (tarfile.TarError, OSError) as error:
@@ -106,14 +104,10 @@ def read_files(path: Path) -> Iterator[tuple[str, bytes, Notes]]:
     with tar:
         try:
             members = _members(tar, path.stat().st_size)
-            manifest = members.pop(MANIFEST, None)
-            notes = _notes(_content(tar, manifest)) if manifest is not None else {name: {} for name in members}
-            if notes.keys() != members.keys():
-                raise ValueError("its manifest and its members differ")
-        except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        except (tarfile.TarError, OSError, ValueError, MemoryError) as error:
             raise MemoryFileError(f"{path} is refused, nothing of it was imported: {error}") from error
         for name, member in members.items():
-            yield Path(name).stem, _content(tar, member), notes[name]
+            yield Path(name).stem, _content(tar, member)
 
 
 def _members(tar: tarfile.TarFile, size: int) -> dict[str, tarfile.TarInfo]:
@@ -121,19 +115,13 @@ def _members(tar: tarfile.TarFile, size: int) -> dict[str, tarfile.TarInfo]:
     members, end = {}, 0
     for member in tar:
         plain = member.type == tarfile.REGTYPE and not member.issparse()
-        if not plain or member.name in members or not (member.name.endswith(SUFFIX) or member.name == MANIFEST):
+        if not plain or member.name in members or not member.name.endswith(SUFFIX):
             raise ValueError(f"it holds {member.name[:200]!r}, which has no place in it")
         members[member.name] = member
         end = member.offset_data + member.size
     if end + 2 * tarfile.BLOCKSIZE > size:  # of zeros, with which every tar ends
         raise ValueError("it was cut short")
     return members
-
-
-def _notes(manifest: bytes) -> dict[str, Notes]:
-    """By the name of the member they are about."""
-    listed = json.loads(manifest)["memories"]
-    return {f"memories/{item['id']}{SUFFIX}": {name: item[name] for name in ("label", "metadata")} for item in listed}
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

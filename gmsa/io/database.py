@@ -52,7 +52,6 @@ SCHEMA = (
 IS_DAMAGED = "is damaged, or none: save what can still be read (`gmsa store export`) and start a new one"
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 COPIED = ("id", "label", "bytes", "origin_tokens", "soft_tokens", "created", "used")
-FACTS = 10  # of a row, up to `created`
 ROW = "number, id, used, facts, sha256"  # what is read of a row
 Row = tuple[int, str, float, bytes, bytes]
 
@@ -320,8 +319,7 @@ def entry_of(row: Row) -> StoredMemory:
     values = json.loads(facts)
     if values[0] != id:
         raise MemoryFileError("its row is another memory's")
-    *made, created = values[:FACTS]
-    refined = values[FACTS] if len(values) > FACTS else 0  # rows of before there was any say nothing
+    *made, created, refined = values
     if not (isinstance(used, float) and 0 <= used < 1e12):  # has no SHA-256, since it changes at every reading
         used = created
     return StoredMemory(*[*made, created, used, refined])

@@ -98,7 +98,7 @@ def load_model(
     access = given.get("token"), given.get("local_files_only", False)
     folder, dtype = checkpoint.find_folder(str(name), revision, *access), checkpoint.dtype_of(dtype)
     config = config or checkpoint.read_config(folder)
-    if getattr(config, "kind", getattr(config, "holds", None)) == KIND:  # "holds": as written before 0.2
+    if getattr(config, "kind", None) == KIND:
         return load_compressor(folder, config, dtype, **given)
     decoder, encoder = checkpoint.load_backbones(config, dtype, **given)
     model = GmsaModel(config, decoder.model, encoder.model if encoder else None)

@@ -131,14 +131,14 @@ class Memory:
             tensors, header = _read(raw)
             if header.get("format") not in (FORMAT, INT8_FORMAT):
                 raise MemoryFileError(f"{name} is a safetensors file, but not a memory made by `gmsa compress`")
-            check = header.pop("check", None)  # older versions wrote none
-            if _sha256(tensors) != header["sha256"] or check not in (None, _check(header)):
+            check = header.pop("check")
+            if _sha256(tensors) != header["sha256"] or check != _check(header):
                 raise ValueError("its SHA-256 differs from the one recorded")
             if header["format"] == INT8_FORMAT:
                 soft_tokens = from_rows(_rows_of(tensors, "int8"), "int8")
             else:
                 soft_tokens = tensors["soft_tokens"]
-            return cls(soft_tokens, *_counts(header, soft_tokens), header["fingerprint"], int(header.get("refined", 0)))
+            return cls(soft_tokens, *_counts(header, soft_tokens), header["fingerprint"], int(header["refined"]))
         except UNREADABLE as error:
             raise MemoryFileError(f"{name} is damaged or not a memory: compress the text anew ({error})") from error
 
@@ -197,7 +197,7 @@ def decode(raw: bytes) -> tuple[Tensor, dict[str, str]]:
             raise ValueError("its SHA-256 differs from the one recorded")
         rows = _rows_of(tensors, form)
         _counts(header, rows)
-        header["refined"] = str(int(header.get("refined", 0)))  # what older versions wrote has none
+        header["refined"] = str(int(header["refined"]))
     except UNREADABLE as error:
         raise MemoryFileError(f"not a stored memory: {error}") from error
     return rows, header

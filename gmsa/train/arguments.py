@@ -85,19 +85,6 @@ REFUSED = {name: reason for reason, names in OURS.items() for name in names.spli
 
 WORDS: dict[Any, str] = {bool: "true or false", str: "a text", int: "a whole number", dict: "key: value pairs"}
 
-# What recipes called settings before there was `trainer:`, where it is not their name there.
-MOVED = {
-    "steps": "max_steps",
-    "accumulate": "gradient_accumulation_steps",
-    "schedule": "lr_scheduler_type",
-    "schedule_options": "lr_scheduler_kwargs",
-    "clip": "max_grad_norm",
-    "save_every": "save_steps",
-    "keep": "save_total_limit",
-    "log_every": "logging_steps",
-    "workers": "dataloader_num_workers",
-}
-
 # Annotation of every field; those of ours are refused before it matters.
 KINDS = {field.name: field.type for field in dataclasses.fields(TrainingArguments)}
 SETTABLE = [*DEFAULTS, *(name for name in KINDS if name not in DEFAULTS and name not in REFUSED)]
@@ -115,7 +102,7 @@ def trainer_settings(given: Any) -> dict[str, Any]:
     for name in given:
         if name in REFUSED:
             raise ConfigError(f"trainer: {name} is not set by a recipe: {REFUSED[name]}")
-    check_keys("trainer", given, SETTABLE, MOVED)
+    check_keys("trainer", given, SETTABLE)
     return {name: _checked(name, value) for name, value in {**DEFAULTS, **given}.items()}
 
 
@@ -218,18 +205,12 @@ def number(name: str, value: Any) -> float:
         raise ConfigError(f"{name} must be a number, got {value!r}") from None
 
 
-def check_keys(
-    where: str, given: Iterable[object], known: Sequence[str], other_names: Mapping[str, str] | None = None
-) -> None:
-    """Raise ConfigError if a nested part is no mapping or has an unknown key; the nearest known one is named.
-
-    `other_names` are what keys are called elsewhere: a help in naming the nearest.
-    """
+def check_keys(where: str, given: Iterable[object], known: Sequence[str]) -> None:
+    """Raise ConfigError if a nested part is no mapping or has an unknown key; the nearest known one is named."""
     if not isinstance(given, dict):
         raise ConfigError(f"{where} must hold key: value pairs, got {given!r}")
-    other_names = other_names or {}
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), [*known, *other_names], n=1)
-            meant = f"; did you mean {other_names.get(near[0], near[0])!r}?" if near else ""
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown key in {where}: {key!r}{meant}")

@@ -13,7 +13,7 @@ import yaml
 from gmsa.config import SETTINGS, TRAINABLE_GROUPS
 from gmsa.errors import ConfigError, check_whole
 from gmsa.io.checkpoint import FORMS
-from gmsa.train.arguments import MOVED, SETTABLE, check_keys, number, trainer_settings
+from gmsa.train.arguments import SETTABLE, check_keys, number, trainer_settings
 
 # -- stages ------------------------------------------------------------------------------------------------------------
 
@@ -332,14 +332,13 @@ def _part(name: str, value: Any, defaults: dict[str, Any]) -> dict[str, Any] | N
 def _check_recipe_keys(given: dict[str, Any]) -> None:
     """Refuse top-level keys that are none, saying where a setting of the Trainer's stands or which key is nearest."""
     known = [spec.name for spec in dataclasses.fields(Recipe)]
-    trainers = {**{name: name for name in SETTABLE}, **MOVED}
     for key in given:
         if key in known:
             continue
-        if key in trainers:
-            raise ConfigError(f"{key} is trainer.{trainers[key]} now")
-        near = difflib.get_close_matches(str(key), [*known, *trainers], n=1)
-        meant = f"trainer.{trainers[near[0]]}" if near and near[0] not in known else "".join(near)
+        if key in SETTABLE:
+            raise ConfigError(f"{key} is a setting of the Trainer's: write trainer.{key}")
+        near = difflib.get_close_matches(str(key), [*known, *SETTABLE], n=1)
+        meant = f"trainer.{near[0]}" if near and near[0] not in known else "".join(near)
         raise ConfigError(f"unknown recipe key {key!r}" + (f"; did you mean {meant!r}?" if meant else ""))
 
 
