@@ -40,6 +40,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/compression.py --output docs/results/compression.json --image docs/images/compression.png
 	$(BIN)/python benchmarks/decoding.py --output docs/results/decoding.json --image docs/images/decoding.png
 	$(BIN)/python benchmarks/bytes.py --output docs/results/bytes.json
+	$(BIN)/python benchmarks/store.py --output docs/results/store.json
 	$(BIN)/python benchmarks/start.py --output docs/results/start.json
 
 # The recipe for a GPU, run small on a CPU: a random backbone, four steps. All around it: scripts/gpu/rehearse.sh

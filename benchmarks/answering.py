@@ -28,8 +28,6 @@ from transformers import GenerationConfig
 from gmsa import GMSA, Memory
 from gmsa.evaluate.latency import QUESTION, predicted, text_of
 
-TOKENIZED = {"add_special_tokens": False, "verbose": False}
-
 
 class First:
     """Notes when the first token arrives; a stopping criterion that never stops."""

@@ -25,7 +25,7 @@ from gmsa import GMSA, sentences
 from gmsa.api import DEFAULT_MODEL
 from gmsa.evaluate.qa import choose
 from gmsa.io.rows import documents_of, read_rows
-from gmsa.sentences import BLANK_LINE, NEIGHBOUR, Rank, kept, ranked, words_of
+from gmsa.sentences import NEIGHBOUR, Rank, kept, ranked, words_of
 
 PARTS = (2, 4)  # of the text: a half, a quarter
 TINY = 1e-9  # a score that is none, but for which there may be room
@@ -53,9 +53,7 @@ def without_stop_words(texts: list[str], question: str) -> list[float]:
 
 def with_neighbours(texts: list[str], question: str) -> list[float]:
     """BM25 and a share of the neighbours' scores."""
-    own = [0.0, *plain(texts, question), 0.0]
-    joined = [False, *(not BLANK_LINE.search(text) for text in texts[:-1]), False]
-    return [own[i + 1] + NEIGHBOUR * (joined[i] * own[i] + joined[i + 1] * own[i + 2]) for i in range(len(texts))]
+    return sentences.with_neighbours(texts, plain(texts, question))
 
 
 ARMS: dict[str, Rank] = {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gmsa.cli.common import MODEL, Add, count, counts, emit, group, load, names, note, packages, share
-from gmsa.errors import InputError
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
@@ -66,7 +65,6 @@ def add_commands(add: Add) -> None:
     command = tasks("report", eval_report, "Merge the results in several folders into one report.")
     command.add_argument("folders", nargs="+", metavar="DIR", help="written by `gmsa eval ... -o DIR`")
     command.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for report.md and report.html")
-    _add_log(command)
 
 
 def _add_data(command: argparse.ArgumentParser, kind: str) -> None:
@@ -97,12 +95,7 @@ def _add_answers(command: argparse.ArgumentParser, longest: int) -> None:
 def _add_output(command: argparse.ArgumentParser) -> None:
     kept = "folder for results.json, examples.jsonl and the report; an interrupted run goes on where it stopped"
     command.add_argument("-o", "--output", metavar="DIR", help=kept)
-    _add_log(command)
     share(command, *MODEL)
-
-
-def _add_log(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--log", action="append", default=[], metavar="FILE", help="log.jsonl of a training to draw")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -113,10 +106,6 @@ def evaluate(options: argparse.Namespace) -> None:
     from gmsa.evaluate.report import write_results
     from gmsa.evaluate.results import example_key, results_meta
 
-    logs = [Path(path) for path in options.log]
-    for path in logs:  # say so before the work, not after it
-        if not path.is_file():
-            raise InputError(f"there is no training log {path}")
     rows, examples = [], []
     gmsa, found, facts = measure(options)
     for row, made in found:
@@ -127,7 +116,7 @@ def evaluate(options: argparse.Namespace) -> None:
     data = ", ".join(Path(path).name for path in options.data)
     results = {"meta": results_meta(gmsa, data, seed=options.seed, **facts), "rows": rows}
     if options.output:
-        write_results(Path(options.output), results, examples, logs)
+        write_results(Path(options.output), results, examples)
     if options.json:
         emit(results)
 
@@ -202,7 +191,7 @@ def eval_report(options: argparse.Namespace) -> None:
     """Run `gmsa eval report`."""
     from gmsa.evaluate.report import write_report
 
-    write_report([Path(folder) for folder in options.folders], Path(options.output), [Path(p) for p in options.log])
+    write_report([Path(folder) for folder in options.folders], Path(options.output))
     print(f"wrote {options.output}/report.md and report.html", file=sys.stderr)
 
 

@@ -55,23 +55,11 @@ def results_chart(results: Sequence[Result], title: str) -> Markup | None:
     return to_svg(draw(panels, xlabel, sorted(ticks)), title)
 
 
-def loss_chart(logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Markup | None:
-    """Training loss by optimiser step, of several (name, entries of log.jsonl); beside it what probes restored."""
-    panels: dict[str, Lines] = defaultdict(lambda: defaultdict(list))
-    for name, entries in logs:
-        for entry in entries:
-            if "loss" in entry:
-                panels["Training loss, nats per token"][name].append((entry["step"], entry["loss"], None))
-            for size, value in ((entry.get("probe") or {}).get("token_accuracy") or {}).items():
-                panels["Probe: token accuracy"][f"{name} {size}x"].append((entry["step"], value, None))
-    return to_svg(draw(panels, "optimiser step"), "Training")
-
-
 @matplotlib.rc_context(STYLE)
-def draw(panels: dict[str, Lines], xlabel: str, ticks: Sequence[int] = ()) -> Figure | None:
+def draw(panels: dict[str, Lines], xlabel: str, ticks: Sequence[int]) -> Figure | None:
     """Panels by title, side by side, a name in one colour in all of them; what has no x is drawn all across.
 
-    Where ticks are given, x is on a logarithmic scale.
+    x is on a logarithmic scale.
     """
     if not panels:
         return None
@@ -90,8 +78,7 @@ def draw(panels: dict[str, Lines], xlabel: str, ticks: Sequence[int] = ()) -> Fi
                 # How far intervals reach below and above; matplotlib draws nothing for NaN.
                 ends = [(y - b[0], b[1] - y) if b else (np.nan, np.nan) for y, b in zip(ys, bounds, strict=True)]
                 axes.errorbar(xs, ys, np.transpose(ends).clip(min=0), color=colour, fmt="none", capsize=2)
-                mark = MARKS[turn % len(MARKS)] if len(xs) < 40 else ""
-                (handles[name],) = axes.plot(xs, ys, color=colour, marker=mark, markersize=4)
+                (handles[name],) = axes.plot(xs, ys, color=colour, marker=MARKS[turn % len(MARKS)], markersize=4)
         axes.set(title=title, xlabel=xlabel, ylim=(0, None))
         axes.grid(axis="y")
         if ticks:

@@ -168,15 +168,13 @@ def bootstrap_means(values: Sequence[float], samples: int = SAMPLES, seed: int =
     return np.concatenate(parts)
 
 
-def interval(
-    values: Sequence[float], level: float = LEVEL, samples: int = SAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of per-example values.
+def interval(values: Sequence[float], samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval (95 %) of the mean of per-example values.
 
     Raises:
-        InputError: see `bootstrap_means`, or a level outside (0, 1).
+        InputError: see `bootstrap_means`.
     """
-    return _percentiles(bootstrap_means(values, samples, seed), level)
+    return _percentiles(bootstrap_means(values, samples, seed))
 
 
 def means(examples: Sequence[dict[str, Any]], names: Iterable[str], digits: int) -> dict[str, float]:
@@ -202,12 +200,10 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
         raise InputError(f"paired values must be of the same examples, got {len(a)} and {len(b)}")
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     drawn = bootstrap_means(differences.tolist())
-    low, high = _percentiles(drawn, LEVEL)
+    low, high = _percentiles(drawn)
     return Difference(float(differences.mean()), low, high, float((drawn <= 0).mean()))
 
 
-def _percentiles(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
-    if not 0 < level < 1:
-        raise InputError(f"a confidence level lies between 0 and 1, got {level}")
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from gmsa.evaluate.metrics import Piece, marked, paired_difference, word_differences
-from gmsa.evaluate.results import TASKS, Result, Run, merge_runs, read_jsonl, read_run, write_run, write_texts
+from gmsa.evaluate.results import TASKS, Result, Run, merge_runs, read_run, write_run, write_texts
 
 try:
     from gmsa.evaluate import charts
@@ -24,7 +24,6 @@ except ImportError:  # matplotlib is not installed
 WORST = 3
 WIDEST = 11  # columns of a table that a screen shows whole
 LONGEST = 12  # rows of a table that is not folded away
-Log = tuple[str, list[dict[str, Any]]]  # a training log's name and entries
 Cases = tuple[str, list[tuple[str, list[Piece]]]]  # a caption, and under it texts in pieces, each with a note
 
 
@@ -49,35 +48,31 @@ class Section:
     worst: list[Cases] = field(default_factory=list)
 
 
-def write_results(
-    folder: Path, results: dict[str, Any], examples: list[dict[str, Any]], logs: Sequence[Path] = ()
-) -> None:
+def write_results(folder: Path, results: dict[str, Any], examples: list[dict[str, Any]]) -> None:
     """Write results.json, examples.jsonl, report.md and report.html; attention.png if there is one to draw.
 
     Args:
         folder: made where it does not exist.
         results: {"meta", "rows"}.
         examples: each with `example_key` of its row.
-        logs: log.jsonl of trainings, to draw their loss.
 
     Raises:
-        InputError: the folder cannot be written to, or a log cannot be read.
+        InputError: the folder cannot be written to.
     """
     write_run(folder, results, examples)  # before the report, whatever becomes of that
-    write_report([folder], folder, logs)
+    write_report([folder], folder)
     if charts and (figure := charts.heat_maps(merge_runs([read_run(folder)]))):
         figure.savefig(folder / "attention.png", dpi=150)
 
 
-def write_report(folders: Sequence[Path], output: Path, logs: Sequence[Path] = ()) -> None:
+def write_report(folders: Sequence[Path], output: Path) -> None:
     """Merge the results in several folders into one report.md and report.html; InputError where a file will not do."""
-    named = [(path.parent.name if path.stem == "log" else path.stem, read_jsonl(path)) for path in logs]
-    write_texts(output, render([read_run(folder) for folder in folders], named))
+    write_texts(output, render([read_run(folder) for folder in folders]))
 
 
-def render(runs: Sequence[Run], logs: Sequence[Log] = ()) -> dict[str, str]:
+def render(runs: Sequence[Run]) -> dict[str, str]:
     """The texts of report.md and of report.html, which needs no other file."""
-    content = {"sections": report_sections(runs, logs), "drawn": charts is not None}
+    content = {"sections": report_sections(runs), "drawn": charts is not None}
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
     options["loader"] = FileSystemLoader(Path(__file__).parent)
     html, markdown = Environment(autoescape=True, **options), Environment(finalize=escape_markdown, **options)
@@ -100,8 +95,8 @@ def fenced(pieces: Sequence[Piece]) -> Markup:
     return Markup(f"{fence}text\n{text}\n{fence}")  # nothing in a fence is markup
 
 
-def report_sections(runs: Sequence[Run], logs: Sequence[Log] = ()) -> list[Section]:
-    """A section per task and data set, then trainings, then how it was all measured."""
+def report_sections(runs: Sequence[Run]) -> list[Section]:
+    """A section per task and data set, then how it was all measured."""
     sections = []
     for (task, dataset), group in groupby(merge_runs(runs), key=lambda pair: (pair[0]["task"], pair[0]["dataset"])):
         results = list(group)
@@ -109,10 +104,6 @@ def report_sections(runs: Sequence[Run], logs: Sequence[Log] = ()) -> list[Secti
         tables = [*_results_tables([row for row, _ in results]), *_paired_differences(results)]
         chart = charts.results_chart(results, title) if charts else None
         sections.append(Section(title, tables, chart, _worst_cases(results)))
-    losses = [(name, [entry for entry in entries if "loss" in entry]) for name, entries in logs]
-    if ends := [[name, f"{kept[-1]['step']:,}", f"{kept[-1]['loss']:.3f}"] for name, kept in losses if kept]:
-        table = Table(["log", "steps", "last loss, nats per token"], ends)
-        sections.append(Section("Training", [table], charts.loss_chart(logs) if charts else None))
     facts = []
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run.meta.get("versions", {}).items())

@@ -66,28 +66,30 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
         raise InputError(f"{path}, after line {number}: {error}" if number else f"{path}: {error}") from None
 
 
-def read_rows(
-    pattern: str, skip: Callable[[BadLine], None] | None = None, texts_only: bool = False
-) -> Iterator[dict[str, Any]]:
+def read_rows(pattern: str) -> Iterator[dict[str, Any]]:
     """Rows of JSONL files: a path, a glob or "-" for standard input; .gz is unpacked.
-
-    Args:
-        pattern: what to read.
-        skip: called with each line that is not a row, which is then left out; None: the first such line is an error.
-        texts_only: every row is a text to restore (see `check_row`).
 
     Raises:
         InputError: no such file, or a line that is not a row; names file and line.
     """
     for path in find_files(pattern):
-        for *_, row in placed_rows(path, skip, texts_only):
+        for *_, row in placed_rows(path):
             yield row
 
 
 def placed_rows(
     path: str, skip: Callable[[BadLine], None] | None = None, texts_only: bool = False
 ) -> Iterator[tuple[int, int, bytes, dict[str, Any]]]:
-    """(line number, byte offset, line, row) of each row of one file; arguments and errors as for `read_rows`."""
+    """(line number, byte offset, line, row) of each row of one file.
+
+    Args:
+        path: of the file.
+        skip: called with each line that is not a row, which is then left out; None: the first such line is an error.
+        texts_only: every row is a text to restore (see `check_row`).
+
+    Raises:
+        InputError: the file cannot be read, or a line is not a row; names file and line.
+    """
     for number, (offset, line) in enumerate(read_lines(path), start=1):
         try:
             row = parse_row(line, texts_only)

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gmsa.model.alignment import DecoderBlocks, NoAlignment
-from gmsa.model.backbone import body_of, head_logits, holding, layers_of, norm_name
+from gmsa.model.backbone import body_of, holding, layers_of, norm_name
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.losses import ChunkedLoss, frozen_head_chunk, frozen_head_loss
 from gmsa.model.merging import GroupMerging
@@ -285,7 +284,7 @@ for _name, _attend in ((ON_CPU, _attend_on_cpu), (ON_CUDA, _attend_on_cuda)):
 # -- the forward -------------------------------------------------------------------------------------------------------
 
 
-def packed_forward(model: GmsaNetwork, batch: PackedBatch, keep_logits: bool = False) -> dict[str, Tensor]:
+def packed_forward(model: GmsaNetwork, batch: PackedBatch) -> dict[str, Tensor]:
     """Loss of restoring or answering; returns as `GmsaNetwork.forward` does. Under `packed_attention`."""
     body, embeddings = body_of(model.decoder), model.get_input_embeddings()
     embeds = embeddings(batch.ids)
@@ -293,11 +292,6 @@ def packed_forward(model: GmsaNetwork, batch: PackedBatch, keep_logits: bool = F
         embeds = embeds.index_copy(0, batch.soft_to, _soft_tokens(model, batch))
     hidden = _run(body, embeds, batch.decoder, batch.soft if model.entry.count else None, model.entry.count, False)
     final = getattr(body, norm_name(body))(Take.apply(hidden, batch.picked))
-    if keep_logits:
-        logits = head_logits(model.decoder, final)
-        correct = (logits.detach().argmax(-1) == batch.labels).sum()
-        loss = F.cross_entropy(logits.float(), batch.labels)
-        return {"loss": loss, "correct": correct, "labels": batch.labels, "logits": logits}
     loss, correct = frozen_head_loss(final, batch.labels, model.get_output_embeddings().weight)  # type: ignore[union-attr,arg-type]
     return {"loss": loss, "correct": correct, "labels": batch.labels}
 

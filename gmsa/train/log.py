@@ -210,8 +210,8 @@ class RestorationProbe:
 
     @torch.no_grad()
     def accuracy(self, model: GmsaModel) -> dict[str, Any]:
-        """{"token_accuracy": {merge size: share}, "first_tokens": {merge size: shares of the first three}}."""
-        accuracy, first = {}, {}
+        """{"token_accuracy": {merge size: share}}."""
+        accuracy = {}
         frame = self.template.restore()
         device = next(model.parameters()).device
         for size in self.merge_sizes:
@@ -226,8 +226,7 @@ class RestorationProbe:
                 right = out["logits"].argmax(-1) == out["labels"]
                 hits += [row[:-1].float() for row in right.split([len(target) + 1 for target in self.targets[part]])]
             accuracy[str(size)] = round(torch.cat(hits).mean().item(), 4)
-            first[str(size)] = [round(v, 3) for v in torch.stack([row[:3] for row in hits]).mean(0).tolist()]
-        return {"token_accuracy": accuracy, "first_tokens": first}
+        return {"token_accuracy": accuracy}
 
     @torch.no_grad()
     def sample(self, model: GmsaModel) -> str:

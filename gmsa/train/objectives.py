@@ -3,7 +3,7 @@
     restore          the text itself: the autoencoder's objective (paper section 3, stage 1)
     answer           questions about documents: the objective of KEFT (paper section 3, stage 2)
     continue_text    what follows the text; not in the paper
-    look_up          what follows words quoted from the text, or fills a gap in a quote; not in the paper
+    look_up          what follows words quoted from the text; not in the paper
 
 All are learned by cross-entropy on the target alone (model/losses.py), mixed with distillation where a recipe says
 `distil`. A new objective of texts is a function here, a line in TEXT_OBJECTIVES, and a recipe field of that name.
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gmsa.decode.prompt import Piece, PromptTemplate
 from gmsa.io.rows import documents_of
-from gmsa.lookups import gaps, quotes
+from gmsa.lookups import quotes
 from gmsa.sentences import FOR_A_QUESTION, bm25, kept, ranked, words_of
 from gmsa.text import encode
 from gmsa.train.examples import Document, Example
@@ -118,9 +118,6 @@ def look_up(
     tokens = _crop(tokens, length, rng)
     text = maker.tokenizer.decode(tokens)
     turns = quotes(text, options["instruction"], options["turns"], rng)
-    if options["gap"]:
-        turns += gaps(text, options["gap"], options["turns"], rng)
-        turns = rng.sample(turns, min(len(turns), options["turns"]))
     return _conversation(maker, [Document(tokens)], turns, sizes, False) if turns else None
 
 

@@ -110,7 +110,7 @@ EVALUATE_KEYS = ("path", "every", "texts", "length", "merge_sizes")
 # Parts that are off unless a recipe has them, and what they say where it does not.
 PARTS: dict[str, dict[str, Any]] = {
     "continuation": {"share": 0.5, "instruction": "Continue the text."},
-    "lookup": {"share": 0.5, "instruction": 'What comes after "{words}"?', "gap": "", "turns": 6},
+    "lookup": {"share": 0.5, "instruction": 'What comes after "{words}"?', "turns": 6},
     "mixed": {"share": 0.5, "part": 0.125},
     "choose": {"share": 0.3},
     "distil": {"weight": 0.5, "temperature": 1.0},
@@ -253,9 +253,6 @@ class Recipe:
             instruction = self.lookup["instruction"]
             if not isinstance(instruction, str) or "{words}" not in instruction:
                 raise ConfigError(f"lookup: instruction must be a text with {{words}} in it, got {instruction!r}")
-            gap = self.lookup["gap"]
-            if not isinstance(gap, str) or (gap and "{words}" not in gap):
-                raise ConfigError(f"lookup: gap must be a text with {{words}} in it, or empty, got {gap!r}")
             check_whole("lookup: turns", self.lookup["turns"])
         if self.continuation:
             instruction = self.continuation["instruction"]

@@ -111,12 +111,11 @@ def test_differences_are_pieces() -> None:
 def test_the_page_needs_nothing_else_and_escapes_everything() -> None:
     pytest.importorskip("matplotlib")
     runs = [restored(), answered("gmsa", (0.0, 100.0)), answered("<b>$x$", (0.0, 0.0)), latencies()]
-    log = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "probe": {}}]
-    text = page_of(runs, [("<i>run</i>", log)])
+    text = page_of(runs)
     page = Page(text)
     found = {tag for tag, _ in page.tags}
     assert not found & {"script", "link", "img", "iframe", "b", "i"}
-    assert sum(tag == "svg" for tag, _ in page.tags) == 4  # bars, rates, latency, loss
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3  # bars, rates, latency
     for _, attributes in page.tags:
         for name, value in attributes.items():
             assert not name.startswith("on")
@@ -125,12 +124,11 @@ def test_the_page_needs_nothing_else_and_escapes_everything() -> None:
     assert "url(http" not in text
     assert "@import" not in text
     assert EVIL in page.text
-    assert "<i>run</i>22.000" in page.text.replace("\n", "")  # log, steps, last loss
     ids = re.findall(r'<clipPath id="(\w+)"', text)
     assert len(ids) == len(set(ids))
     assert "currentColor" in text
     assert "#010203" not in text
-    assert text == page_of(runs, [("<i>run</i>", log)])  # the same from run to run
+    assert text == page_of(runs)  # the same from run to run
 
 
 def test_tables_are_readable_on_a_phone_and_long_ones_folded() -> None:
@@ -175,17 +173,6 @@ def test_heat_maps_of_what_soft_tokens_stand_for() -> None:
     assert "nan" not in text
     without = [Run(run.name, run.meta, run.rows) for run in runs]  # no examples at hand, so nothing to draw
     assert "<svg" not in page_of(without)
-
-
-def test_losses_of_several_logs_share_a_chart() -> None:
-    pytest.importorskip("matplotlib")
-    entries = [{"step": 1, "loss": 3.0}, {"step": 2, "probe": {"token_accuracy": {"2": 0.5, "4": 0.25}}}]
-    text = page_of([], [("first", entries), ("second", entries[:1]), ("empty", [])])
-    assert text.count("<svg") == 1
-    assert "Probe: token accuracy" in text
-    assert ">first 4x<" in text
-    page = Page(text)
-    assert "first13.000" in page.text.replace("\n", "")
 
 
 def test_markdown_shows_text_as_it_is() -> None:
@@ -286,7 +273,7 @@ def test_every_published_result_is_read(path: Path, tmp_path: Path) -> None:
     assert all(str(row["n"]) in page for row in run.rows)
 
 
-def test_bad_folders_and_logs_are_one_line(tmp_path: Path) -> None:
+def test_bad_folders_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read .*results\.json"):
         read_run(tmp_path)
     for content in ("not json", "[]", '{"rows": [{}]}', '{"meta": {}, "rows": [{"task": "x", "metrics": {}}]}'):
@@ -295,11 +282,10 @@ def test_bad_folders_and_logs_are_one_line(tmp_path: Path) -> None:
             read_run(tmp_path)
     run = restored()
     write_results(tmp_path / "good", {"meta": run.meta, "rows": run.rows}, run.examples)
-    (tmp_path / "log.jsonl").write_text("{")
+    (tmp_path / "good" / "examples.jsonl").write_text("{")
     with pytest.raises(InputError, match="is not JSONL"):
-        write_report([tmp_path / "good"], tmp_path / "out", [tmp_path / "log.jsonl"])
-    with pytest.raises(InputError, match="cannot read"):
-        write_report([tmp_path / "good"], tmp_path / "out", [tmp_path / "none.jsonl"])
+        write_report([tmp_path / "good"], tmp_path / "out")
+    (tmp_path / "good" / "examples.jsonl").unlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write results"):
         write_report([tmp_path / "good"], tmp_path / "file" / "out")
@@ -325,7 +311,7 @@ def test_without_matplotlib_there_are_tables(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delitem(sys.modules, f"gmsa.evaluate.{name}", raising=False)
         monkeypatch.delattr(evaluate, name, raising=False)
     plain = importlib.import_module("gmsa.evaluate.report")
-    text = plain.render([restored(), latencies()], [("run", [{"step": 1, "loss": 2.0}])])["report.html"]
+    text = plain.render([restored(), latencies()])["report.html"]
     assert text.count("matplotlib is not installed") == 1
     assert "<svg" not in text
     assert "<table" in text

@@ -26,7 +26,7 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Modu
     """experiment(name) -> the module of an experiment."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("shared", "measuring", "windows", "memory_form", "cost_model", "store_file", "folder_store"):
+    for name in ("shared", "measuring", "windows", "memory_form", "cost_model"):
         sys.modules.pop(name, None)
     for name in ("alignment", "sentence_choice"):
         sys.modules.pop(name, None)
@@ -233,18 +233,3 @@ def test_sentence_choice(run: Callable[..., dict[str, Any]], data: dict[str, str
         assert len(found[part]) == 6
         assert {row["answers"] for row in found[part].values()} <= {0.0, 25.0, 50.0, 75.0, 100.0}
         assert all(0 < row["tokens"] <= 51 for row in found[part].values())
-
-
-def test_store_file(experiment: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """This version's store stands for the older one, which git alone has."""
-    module = experiment("store_file")
-    monkeypatch.setattr(module, "SIZES", {8: 3})
-    monkeypatch.setattr(module, "LISTED", 10)
-    package = tmp_path / "gmsa" / "store"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("import gmsa.engine as api\nfrom gmsa import MemoryStore\n")
-    module.main([str(tmp_path), "--output", str(tmp_path / "found.json")])
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
-    assert [row["call"] for row in rows[:4]] == ["put", "get", "delete", "list all"]
-    assert len(rows) == 7
-    assert all(row["times"] > 0 for row in rows)

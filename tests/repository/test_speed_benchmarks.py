@@ -39,7 +39,7 @@ def run(
         return json.loads(output.read_text())
 
     yield run
-    for name in ("measuring", "answering", "compression", "decoding", "decoder_weights", "start"):
+    for name in ("measuring", "answering", "compression", "decoding", "decoder_weights", "start", "store"):
         sys.modules.pop(name, None)
 
 
@@ -75,6 +75,14 @@ def test_answering(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: p
             assert row["merge_size"] == 8
             assert row["ratio_long"] == pytest.approx(base["total"] / seconds["long"], rel=0.05)
     assert "prefilled" in capsys.readouterr().out
+
+
+def test_store(run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    importlib.import_module("store").main(["--quick", "--output", str(tmp_path / "store.json")])
+    rows = json.loads((tmp_path / "store.json").read_text())["rows"]
+    assert [row["call"] for row in rows] == ["put", "get", "delete"]
+    assert all(row["times"] > 0 and row["tokens"] == 8 for row in rows)
 
 
 def test_compression(run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gmsa.decode.prompt import Frame
 from gmsa.errors import InputError
-from gmsa.io.rows import BadLine, check_row, documents_of, find_files, parse_row, read_lines, read_rows
+from gmsa.io.rows import BadLine, check_row, documents_of, find_files, parse_row, placed_rows, read_lines, read_rows
 from gmsa.model.windows import make_windows, split_windows
 from gmsa.train.examples import Document, Example, collate
 
@@ -143,7 +143,7 @@ def test_bad_lines_can_be_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(b"{", TEXT, b"", [1]))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(QUESTION, {"text": ""}, TEXT, b'{"text": "\xff"}')))
     bad: list[BadLine] = []
-    rows = list(read_rows(f"{tmp_path}/*", skip=bad.append))
+    rows = [row for name in ("a.jsonl", "b.jsonl.gz") for *_, row in placed_rows(f"{tmp_path}/{name}", bad.append)]
     assert rows == [TEXT, {**QUESTION, "answer": ["That."]}, TEXT]
     assert [(Path(line.path).name, line.number) for line in bad] == [
         *[("a.jsonl", 1), ("a.jsonl", 4)],
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_not_a_line_to_leave_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(lines(*[{"text": str(i)} for i in range(2000)]))[:-20])
     with pytest.raises(InputError, match=r"rows\.jsonl\.gz, after line \d+: "):
-        list(read_rows(str(path), skip=lambda bad: pytest.fail(str(bad))))
+        list(placed_rows(str(path), skip=lambda bad: pytest.fail(str(bad))))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_every_row_as_a_text_to_restore(tmp_path: Path, row: dict[str, Any], tex
     assert check_row(row, texts_only=True) == {**row, "text": text}
     assert parse_row(json.dumps(row).encode(), texts_only=True) == {**row, "text": text}
     (tmp_path / "rows.jsonl").write_bytes(lines(row, b""))
-    assert list(read_rows(f"{tmp_path}/rows.jsonl", texts_only=True)) == [{**row, "text": text}]
+    assert [row for *_, row in placed_rows(f"{tmp_path}/rows.jsonl", texts_only=True)] == [{**row, "text": text}]
 
 
 @pytest.mark.parametrize("row", [{"input": " "}, {"input": ["x", ""]}, {"prompt": "?", "answer": "y"}, {"text": None}])

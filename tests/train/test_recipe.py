@@ -30,7 +30,7 @@ FULL: dict[str, Any] = {
     "rates_per_sample": "all",
     "lengths": [16, 16, 32],
     "continuation": {"share": 0.2, "instruction": "Weiter: é"},
-    "lookup": {"share": 0.1, "instruction": "Nach {words}?", "turns": 2, "gap": "Lücke: {words}"},
+    "lookup": {"share": 0.1, "instruction": "Nach {words}?", "turns": 2},
     "mixed": {"share": 0.25, "part": 0.5},
     "packed": False,
     "average": 0.99,
@@ -569,5 +569,3 @@ def test_full_covers_what_it_can() -> None:
 def test_texts_that_are_numbers_are_numbers() -> None:
     recipe = Recipe(**LEAST, average="98e-2", max_minutes="1e1")  # type: ignore[arg-type]
     assert (recipe.average, recipe.max_minutes) == (0.98, 10.0)
-    with pytest.raises(ConfigError, match="gap must be a text with"):
-        Recipe(**LEAST, lookup={"gap": True})

@@ -66,7 +66,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "trainable-lora": {"trains": ["decoder-lora"]},
     "documents": {"distractors": 4},
     "conversations": {"questions_per_context": 5, "learn_questions": True},
-    "lookup": {"lookup": {"share": 0.35, "instruction": 'What comes after "{words}"?', "turns": 6, "gap": ""}},
+    "lookup": {"lookup": {"share": 0.35, "instruction": 'What comes after "{words}"?', "turns": 6}},
     "chat": {"prompt": "chat"},
     "curriculum": {"merge_sizes": {0: [1, 2], 200: [1, 2, 4], 1000: [2, 4, 4, 8, 8]}},
 }
