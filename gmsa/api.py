@@ -301,6 +301,7 @@ class GMSA:
         Raises:
             ConfigError: a bad merge size.
             InputError: an empty text, a bad batch size or number of steps.
+            ContextTooLongError: a window has more tokens than the encoder has positions or, with `refine`, the decoder.
         """
         started = time.perf_counter()
         merge_size = check_merge_size(merge_size)
@@ -316,6 +317,7 @@ class GMSA:
             total=sum(map(len, texts)), desc="compress", unit="char", unit_scale=True, disable=not show_progress_bar
         ) as bar:
             for batch in batch_windows(self._windows_of(texts, bar), self.config.window_size, batch_size):
+                self._check_windows(batch, merge_size, bool(refine))
                 arguments = make_windows([[window.tokens] for window in batch], None)
                 ids, mask, rows = (tensor.to(self.model.device) for tensor in arguments)
                 soft = self.model.compress(ids, mask, rows, merge_size)
@@ -489,6 +491,18 @@ class GMSA:
                 bar.update(done)
             bar.update(left)
 
+    def _check_windows(self, windows: Sequence[Window], merge_size: int, refined: bool) -> None:
+        """Raise ContextTooLongError where one cannot be encoded or, to be refined, not be restored."""
+        longest = max(len(window.tokens) for window in windows)
+        limit = getattr(self.encoder_config, "max_position_embeddings", None)
+        if limit is not None and longest + self.config.encoder_sink > limit:
+            raise ContextTooLongError(
+                f"a window of {longest} tokens exceeds the encoder's {limit}: give the model a window_size"
+            )
+        if refined:
+            soft = torch.empty(math.ceil(longest / merge_size), 0)
+            self._check_length(self.template.restore().around(soft), self.longest_restoration(longest))
+
     def _check_context(self, text: str, number: int) -> None:
         name = f"the context at place {number}" if number else "the context"
         if not check_text(text, name).strip():
@@ -647,7 +661,8 @@ class GMSA:
             InputError: no memory. MemoryMismatchError: a memory of another model. ContextTooLongError: too much.
         """
         (contents,) = self._contents_of(memory, 1)
-        assert not isinstance(contents, PrefixCache)
+        if isinstance(contents, PrefixCache):
+            raise InputError("a prefix has been read already: give it to answer as it is")
         contents = [Memory.load(one) if isinstance(one, os.PathLike) else one for one in contents]
         started = time.perf_counter()
         *pieces, _ = self.template.restore().around(*self._pieces(contents))
@@ -964,11 +979,14 @@ class GMSA:
                 pieces[key] = self._pieces(prefix.contents if prefix else one)  # type: ignore[arg-type]
             row = Row(frame.around(*pieces[key]), limit)
             self._check_length(row.prompt, limit)
+            if not len(row):
+                raise InputError("the prompt is empty")
             if prefix is not None:
-                if torch.equal(prefix.pieces[0], frame.before):  # else a template that puts the question first
-                    row.begins, row.covers = prefix.states, sum(map(len, prefix.pieces))
+                begins = row.prompt[: len(prefix.pieces)]
+                if len(begins) == len(prefix.pieces) and all(map(torch.equal, begins, prefix.pieces)):
+                    row.begins, row.covers = prefix.states, sum(map(len, prefix.pieces))  # else another template
             elif uses[key] > 1 and pieces[key]:
-                row.key = (key, tuple(frame.before.tolist()))
+                row.key = (key, *(tuple(ids.tolist()) for ids in (frame.before, *(frame.marks or ()))))
                 row.shares = len(row) - len(frame.after)
             rows.append(row)
         return rows

@@ -63,7 +63,8 @@ def last_attention(body: nn.Module, embeds: Tensor) -> Tensor | None:
         `scaled_dot_product_attention`, so that it cannot be seen.
     """
     depth = len(layers_of(body))
-    watched = range(round(UPPER[0] * depth), max(round(UPPER[1] * depth), round(UPPER[0] * depth) + 1))
+    first = min(round(UPPER[0] * depth), depth - 1)
+    watched = range(first, max(round(UPPER[1] * depth), first + 1))
     with _LastAttention(watched) as attention:
         body(inputs_embeds=embeds[None], use_cache=False)
     if attention.calls != depth:

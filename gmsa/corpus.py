@@ -84,6 +84,10 @@ class Job:
     def __post_init__(self) -> None:
         check_merge_size(self.merge_size)
         check_whole("refine", self.refine, least=0, error=InputError)
+        for name in ("workers", "shard_bytes", "batch_size", "max_row_bytes"):
+            check_whole(name, getattr(self, name), error=InputError)
+        if self.threads is not None:
+            check_whole("threads", self.threads, error=InputError)
         allowed = {"engine": ("local", "ray"), "form": tuple(DTYPES), "on_error": ("fail", "skip")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:

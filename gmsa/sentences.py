@@ -31,7 +31,7 @@ Rank = Callable[[list[str], str], Sequence[float]]
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, each with the white space after it: joined they are the text again."""
+    """The sentences of a text, each with the white space after it: joined they are the text from its first word on."""
     return SENTENCE.findall(text)
 
 

@@ -26,6 +26,7 @@ from gmsa.errors import (
 from gmsa.io import archive, database
 from gmsa.io.archive import check_notes
 from gmsa.io.database import StoredMemory, entry_of, find_row
+from gmsa.io.files import expand
 from gmsa.text import check_text
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -110,7 +111,7 @@ class MemoryStore:
             raise ConfigError(f"max_bytes must be at least 1, got {max_bytes}")
         if "\0" in os.fspath(path):
             raise StoreError(f"{os.fspath(path)!r} cannot be a memory store: no path holds a NUL")
-        self.path = Path(path).expanduser().absolute()  # SQLite's ":memory:" is a file here
+        self.path = expand(path).absolute()  # SQLite's ":memory:" is a file here
         self.max_bytes = max_bytes
         self.form = form
         try:

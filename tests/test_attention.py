@@ -144,3 +144,10 @@ def test_a_batch_size_reaches_the_look(gmsa: GMSA, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gmsa, "compress", compress)
     gmsa.compress_for(QUESTION, "".join(SENTENCES), 4, batch_size=3)
     assert given == [3, 3]
+
+
+def test_a_decoder_of_one_layer(tiny_backbone: Callable[..., Backbone]) -> None:
+    model = tiny_backbone("llama", num_hidden_layers=1).model
+    found = last_attention(body_of(model), torch.randn(5, model.config.hidden_size))
+    assert found is not None
+    assert found.sum().item() == pytest.approx(1, abs=1e-5)

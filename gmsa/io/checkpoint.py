@@ -28,6 +28,7 @@ from gmsa.io.backbones import Backbone, fingerprint_of, load_backbone
 from gmsa.io.files import (
     INT4_GROUP,
     atomic_folder,
+    expand,
     from_int4_groups,
     int4_groups,
     int8_rows,
@@ -87,7 +88,7 @@ def save_model(
         if form == "exact":
             tensors[name] = value.contiguous()
         elif value.dim() == 2 and name in origins:
-            tensors |= _rounded(name, value.float() - origins[name].float(), form)
+            tensors |= _rounded(name, value.float() - _rounded_origin(origins[name]), form)
         else:
             tensors[name] = value if value.dim() == 1 else value.to(torch.bfloat16)
     try:
@@ -106,6 +107,11 @@ def _rounded(name: str, difference: Tensor, form: str) -> dict[str, Tensor]:
     fits = form == "int4" and difference.shape[1] % INT4_GROUP == 0
     values, scale = int4_groups(difference) if fits else int8_rows(difference)
     return {f"{name}:{'int4' if fits else 'int8'}": values, f"{name}:scale": scale}
+
+
+def _rounded_origin(origin: Tensor) -> Tensor:
+    """What differences are from: a backbone's tensor in bf16, as fp32; the same however the backbone is loaded."""
+    return origin.to(torch.bfloat16).float()
 
 
 def _difference(name: str, tensors: dict[str, Tensor]) -> Tensor | None:
@@ -135,7 +141,7 @@ def find_folder(name: str, revision: str | None, token: str | None, local_files_
     Raises:
         CheckpointError: there is neither.
     """
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir():
         return folder
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
@@ -239,7 +245,7 @@ def load_weights(model: GmsaNetwork, folder: Path) -> None:
                     f"{path}: {name} has shape {tuple(value.shape)}, the model {tuple(parameters[name].shape)}"
                 )
             if difference is not None:
-                value = parameters[name].float().to("cpu") + difference
+                value = _rounded_origin(parameters[name]).to("cpu") + difference
             parameters[name].copy_(value)
 
 

@@ -18,7 +18,7 @@ from gmsa.io import checkpoint
 from gmsa.io.backbones import quiet_transformers
 from gmsa.io.files import atomic_folder, reason_of, sha256_of, write_json
 from gmsa.io.loading import KIND, CompressorModel, tensors_of
-from gmsa.model.backbone import holding
+from gmsa.model.backbone import body_of, holding, layers_of
 from gmsa.model.entry import check_enters_at_input
 from gmsa.model.gmsa import GmsaNetwork
 
@@ -45,6 +45,8 @@ def export_decoder(
         ConfigError: its soft tokens enter above the input.
     """
     _check_whole(model)
+    if not len(layers_of(body_of(model.decoder))):
+        raise CheckpointError("this model's decoder was dropped: export from the whole model")
     check_enters_at_input(model.config)
     decoder = model.decoder
     if model.config.decoder_lora is not None:

@@ -23,12 +23,17 @@ INT4_GROUP = 32  # columns that share a scale
 INT4_CLIPS = [1 - step / 20 for step in range(9)]  # shares of the largest value that are tried as the end of the range
 
 
+def expand(path: str | os.PathLike[str]) -> Path:
+    """A path with `~` replaced; left as it is where there is no such user, which `Path.expanduser` raises for."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def home() -> Path:
     """The folder for what GMSA keeps: GMSA_HOME, else the user's cache folder."""
     given = os.environ.get("GMSA_HOME")
     if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gmsa"
+        return expand(given)
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gmsa"
 
 
 def sha256_of(path: Path) -> str:

@@ -44,12 +44,13 @@ class GmsaModel(GmsaNetwork):
         token: str | None = None,
         local_files_only: bool = False,
         dtype: str | torch.dtype = torch.bfloat16,
+        torch_dtype: str | torch.dtype | None = None,
         device_map: Any = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         **_ignored: Any,  # what the Auto classes add (adapter_kwargs and the like) does not apply here
     ) -> "GmsaModel":
-        """Load a checkpoint (folder or hub id) and the backbones it points to.
+        """Load a checkpoint (folder or hub id) and the backbones it points to; `torch_dtype`: what `dtype` was called.
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged or does not fit; names each tensor that differs.
@@ -61,7 +62,7 @@ class GmsaModel(GmsaNetwork):
             revision=revision,
             token=token,
             local_files_only=local_files_only,
-            dtype=dtype,
+            dtype=torch_dtype or dtype,
             device_map=device_map,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
@@ -73,13 +74,26 @@ class GmsaModel(GmsaNetwork):
         Args:
             save_directory: the folder; it changes all at once or not at all.
             form: "exact", "int8" or "int4": differences from the backbone in so many bits (checkpoint.py).
-            kwargs: `push_to_hub=True` and its arguments, as in transformers.
+            kwargs: `push_to_hub=True` sends the folder to the hub; with it `repo_id` (the folder's name), `private`,
+                `token`, `revision`, `commit_message` and `create_pr`. Else ignored: what transformers may add.
         """
         kwargs.pop("state_dict", None)  # the Trainer passes one; the model knows better what changed
         folder = Path(save_directory)
         checkpoint.save_model(self, folder, form)
         if kwargs.pop("push_to_hub", False):
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), token=kwargs.get("token"))
+            push_folder(folder, **{"repo_id": folder.name, **kwargs})
+
+
+def push_folder(
+    folder: Path, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **commit: Any
+) -> None:
+    """Send a model folder to a repository of the hub, made where there is none; `commit`: as for `upload_folder`."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi(token=token)
+    made = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    files = [checkpoint.CONFIG, checkpoint.WEIGHTS]
+    hub.upload_folder(repo_id=made, folder_path=folder, allow_patterns=files, **commit)
 
 
 def load_model(
@@ -153,7 +167,8 @@ def load_compressor(
     """
     shared = config.encoder is None
     lsa_layers = config.lsa_layers if config.lsa in ("decoder", "random") else 0
-    decoder = _skeleton(folder / "decoder", dtype, lsa_layers, config.encoder_layers if shared else 0, **options)
+    low = max(lsa_layers, config.entry_layer)
+    decoder = _skeleton(folder / "decoder", dtype, low, config.encoder_layers if shared else 0, **options)
     encoder = None if shared else _skeleton(folder / "encoder", dtype, 0, config.encoder_layers, **options)
     model = CompressorModel(config, decoder.model, encoder.model if encoder else None)
     _fill(model, checkpoint.read_tensors(folder))

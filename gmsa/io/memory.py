@@ -116,7 +116,7 @@ class Memory:
             raise MemoryFileError(f"no such memory file: {path}") from None
         except IsADirectoryError:
             raise MemoryFileError(f"{path} is a folder") from None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL
             raise MemoryFileError(f"{path} cannot be read: {reason_of(error)}") from error
         return cls.from_bytes(raw, str(path))
 

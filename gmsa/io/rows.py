@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, overload
 
 from gmsa.errors import InputError
+from gmsa.io.files import expand
 from gmsa.text import check_text
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def find_files(pattern: str) -> list[str]:
     Raises:
         InputError: there is none.
     """
-    given = str(Path(pattern).expanduser())
+    given = str(expand(pattern))
     # A file whose own name holds a bracket or star is that file, not a pattern.
     paths = [given] if pattern == "-" or Path(given).exists() else sorted(glob.glob(given))  # noqa: PTH207 (absolute patterns)
     if not paths:

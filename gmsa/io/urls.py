@@ -22,7 +22,7 @@ from fsspec.utils import infer_compression
 from torch import Tensor
 
 from gmsa.errors import CorpusError, GmsaError
-from gmsa.io.files import int8_rows
+from gmsa.io.files import expand, int8_rows
 from gmsa.io.memory import DTYPES
 
 BLOCK = 1 << 20
@@ -72,7 +72,7 @@ def one_line_errors(what: str, *kinds: type[BaseException]) -> Iterator[None]:
 def open_url(url: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a path or URL, and the path in it; a CorpusError where a package for it is missing."""
     with one_line_errors(f"reach {url}", ImportError, ValueError):
-        return fsspec.core.url_to_fs(str(Path(url).expanduser()) if "://" not in url else url)
+        return fsspec.core.url_to_fs(str(expand(url)) if "://" not in url else url)
 
 
 def find_sources(patterns: Sequence[str]) -> list[Source]:

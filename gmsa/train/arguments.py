@@ -75,7 +75,7 @@ OURS = {
     "a gradient that is not finite is left out, and counted in the log": "logging_nan_inf_filter",
     "the progress bar stands where stderr is a terminal": "disable_tqdm",
     "batches are drawn by trainer.seed": "data_seed",
-    "push the model when it is trained: GMSA.from_pretrained(...).push_to_hub(...)": """
+    "push the model when it is trained: GMSA.from_pretrained(...).save_pretrained(..., push_to_hub=True)": """
         push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
     "torchrun or accelerate launch say which processes and devices share a run (docs/training.md)": """
         use_cpu accelerator_config parallelism_config ddp_find_unused_parameters fsdp fsdp_config deepspeed local_rank

@@ -360,3 +360,14 @@ def test_a_twin_shares_the_weights_and_nothing_that_a_call_changes(gmsa: GMSA) -
     assert torch.equal(twin.compress(TEXTS[1], 2).soft_tokens, memory.soft_tokens)
     assert gmsa.timings is spent
     assert twin.answer("Who?", memory, max_new_tokens=12) == gmsa.answer("Who?", memory, max_new_tokens=12)
+
+
+def test_a_window_longer_than_the_models_is_refused(
+    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+) -> None:
+    gmsa = GMSA(tiny_model("gpt2", system_prompt="", window_size=None), tiny_backbone("gpt2"))
+    limit = gmsa.encoder_config.max_position_embeddings
+    with pytest.raises(ContextTooLongError, match=f"exceeds the encoder's {limit}: give the model a window_size"):
+        gmsa.compress("x" * (limit + 1), 4)
+    with pytest.raises(ContextTooLongError, match=f"exceed the decoder's {limit}"):
+        gmsa.compress("x" * (limit - 10), 2, refine=1)

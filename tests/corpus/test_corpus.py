@@ -553,3 +553,9 @@ def test_what_is_read_is_not_written_into(model: str, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="holds what is read: name another folder"):
         compress_corpus([str(path)], str(tmp_path), model=model)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["workers", "threads", "shard_bytes", "batch_size", "max_row_bytes"])
+def test_a_job_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must be a whole number >= 1"):
+        Job("out", **{name: 0})

@@ -11,7 +11,7 @@ from torch import Tensor
 from gmsa import GMSA
 from gmsa.decode.batch import Batch
 from gmsa.decode.cpu import KINDS, FastDecoder, LlamaStep
-from gmsa.errors import BackboneError
+from gmsa.errors import BackboneError, ConfigError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of, head_logits
@@ -214,3 +214,8 @@ def test_weights_of_8_bits_are_near_and_rows_independent(family: str, tiny_backb
 def test_weights_of_8_bits_where_there_are_none(tiny_backbone: Callable[..., Backbone]) -> None:
     with pytest.raises(BackboneError, match="weights of 8 bits cannot be had: they are for decoders of these kinds"):
         FastDecoder(tiny_backbone("gpt2").model, "int8")
+
+
+def test_there_are_two_kinds_of_decoder_weights(tiny_backbone: Callable[..., Backbone]) -> None:
+    with pytest.raises(ConfigError, match="decoder_weights must be one of exact, int8, got 'int4'"):
+        FastDecoder(tiny_backbone("llama").model, "int4")  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from gmsa import GMSA, Memory
 from gmsa.api import DRAWING_ELSEWHERE, SEARCHING, PrefixCache
 from gmsa.decode.loop import Row
+from gmsa.decode.prompt import Frame
 from gmsa.decode.sampler import Sampling
 from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError
 from gmsa.io.backbones import Backbone
@@ -127,10 +128,10 @@ def test_other_options_are_left_to_generate(gmsa: GMSA) -> None:
 
 
 BAD = [
-    ({"do_sample": True, "temperature": -1.0}, "temperature must be a number >= 0"),
+    ({"do_sample": True, "temperature": -1.0}, "temperature must be a number from 0 to 10000"),
     ({"do_sample": True, "top_k": -5}, "top_k must be a whole number >= 0"),
     ({"do_sample": True, "top_p": "much"}, "top_p must be a number from 0 to 1"),
-    ({"repetition_penalty": -1.0}, "repetition_penalty must be a number >= 0"),
+    ({"repetition_penalty": -1.0}, "repetition_penalty must be a number from 0.0001 to 10000"),
     ({"do_sample": "yes"}, "do_sample must be true or false"),
     ({"temprature": 2.0}, "unknown option 'temprature'; did you mean 'temperature'"),
     ({"max_token": 2}, "unknown option 'max_token'; did you mean"),
@@ -144,7 +145,7 @@ BAD = [
     ({"guidance_scale": 2.0}, "guidance_scale is not to be had here"),
     ({"penalty_alpha": 0.6}, "penalty_alpha is not to be had here"),
     ({"do_sample": True, "seed": 2**70}, "seed must be below"),
-    ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number >= 0"),
+    ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number from 0 to 10000"),
     ({"typical_p": 0.5}, "typical_p says how tokens are drawn: give do_sample=True"),
     ({"length_penalty": 2.0}, "length_penalty is about beams: give num_beams"),
     ({"num_beams": 0}, "num_beams must be a whole number >= 1"),
@@ -409,3 +410,60 @@ def test_a_text_alone_is_read_as_text(gmsa: GMSA) -> None:
     rows = [Row([torch.cat([frame.before, torch.tensor(gmsa.template.encode(TEXT)), frame.after])], 9)]
     gmsa.run(rows, 1)
     assert gmsa.answer("Who?", [TEXT], max_new_tokens=9) == rows[0].text
+
+
+def test_a_prompt_that_ends_with_a_memory_may_be_asked_twice(any_gmsa: GMSA) -> None:
+    """All of it is shared then, and its last position is read anew all the same."""
+    memory = any_gmsa.compress(TEXT, 2)
+    frame = Frame(any_gmsa.template("Who?").before, torch.tensor([], dtype=torch.long))
+    alone = tokens_of(any_gmsa, [[memory]], [frame])
+    assert tokens_of(any_gmsa, [[memory]] * 3, [frame] * 3) == alone * 3
+    assert tokens_of(any_gmsa, [any_gmsa.prefill(memory)], [frame]) == alone
+
+
+def test_an_empty_prompt(gmsa: GMSA) -> None:
+    nothing = torch.tensor([], dtype=torch.long)
+    with pytest.raises(InputError, match="the prompt is empty"):
+        gmsa.read([Frame(nothing, nothing)], [[]])
+
+
+def test_marks_tell_beginnings_apart(
+    tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
+) -> None:
+    model = tiny_model("llama", system_prompt="", memory_marks=["<", ">"])
+    gmsa = GMSA(model, tiny_backbone("llama"))
+    marked = gmsa.template("Who?")
+    assert marked.marks is not None
+    bare = Frame(marked.before, marked.after)
+    memory = gmsa.compress(TEXT, 2)
+    alone = [tokens_of(gmsa, [[memory]], [frame])[0] for frame in (marked, bare)]
+    assert alone[0] != alone[1]
+    assert tokens_of(gmsa, [[memory]] * 2, [marked, bare]) == alone
+    prefix = gmsa.prefill(memory)
+    assert [tokens_of(gmsa, [prefix], [frame])[0] for frame in (marked, bare)] == alone
+    with pytest.raises(InputError, match="has been read already"):
+        gmsa.prefill(prefix)
+
+
+def test_a_row_nothing_can_be_drawn_for_ends_alone(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = gmsa._rows(["Who?", "Who?"], [[gmsa.compress(TEXT, 2)], [gmsa.compress(TEXT, 4)]], 4)
+    for row in rows:
+        row.sampling = Sampling(do_sample=True, seed=1)
+    loop = gmsa._loop(8)
+    real, calls = loop._logits, list[int]()
+
+    def broken(states: torch.Tensor) -> torch.Tensor:
+        logits = real(states)
+        calls.append(len(states))
+        if len(calls) == 1:
+            logits[0, 3] = torch.nan
+        return logits
+
+    monkeypatch.setattr(loop, "_logits", broken)
+    for row in rows:
+        loop.submit(row)
+    while loop.busy:
+        loop.turn()
+    assert [row.finish for row in rows].count("error") == 1
+    assert sorted(len(row.tokens) > 0 for row in rows) == [False, True]
+    assert calls[:2] == [2, 1]

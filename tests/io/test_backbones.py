@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gmsa.errors import BackboneError
 from gmsa.io import backbones
+from gmsa.io.backbones import load_backbone
 
 SaveBackbone = Callable[..., Path]
 
@@ -130,3 +132,20 @@ def test_a_hub_name_without_a_hub_is_one_clear_line() -> None:
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="cannot load backbone"):
         backbones.load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b""), ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        ("tokenizer.json", b"{}"), ("config.json", b"{"),
+    ],
+)  # fmt: skip
+def test_a_damaged_backbone_is_one_line(
+    save_backbone: Callable[..., Path], tmp_path: Path, file: str, content: bytes
+) -> None:
+    shutil.copytree(save_backbone("llama"), tmp_path / "b")
+    (tmp_path / "b" / file).write_bytes(content)
+    with pytest.raises(BackboneError, match="cannot load") as caught:
+        load_backbone(str(tmp_path / "b"))
+    assert "\n" not in str(caught.value)

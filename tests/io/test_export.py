@@ -278,3 +278,21 @@ def test_the_command_line(make: Make, tmp_path: Path, capsys: pytest.CaptureFixt
     assert error.count("\n") == 1
     assert cli.main(["restore", out, "--model", str(tmp_path / "model"), "--dtype", "float32"]) == 0
     assert cli.main(["info", str(tmp_path / "compressor")]) == 0
+
+
+@pytest.mark.parametrize(("encoder_layers", "lsa_layers"), [(2, 1), (1, 2)])
+def test_a_compressor_whose_soft_tokens_enter_above_its_lsa(
+    make: Make, tmp_path: Path, encoder_layers: int, lsa_layers: int
+) -> None:
+    gmsa = make(entry_layer=3, encoder_layers=encoder_layers, lsa_layers=lsa_layers)
+    gmsa.export_compressor(tmp_path / "c")
+    again = GMSA.from_pretrained(tmp_path / "c", dtype="float32")
+    assert torch.equal(again.compress(TEXT, 2).soft_tokens, gmsa.compress(TEXT, 2).soft_tokens)
+
+
+def test_a_decoder_that_was_dropped_is_not_exported(make: Make, tmp_path: Path) -> None:
+    gmsa = make()
+    gmsa.drop_decoder()
+    with pytest.raises(CheckpointError, match="was dropped"):
+        gmsa.export_decoder(tmp_path / "d")
+    assert not (tmp_path / "d").exists()

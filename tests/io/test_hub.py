@@ -66,3 +66,41 @@ def test_an_unreachable_hub_is_one_line() -> None:
     with pytest.raises(CheckpointError, match="cannot get model 'someone/model' from the hub") as caught:
         GMSA.from_pretrained("someone/model")
     assert "\n" not in str(caught.value)
+
+
+def test_saving_may_push_with_the_form_and_all_arguments(
+    model: GmsaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    calls: list[dict[str, Any]] = []
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            calls.append({"token": token})
+
+        def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
+            calls.append({"repo_id": repo_id, **options})
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append(options)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    given = {"private": True, "token": "t", "revision": "dev", "commit_message": "m", "create_pr": True}
+    model.save_pretrained(tmp_path / "m", form="int8", push_to_hub=True, **given)
+    assert calls == [
+        {"token": "t"},
+        {"repo_id": "m", "private": True, "exist_ok": True},
+        {
+            **{"repo_id": "me/m", "folder_path": tmp_path / "m", "revision": "dev", "commit_message": "m"},
+            **{"create_pr": True, "allow_patterns": ["config.json", "model.safetensors"]},
+        },
+    ]
+    model.save_pretrained(tmp_path / "m", state_dict={}, is_main_process=True)  # as the Trainer does
+    assert len(calls) == 3
+
+
+def test_the_older_name_of_dtype(model: GmsaModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "m")
+    assert GmsaModel.from_pretrained(tmp_path / "m", torch_dtype=torch.float32).dtype == torch.float32

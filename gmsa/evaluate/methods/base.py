@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from gmsa import __version__
 from gmsa.api import GMSA
 from gmsa.config import GmsaConfig
 from gmsa.errors import GmsaError, InputError
@@ -210,8 +211,8 @@ class Method(ABC):
     def fingerprint(self) -> str:
         """Identifies everything that answers depend on, beside question and settings."""
         reader = self.reader
-        parts = [self.name, self.made_with, reader.fingerprint, fingerprint_of(reader.model), str(reader.model.dtype)]
-        return key_of(*parts)[:16]
+        weights = reader.fingerprint, fingerprint_of(reader.model), str(reader.model.dtype)
+        return key_of(__version__, self.name, self.made_with, *weights)[:16]
 
 
 class TextMethod(Method):
