@@ -1,11 +1,12 @@
 """The configuration of a model: what the encoder, the merging, the alignment and the decoder are."""
 
+import math
 from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from gmsa.errors import ConfigError, check_whole
+from gmsa.errors import ConfigError, check_number, check_whole
 
 # The kinds of layer semantic alignment and of merging, and the class of each: a new one is a file and a line here.
 ALIGNMENT_KINDS = {
@@ -89,14 +90,23 @@ class GmsaConfig(PreTrainedConfig):
     """Groups of weights that this checkpoint holds, of "encoder", "lsa", "decoder-qkv", "decoder", "decoder-lora"."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.trained, list | None) or not all(isinstance(group, str) for group in self.trained or ()):
+            raise ConfigError(f"trained must list groups of {', '.join(TRAINABLE_GROUPS)}, got {self.trained!r}")
         self.trained = sorted(self.trained or [])
         self.check()
         super().__post_init__(**kwargs)
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, if the choices cannot work."""
+        for name in ("decoder", "encoder"):
+            pointer = getattr(self, name)
+            if pointer is not None and not (isinstance(pointer, dict) and isinstance(pointer.get("name"), str)):
+                raise ConfigError(f"{name} must point to a backbone by its name, got {pointer!r}")
+        for name, kinds in (("restore_instruction", str), ("system_prompt", str | None)):
+            if not isinstance(getattr(self, name), kinds):
+                raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}")
         for name, allowed in (("merging", MERGING_KINDS), ("lsa", ALIGNMENT_KINDS), ("prompt", PROMPTS)):
-            if getattr(self, name) not in allowed:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         least = {"encoder_layers": 1, "lsa_layers": 1, "entry_layer": 0, "window_size": 1, "max_appended": 1}
         instead = {"encoder_layers": "all", "window_size": None}  # of a number
@@ -123,6 +133,9 @@ class GmsaConfig(PreTrainedConfig):
             lora = getattr(self, name)
             if lora is not None and not (isinstance(lora, dict) and {"r", "alpha"} <= set(lora)):
                 raise ConfigError(f"{name} needs at least the keys 'r' and 'alpha'")
+            if lora is not None:
+                check_whole(f"{name}: r", lora["r"])
+                check_number(f"{name}: alpha", lora["alpha"], 0, math.inf)
         if self.lsa == "ridge" and self.encoder is not None:
             raise ConfigError("lsa 'ridge' needs an encoder and a decoder of one backbone: leave encoder out")
         marks = self.memory_marks

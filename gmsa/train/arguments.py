@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from gmsa.errors import ConfigError, check_whole
@@ -109,6 +109,8 @@ def trainer_settings(given: Any) -> dict[str, Any]:
 def _checked(name: str, value: Any) -> Any:
     """A value of the kind that it must be of."""
     where, (kind, may_be_none) = f"trainer: {name}", _kind(name)
+    if name in ("seed", "data_seed") and value is not None and check_whole(where, value, 0) >= 2**32:
+        raise ConfigError(f"{where} must be below 2**32, got {value!r}")
     if name in LEAST:
         return check_whole(where, value, LEAST[name])
     if value is None and may_be_none:
@@ -146,7 +148,7 @@ def training_arguments(settings: Mapping[str, Any], output: str, evaluate_every:
         evaluate_every: steps between two looks at the probe; None: there is none.
 
     Raises:
-        ConfigError: transformers does not know the schedule, what it is told, or what is reported to.
+        ConfigError: transformers does not know the optimiser, the schedule, what it is told, or what is reported to.
     """
     passed = dict(settings)
     # Done by the package itself: the Trainer's own would not know the frozen decoder, nor whole checkpoints.
@@ -173,10 +175,16 @@ def training_arguments(settings: Mapping[str, Any], output: str, evaluate_every:
         get_reporting_integration_callbacks(arguments.report_to)
     except ValueError as error:
         raise _refused("report_to: ", error) from error
-    try:  # the Trainer makes its own, after everything else is loaded
+    # The Trainer makes its own of both, after everything else is loaded.
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise _refused("optim: ", error) from error
+    try:
         get_scheduler(
             settings["lr_scheduler_type"],
-            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            optimizer,
             num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
             num_training_steps=arguments.max_steps,
             scheduler_specific_kwargs=dict(settings["lr_scheduler_kwargs"]),

@@ -81,6 +81,7 @@ class RunLog(TrainerCallback):
         Time goes on from the last entry that is left.
         """
         self.started = time.monotonic()
+        state.compute_steps(args, state.max_steps)  # as the recipe has them now; a checkpoint brings its own
         if not state.is_world_process_zero:
             return
         hidden = not sys.stderr.isatty()
@@ -161,7 +162,9 @@ def draw_curve(folder: Path) -> None:
         [e["step"] for e in train], [e["token_accuracy"] for e in train], color="0.7", linewidth=1, label="training mix"
     )
     for size in sorted({s for e in probes for s in e["probe"]["token_accuracy"]}, key=int):
-        points = [(e["step"], e["probe"]["token_accuracy"][size]) for e in probes]
+        # A run that was resumed may have looked at other sizes before.
+        looks = [(e["step"], e["probe"]["token_accuracy"]) for e in probes]
+        points = [(step, accuracy[size]) for step, accuracy in looks if size in accuracy]
         right.plot(*zip(*points, strict=True), marker=".", label=f"held out, {size}x")
     right.set(xlabel="optimiser step", ylabel="token accuracy (teacher forced)", title="Restoration", ylim=(0, 1))
     right.legend(loc="lower right")

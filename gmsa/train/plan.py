@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gmsa.config import GmsaConfig
 from gmsa.decode.prompt import PromptTemplate
@@ -16,9 +17,10 @@ from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine, Conversations, Rows, index_rows
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.packed import PackedBatch, packed_attention, packed_forward, why_not
+from gmsa.train.arguments import training_arguments
 from gmsa.train.batches import CHARACTERS_PER_TOKEN, RowBatches, TrainingBatches
 from gmsa.train.examples import Batch, Document, Example, arguments
-from gmsa.train.log import tell
+from gmsa.train.log import RestorationProbe, tell
 from gmsa.train.recipe import STAGES, Recipe
 
 # So many batches are looked at for the largest one and for what is cut short.
@@ -158,6 +160,21 @@ def checkpoint_activations(model: GmsaModel) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def looks_every(recipe: Recipe) -> int | None:
+    """Steps between two looks at how texts are restored; None: there are none."""
+    return recipe.evaluate.get("every", recipe.trainer["save_steps"]) if recipe.evaluate else None
+
+
+def probe_of(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, window_size: int | None
+) -> RestorationProbe | None:
+    """What a recipe evaluates on; None: nothing. InputError: its file cannot be used."""
+    if not recipe.evaluate:
+        return None
+    options = {key: value for key, value in recipe.evaluate.items() if key != "every"}
+    return RestorationProbe.from_file(tokenizer, template, window_size, **options)
+
+
 # -- what it would do --------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +185,8 @@ def plan(recipe: Recipe) -> str:
         GmsaError: as training would.
     """
     model, encoder, template = prepare(recipe)
+    training_arguments(recipe.trainer, recipe.output, looks_every(recipe))
+    probe_of(recipe, encoder.tokenizer, template, model.config.window_size)
     batches = training_batches(recipe, model, encoder, template, 1)
     looked_at = [batches.examples(number) for number in range(min(LOOKED_AT, len(batches)))]
     seen = [example for part in looked_at for example in part]

@@ -201,6 +201,9 @@ class Recipe:
                 raise ConfigError(f"max_minutes must be above 0, got {self.max_minutes!r}")
         _check_whole_list("lengths", self.lengths)
         check_keys("model", self.model, SETTINGS)
+        for name in ("decoder", "encoder"):
+            if not isinstance(self.model.get(name), str | None):
+                raise ConfigError(f"model: {name} must name a backbone, got {self.model[name]!r}")
         self._check_data()
         self._check_evaluate()
         self._check_parts()
@@ -229,8 +232,8 @@ class Recipe:
         if self.evaluate is None:
             return
         check_keys("evaluate", self.evaluate, EVALUATE_KEYS)
-        if "path" not in self.evaluate:
-            raise ConfigError("evaluate needs a path")
+        if not isinstance(self.evaluate.get("path"), str):
+            raise ConfigError(f"evaluate needs a path, a text, got {self.evaluate.get('path')!r}")
         for name in ("every", "texts", "length"):
             if name in self.evaluate:
                 check_whole(f"evaluate: {name}", self.evaluate[name])
@@ -349,7 +352,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raw = yaml.safe_load(Path(path).read_bytes())  # UTF-8 or UTF-16, whatever the locale
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that no month has
         raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path} must hold key: value pairs")
@@ -400,5 +403,5 @@ def _override(raw: dict[str, Any], item: str) -> None:
             raise ConfigError(f"{key}: {parent} has no fields")
     try:
         target[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a day that no month has
         raise ConfigError(f"{key}: {value!r} is not valid YAML") from None

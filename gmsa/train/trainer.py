@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
@@ -31,7 +32,7 @@ from gmsa.train.batches import NumberedBatch
 from gmsa.train.checkpoints import WeightAverage
 from gmsa.train.examples import Batch, arguments
 from gmsa.train.log import Deadline, RestorationProbe, RunLog, draw_curve, tell
-from gmsa.train.plan import prepare, training_batches
+from gmsa.train.plan import looks_every, prepare, probe_of, training_batches
 from gmsa.train.recipe import STAGES, Recipe, read_yaml
 
 SKIPPED_AT_MOST = 5  # steps in a row without a finite gradient: more is no accident
@@ -255,6 +256,27 @@ class GmsaTrainer(Trainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, but what the recipe says of learning rate, weight decay and the like now counts.
+
+        The schedule goes on from the step, even if `max_minutes` had ended the run before by the clock.
+        """
+        kept = ("params", "lr")
+        settings = [{k: v for k, v in group.items() if k not in kept} for group in self.optimizer.param_groups]
+        base = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        for group, given in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(given)
+        scheduler, step = self.lr_scheduler, self.state.global_step
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs, scheduler.last_epoch = base, step
+            rates = [rate * of_step(step) for rate, of_step in zip(base, scheduler.lr_lambdas, strict=True)]
+            scheduler._last_lr = rates
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing: `train` has loaded the weights, before anything wrapped or sharded the model."""
 
@@ -292,8 +314,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, began: 
     model, encoder, template = prepare(recipe)
     if last is not None:
         checkpoint.load_weights(model, last)
-    every = recipe.evaluate.get("every", recipe.trainer["save_steps"]) if recipe.evaluate else None
-    arguments = training_arguments(recipe.trainer, recipe.output, every)
+    arguments = training_arguments(recipe.trainer, recipe.output, looks_every(recipe))
     if recipe.max_minutes is not None and arguments.world_size > 1:
         raise ConfigError("max_minutes needs one process, since each has a clock of its own: use trainer.max_steps")
     batches = training_batches(recipe, model, encoder, template, arguments.world_size)
@@ -302,15 +323,10 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, began: 
     if main and (bad := batches.bad_lines):
         shown = "".join(f"\n  {line}" for line in bad[:5]) + ("\n  ..." if len(bad) > 5 else "")
         tell(f"{len(bad)} bad line(s) skipped:{shown}")
-    probe = None
-    if recipe.evaluate:
-        options = {key: value for key, value in recipe.evaluate.items() if key != "every"}
-        probe = RestorationProbe.from_file(encoder.tokenizer, template, model.config.window_size, **options)
+    probe = probe_of(recipe, encoder.tokenizer, template, model.config.window_size)
     average = None
     if recipe.average is not None:
         average = WeightAverage({n: p for n, p in model.named_parameters() if p.requires_grad}, recipe.average)
-    if main:
-        _begin_in(output, recipe, resume)
     log = RunLog(output)
     trainer = GmsaTrainer(recipe, probe, log, average, model=model, args=arguments, train_dataset=batches)
     if average and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -319,6 +335,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, began: 
         raise ConfigError("FSDP1 is not supported: set fsdp_version to 2")
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage > 2:
         raise ConfigError("DeepSpeed ZeRO-3 is not supported: use stage 1 or 2, or FSDP2")
+    if main:
+        _begin_in(output, recipe, resume)  # last: it deletes an earlier run's checkpoints
     for noisy in (ProgressCallback, PrinterCallback):  # both write to stdout, which is for data
         trainer.remove_callback(noisy)
     if recipe.max_minutes is not None:

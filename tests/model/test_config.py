@@ -1,5 +1,6 @@
 """Every field that cannot work is named."""
 
+import re
 from typing import Any
 
 import pytest
@@ -39,3 +40,20 @@ def test_the_defaults_are_the_papers_and_valid() -> None:
     assert (config.encoder_layers, config.merging, config.lsa, config.lsa_layers) == (8, "mean", "decoder", 1)
     assert config.restore_instruction == "Restate the aforementioned Text."
     assert GmsaConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lsa": ["decoder"]}, "lsa must be one of"),
+        ({"system_prompt": 5}, "system_prompt must be a text, got 5"),
+        ({"trained": 5}, "trained must list groups of"),
+        ({"decoder": "name"}, "decoder must point to a backbone by its name, got 'name'"),
+        ({"encoder": {}}, "encoder must point to a backbone by its name, got {}"),
+        ({"encoder_lora": {"r": "x", "alpha": 3}}, "encoder_lora: r must be a whole number"),
+        ({"decoder_lora": {"r": 2, "alpha": "x"}}, "decoder_lora: alpha must be a number"),
+    ],
+)
+def test_values_of_the_wrong_kind(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        GmsaConfig(**fields)

@@ -569,3 +569,16 @@ def test_full_covers_what_it_can() -> None:
 def test_texts_that_are_numbers_are_numbers() -> None:
     recipe = Recipe(**LEAST, average="98e-2", max_minutes="1e1")  # type: ignore[arg-type]
     assert (recipe.average, recipe.max_minutes) == (0.98, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("evaluate={path: [a.jsonl]}", "evaluate needs a path, a text, got ['a.jsonl']"),
+        ("output=2024-02-30", "output: '2024-02-30' is not valid YAML"),
+        ("model.decoder=[1]", "model: decoder must name a backbone, got [1]"),
+    ],
+)
+def test_values_of_the_wrong_kind(load: Callable[..., Recipe], change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(LEAST, change)

@@ -20,7 +20,7 @@ from gmsa.io.loading import GmsaModel
 from gmsa.model.packed import packed_forward
 from gmsa.train.checkpoints import WeightAverage
 from gmsa.train.log import Deadline, RestorationProbe
-from gmsa.train.plan import prepare, training_batches
+from gmsa.train.plan import plan, prepare, training_batches
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import GmsaTrainer, train
 from recipes import recipe_of
@@ -436,3 +436,52 @@ def test_the_mean_of_weights_goes_where_the_model_goes() -> None:
     average.on_train_begin()
     average.update()
     assert average.mean["w"].device.type == "meta"
+
+
+def test_a_resumed_run_takes_the_settings_it_is_given(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    probe = {"path": str(tmp_path / "texts.jsonl"), "texts": 2, "length": 16, "merge_sizes": [2, 4], "every": 2}
+    train(recipe(max_steps=4, save_steps=2, evaluate=probe))
+    probe |= {"merge_sizes": [2], "every": 1}
+    changed = {"learning_rate": 1e-5, "weight_decay": 0.5, "save_steps": 1, "save_total_limit": 9, "evaluate": probe}
+    train(recipe(max_steps=7, **changed), resume=True)
+    entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    rates = {e["step"]: e["learning_rate"] for e in entries if "loss" in e}
+    assert max(rates[step] for step in (5, 6, 7)) <= 1e-5 < rates[2]
+    assert [e["step"] for e in entries if "probe" in e] == [2, 4, 5, 6, 7]
+    assert {f"checkpoint-{step}" for step in (5, 6, 7)} <= {path.name for path in (tmp_path / "run").iterdir()}
+    groups = torch.load(tmp_path / "run/checkpoint-7/optimizer.pt")["param_groups"]
+    assert max(group["weight_decay"] for group in groups) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adam_beta1": 2.0}, "trainer: optim: Invalid beta"),
+        ({"optim": "adamw_bnb_8bit"}, "trainer: optim: "),
+        ({"seed": 2**32}, "trainer: seed must be below"),
+    ],
+)
+def test_a_bad_optimiser_leaves_an_earlier_run_alone(
+    recipe: Callable[..., Recipe], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    train(recipe(max_steps=2, save_steps=2))
+    with pytest.raises(ConfigError, match=message):
+        train(recipe(**settings), overwrite=True)
+    with pytest.raises(ConfigError, match=message):
+        plan(recipe(**settings))
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+
+
+def test_a_dry_run_misses_the_probe_s_file_as_training_does(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        plan(recipe(evaluate={"path": str(tmp_path / "none.jsonl")}))
+
+
+def test_a_run_its_time_ended_goes_on_with_a_rate(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Its schedule had been moved to the end by the clock."""
+    train(recipe(max_steps=10_000, save_steps=10_000, max_minutes=0.05))
+    (last,) = (tmp_path / "run").glob("checkpoint-*")
+    step = int(last.name.split("-")[1])
+    train(recipe(max_steps=step + 4, save_steps=10_000), resume=True)
+    entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert max(e["learning_rate"] for e in entries if e["step"] > step) > 0
