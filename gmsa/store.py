@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -333,7 +334,8 @@ class MemoryStore:
             fitting = (
                 entry for entry in database.whole_entries(db, label) if not metadata or holds(entry.metadata, metadata)
             )
-            return list(islice(fitting, offset, None if limit is None else offset + limit))
+            last = sys.maxsize if limit is None else min(offset + limit, sys.maxsize)
+            return list(islice(fitting, min(offset, last), last))
 
     def stats(self) -> StoreStats:
         """How much the store holds."""

@@ -139,6 +139,8 @@ def ask(options: argparse.Namespace) -> None:
     """Run `gmsa ask`."""
     if not options.context and not options.memory:
         raise InputError("nothing to answer from: give --context FILE or --memory MEM")
+    if options.select and not options.context:
+        raise InputError("--select chooses sentences of texts: give --context FILE with it")
     if not check_text(options.question, "the question").strip():
         raise InputError("the question is empty")
     if options.context.count("-") > 1:

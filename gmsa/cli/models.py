@@ -91,6 +91,8 @@ def data_check(options: argparse.Namespace) -> None:
     from gmsa.io.rows import find_files
     from gmsa.train.datacheck import check_files, check_plot, draw_lengths, format_report
 
+    if options.plot == "-":
+        raise InputError("--plot names a file: a picture does not go to stdout")
     if options.plot:  # say so before the work, not after it
         check_plot(options.plot)
         check_output(options.plot, *(path for name in [*options.files, *options.against] for path in find_files(name)))

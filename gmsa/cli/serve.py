@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gmsa.serve.service import Service
     from gmsa.serve.settings import Settings
 
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 KEY_VARIABLE = "GMSA_API_KEY"
 DECODER_KEY_VARIABLE = "GMSA_DECODER_API_KEY"
 LOCAL = "local"
@@ -61,8 +63,8 @@ def add_common(command: argparse.ArgumentParser) -> None:
     """The options of both: which model and store, where to listen, and to whom."""
     option = command.add_argument
     option("model", nargs="?", default="default", metavar="MODEL", help="folder or hub id (bundled model)")
-    option("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    option("--port", type=port, default=8000, metavar="N", help="0 takes a free one (8000)")
+    option("--host", default=DEFAULT_HOST, help=f"address to listen on ({DEFAULT_HOST})")
+    option("--port", type=port, default=DEFAULT_PORT, metavar="N", help=f"0 takes a free one ({DEFAULT_PORT})")
     keys = command.add_mutually_exclusive_group()
     keys.add_argument("--api-key", metavar="KEY", help=f"what clients must send (default: {KEY_VARIABLE}, if set)")
     several = "the same, from a file; or a name and a key a line, each with memories of its own"
@@ -100,6 +102,12 @@ def serve(options: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
         from fastapi import FastAPI  # noqa: F401
         from prometheus_client import Counter  # noqa: F401
+    remote = {"--decoder-name": options.decoder_name, "--decoder-api-key": options.decoder_api_key}
+    remote["--decoder-api-key-file"] = options.decoder_api_key_file
+    if not options.decoder and (given := [name for name, value in remote.items() if value is not None]):
+        raise InputError(f"{given[0]} is about a decoder elsewhere: give --decoder vllm:URL with it")
+    if options.decoder and options.decoder_weights != "exact":
+        raise InputError("--decoder-weights is about the model's own decoder: leave it out with --decoder")
     settings = settings_of(options)  # what is wrong with the options is said before the model is loaded
     decoder_key = key_of(options.decoder_api_key, options.decoder_api_key_file, DECODER_KEY_VARIABLE)
     from gmsa.api import GMSA
@@ -127,6 +135,10 @@ def mcp(options: argparse.Namespace) -> None:
     with packages("an agent's tools need", "mcp"):
         import uvicorn
         from mcp.server import MCPServer  # noqa: F401
+    if not options.http and (options.host, options.port) != (DEFAULT_HOST, DEFAULT_PORT):
+        raise InputError("--host and --port are for --http: without it the tools are on stdin and stdout")
+    if not options.http and (options.api_key or options.api_key_file or options.anonymous):
+        raise InputError("keys are for --http: whoever has stdin and stdout needs none")
     key, file = keys_of(options)
     from gmsa.serve.mcp import http_app, make_server
     from gmsa.serve.server import Announced, listen
@@ -137,7 +149,10 @@ def mcp(options: argparse.Namespace) -> None:
     try:
         server = make_server(lambda: load(options), stores, options.merge_size, options.max_new_tokens)
         if options.http:
-            app = http_app(server, Settings(max_body=options.max_body), Keys(key, file), options.host)
+            keys = Keys(key, file)
+            if file is not None:
+                signal.signal(signal.SIGHUP, lambda *_: keys.reload())
+            app = http_app(server, Settings(max_body=options.max_body), keys, options.host)
             config = uvicorn.Config(app, options.host, options.port, log_level="warning", ws="none", access_log=False)
             listen(Announced(config, "/mcp"))
         else:

@@ -168,9 +168,9 @@ def _chat(messages: Sequence[ChatMessage] | str, documents: Sequence[Document]) 
         raise InputError("there is no message to answer")
     made: list[Message] = []
     for message in given:
-        if message.text is None or message.tool_calls or message.tool_call_results:
-            raise InputError(f"a message of the {message.role.value} is not text: there are no tools here")
-        made.append(Message(message.role.value, [message.text]))
+        if not message.texts or len(message.texts) != len(message):
+            raise InputError(f"a message of the {message.role.value} is not text alone: no tools or images here")
+        made.append(Message(message.role.value, [*message.texts]))
     sources = [
         Source(d.content, d.meta.get(MEMORY_ID)) for d in documents if d.meta.get(MEMORY_ID) or not is_blank(d.content)
     ]

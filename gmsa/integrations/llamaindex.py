@@ -28,6 +28,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
     MessageRole,
+    TextBlock,
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
@@ -36,6 +37,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from pydantic import ConfigDict, model_validator
 
+from gmsa.errors import InputError
 from gmsa.integrations.reader import MEMORY_ID, Message, Options, Reader, Source, check_fields
 
 # As the model is trained: what is known, then the question. LlamaIndex's own template has instructions around them.
@@ -140,6 +142,9 @@ class GmsaLLM(LLM):
         return _awaited(self.stream_complete(prompt, formatted, **kwargs))
 
     def _messages(self, messages: Sequence[ChatMessage]) -> list[Message]:
+        for message in messages:
+            if other := [type(block).__name__ for block in message.blocks if not isinstance(block, TextBlock)]:
+                raise InputError(f"a message of the {message.role.value} holds a {other[0]}: only text is read here")
         return [Message(ROLES.get(m.role, m.role.value), self.reader.split(m.content or "")) for m in messages]
 
     def _options(self, given: Mapping[str, Any]) -> Options:

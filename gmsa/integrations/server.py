@@ -88,7 +88,8 @@ class ServerReader(Reader):
         check_text(text, "a document")
         body = {"text": text} | ({} if self.merge_size is None else {"merge_size": self.merge_size})
         made = self._send("/v1/memories", body)
-        return Remembered(made["id"], made["soft_tokens"], made["origin_tokens"])
+        with self._reading():
+            return Remembered(made["id"], made["soft_tokens"], made["origin_tokens"])
 
     def answer(self, messages: Sequence[Message], options: Options = GREEDY) -> Answer:
         """See `Reader.answer`."""
@@ -96,16 +97,17 @@ class ServerReader(Reader):
             said = self._send("/v1/chat/completions", self._body(messages, options))
         except MemoryNotFoundError:
             said = self._send("/v1/chat/completions", self._body(_by_text(messages), options))
-        choice, usage = said["choices"][0], said["usage"]
-        details = usage["prompt_tokens_details"]
-        return Answer(
-            text=choice["message"]["content"],
-            prompt_tokens=usage["prompt_tokens"],
-            soft_tokens=details["soft_tokens"],
-            origin_tokens=details["origin_tokens"],
-            completion_tokens=usage["completion_tokens"],
-            finish_reason=choice["finish_reason"],
-        )
+        with self._reading():
+            choice, usage = said["choices"][0], said["usage"]
+            details = usage["prompt_tokens_details"]
+            return Answer(
+                text=choice["message"]["content"],
+                prompt_tokens=usage["prompt_tokens"],
+                soft_tokens=details["soft_tokens"],
+                origin_tokens=details["origin_tokens"],
+                completion_tokens=usage["completion_tokens"],
+                finish_reason=choice["finish_reason"],
+            )
 
     def stream(self, messages: Sequence[Message], options: Options = GREEDY) -> AnswerPieces:
         """See `Reader.stream`."""
@@ -149,34 +151,49 @@ class ServerReader(Reader):
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RemoteDecoderError(f"{self.url} cannot be asked: {error or type(error).__name__}") from error
 
+    @contextlib.contextmanager
+    def _reading(self) -> "Iterator[None]":
+        """Raise RemoteDecoderError where an answer is not what a GMSA server says."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise RemoteDecoderError(f"{self.url} answered something else: is it a GMSA server?") from error
+
     def _send(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with self._asking() as client:
             response = client.post(path, json=body)
         self._check(response)
-        return response.json()
+        with self._reading():
+            return response.json()
 
     def _stream(self, body: dict[str, Any]) -> Generator[str, None, str | None]:
         finish: str | None = None
+        whole = False
         body = {**body, "stream": True}
         with self._asking() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.is_error:
+            if not response.is_success:
                 response.read()
             self._check(response)
             for line in _lines(response.iter_bytes()):
                 data = line.removeprefix(b"data:").strip()
-                if not line.startswith(b"data:") or data == b"[DONE]":
+                whole = whole or data == b"[DONE]"
+                if not line.startswith(b"data:") or whole:
                     continue
-                event = json.loads(data)
+                with self._reading():
+                    event = json.loads(data)
+                    failed = event["error"].get("message") if "error" in event else None
+                    pieces = [choice["delta"].get("content") for choice in event.get("choices", [])]
+                    ends = [choice.get("finish_reason") for choice in event.get("choices", [])]
                 if "error" in event:
-                    raise RemoteDecoderError(f"{self.url} gave up: {event['error'].get('message')}")
-                for choice in event.get("choices", []):
-                    finish = choice.get("finish_reason") or finish
-                    if piece := choice["delta"].get("content"):
-                        yield piece
+                    raise RemoteDecoderError(f"{self.url} gave up: {failed}")
+                finish = next(filter(None, ends), finish)
+                yield from filter(None, pieces)
+        if not whole:
+            raise RemoteDecoderError(f"{self.url} broke off in the middle of an answer, or is no GMSA server")
         return finish
 
     def _check(self, response: "httpx.Response") -> None:
-        if not response.is_error:
+        if response.is_success:
             return
         try:
             error = response.json()["error"]

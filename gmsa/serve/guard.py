@@ -37,7 +37,7 @@ class Guard:
         self.keys = keys
         self.settings = settings
         self.metrics = metrics
-        self.hosts = hosts
+        self.hosts = {host.lower() for host in hosts}  # as they come from a request's URL
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, or hand it on and count it."""

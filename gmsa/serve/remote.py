@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,9 @@ class RemoteDecoder:
     ) -> None:
         check_enters_at_input(gmsa.config)
         self.gmsa = gmsa
-        # A tokenizer of its own: others use the model's meanwhile, and each call sets how special tokens are read.
+        # A tokenizer of its own: others use the model's meanwhile, and each call sets how special tokens are read. Of
+        # these calls there is one at a time, or a user's text could be read as a template's mark.
+        self._words = threading.RLock()
         self.template = PromptTemplate(copy.deepcopy(gmsa.tokenizer), gmsa.config)
         self.url = base_url(url)
         self._wanted = model
@@ -181,7 +184,8 @@ class RemoteDecoder:
             check_response(response, self.url)
         if not response.is_success:
             return False
-        expected = sum(map(len, self.template.chat([turn])))
+        with self._words:
+            expected = sum(map(len, self.template.chat([turn])))
         return bool(response.json()["usage"]["prompt_tokens"] == expected)
 
     async def _ask(self, method: str, path: str, **options: Any) -> Any:
@@ -241,7 +245,8 @@ class RemoteDecoder:
         contents: Any = [memories] if isinstance(memories, Memory | Tensor | os.PathLike) else memories
         if not isinstance(contents, str | PrefixCache):  # which are refused
             contents = [Memory.load(one) if isinstance(one, os.PathLike) else one for one in contents]
-        embeds = self.gmsa.prompt_embeddings(question, contents)
+        with self._words:
+            embeds = self.gmsa.prompt_embeddings(question, contents)
         self._check_room(len(embeds), max_new_tokens)  # the server has been asked now what it takes
         if not self.chats:
             return self.request(embeds, max_new_tokens, sampling), "completions"
@@ -319,7 +324,8 @@ class RemoteDecoder:
 
     def chat_messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """Turns as vLLM's chat route takes them, the model's own system prompt before them."""
-        said = [{"role": turn.role, "content": chat_content(self.gmsa, self.template, turn.parts)} for turn in turns]
+        with self._words:
+            said = [{"role": t.role, "content": chat_content(self.gmsa, self.template, t.parts)} for t in turns]
         return [*self.system_messages(turns[0].role), *said]
 
     def system_messages(self, first_role: str) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ class ResponseRequest(Asked):
     instructions: AnyText | None = Field(None, description="of the system, before the input")
     max_output_tokens: Limit = Field(None, description="-1, as null: the server's limit")
     text: TextOptions | None = None
-    metadata: dict[str, str] | None = Field(None, max_length=16, description="given back with the answer")
+    metadata: dict[AnyText, AnyText] | None = Field(None, max_length=16, description="given back with the answer")
     tool_choice: Any = None
     tools: Tools | None = None
     background: Off | None = None

@@ -499,3 +499,25 @@ def test_what_a_server_refuses_is_said(remote: ServerReader) -> None:
     other._client = httpx.Client(base_url="http://elsewhere", transport=transport)
     with pytest.raises(RemoteDecoderError, match="is it a GMSA server"):
         other.answer([Message("user", ["Hello?"])])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        httpx.Response(308, headers={"Location": "https://server/"}),
+        httpx.Response(200, text="<html>"),
+        httpx.Response(200, json={"object": "list"}),
+        httpx.Response(200, text='data: {"choices": [{"delta": {"content": "half"}}]}\n\n'),
+        httpx.Response(200, text="data: []\n\n"),
+    ],
+    ids=["redirect", "page", "other JSON", "cut short", "other event"],
+)
+def test_a_server_of_another_kind_is_no_answer(said: httpx.Response) -> None:
+    remote = ServerReader("http://server")
+    remote._client = httpx.Client(base_url="http://server", transport=httpx.MockTransport(lambda _: said))
+    with pytest.raises(RemoteDecoderError, match="GMSA server"):
+        remote.answer([Message("user", ["Who?"])])
+    with pytest.raises(RemoteDecoderError, match="GMSA server"):
+        list(remote.stream([Message("user", ["Who?"])]))
+    with pytest.raises(RemoteDecoderError, match="GMSA server"):
+        remote.remember(["A text."])

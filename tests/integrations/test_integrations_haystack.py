@@ -11,7 +11,7 @@ from haystack import Document, Pipeline
 from haystack.components.builders import AnswerBuilder
 from haystack.components.retrievers import InMemoryBM25Retriever
 from haystack.components.writers import DocumentWriter
-from haystack.dataclasses import ChatMessage, StreamingChunk
+from haystack.dataclasses import ChatMessage, ImageContent, StreamingChunk
 from haystack.document_stores.in_memory import InMemoryDocumentStore
 
 from gmsa import GMSA, MemoryStore
@@ -72,8 +72,14 @@ def test_chats(reader: LocalReader) -> None:
     (reply,) = GmsaChatGenerator(reader, SHORT).run(chat, [Document(content=DOCUMENTS[0])])["replies"]
     turns = [Message("system", ["Be short."]), Message("user", [Source(DOCUMENTS[0]), QUESTION])]
     assert reply.text == reader.answer(turns, Options(8)).text
+    both = ChatMessage.from_user(content_parts=["Here is the report.", QUESTION])
+    (reply,) = GmsaChatGenerator(reader, SHORT).run([both])["replies"]
+    assert reply.text == reader.answer([Message("user", ["Here is the report.", QUESTION])], Options(8)).text
     with pytest.raises(InputError, match="no message"):
         GmsaChatGenerator(reader).run([])
+    picture = ImageContent(base64_image="aGk=", mime_type="image/png", validation=False)
+    with pytest.raises(InputError, match="not text alone"):
+        GmsaChatGenerator(reader).run([ChatMessage.from_user(content_parts=["What is it?", picture])])
 
 
 def test_streams_and_threads(reader: LocalReader) -> None:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("llama_index.core")
 
 from llama_index.core import PromptTemplate
-from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
@@ -112,6 +112,9 @@ def test_chats_completions_and_streams(llm: GmsaLLM, reader: LocalReader) -> Non
     answer = llm.chat(chat)
     assert answer.message.content == told.text
     assert answer.raw == told.metadata == answer.additional_kwargs
+    picture = ChatMessage(role="user", blocks=[TextBlock(text="What is it?"), ImageBlock(url="http://a/b.png")])
+    with pytest.raises(InputError, match="holds a ImageBlock: only text"):
+        llm.chat([picture])
     alone = llm.complete(QUESTION).text
     assert alone == reader.answer([Message("user", [QUESTION])], Options(8)).text
     assert llm.complete(QUESTION, max_tokens=2).text != alone

@@ -122,5 +122,8 @@ def test_over_http(model: str, tmp_path: Path) -> None:
 def test_what_it_does_not_start_with(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mcp", model, "--store", str(tmp_path / "s"), "--http", "--host", "0.0.0.0"]) == 1
     assert "lets other machines in" in capsys.readouterr().err
+    for options in (["--port", "9000"], ["--host", "::1"], ["--api-key", "k"], ["--anonymous"]):
+        assert main(["mcp", model, "--store", str(tmp_path / "s"), *options]) == 1
+        assert "for --http" in capsys.readouterr().err
     assert main(["mcp", model, "--store", str(tmp_path)]) == 1
     assert "is a folder: a memory store is a file" in capsys.readouterr().err

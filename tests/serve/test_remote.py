@@ -400,6 +400,9 @@ def test_a_decoder_that_comes_back_with_another_model_is_not_used(fake: FakeVllm
     ("options", "code", "says"),
     [
         ([], 1, "holds the compressor alone"),
+        (["--decoder-name", "x"], 1, "--decoder-name is about a decoder elsewhere"),
+        (["--decoder-api-key", "x"], 1, "--decoder-api-key is about a decoder elsewhere"),
+        (["--decoder", "vllm:{url}", "--decoder-weights", "int8"], 1, "leave it out with --decoder"),
         (["--decoder", "vllm:localhost:8000"], 2, "a decoder is local or vllm:http://HOST:PORT"),
         (["--decoder", "http://localhost:8000"], 2, "a decoder is local or vllm:http://HOST:PORT"),
         (["--decoder", "vllm:http://a:8000,http://b:8000"], 2, "put a router before several (docs/scale.md)"),

@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +266,26 @@ def test_soft_tokens_that_enter_above_the_input_go_to_no_other_engine(
         with pytest.raises(ConfigError, match=r"enter the decoder at layer 3; .*use GMSA.answer"):
             way()
     assert not (tmp_path / "decoder").exists()
+
+
+def test_no_thread_reads_anothers_text_as_marks(
+    gmsa: GMSA, remote: RemoteDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer is told at each call how to read what looks like a special token; calls must not meet."""
+    memory = gmsa.compress(TEXTS[0], 2)
+    assert remote.model  # the server has been asked what it takes
+    expected = remote._question(QUESTION, [memory], 4, {})
+    real, inside, most = gmsa.prompt_embeddings, list[int](), list[int]()
+
+    def slow(*given: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return real(*given)
+
+    monkeypatch.setattr(gmsa, "prompt_embeddings", slow)
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(remote._question, QUESTION, [memory], 4, {}) for _ in range(8)]
+    assert {one.result() for one in asked} == {expected}
+    assert max(most) == 1

@@ -556,13 +556,19 @@ def test_bodies_that_are_no_requests(url: str, body: bytes, status: int) -> None
     assert "passwd" not in answer.text  # what was sent is not repeated
 
 
+def test_metadata_that_could_not_be_given_back_is_refused(url: str) -> None:
+    body = b'{"model": "gmsa", "input": "Who?", "metadata": {"a": "\\ud800"}}'
+    answer = http.post(f"{url}/v1/responses", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+
+
 def test_a_form_from_another_site_is_no_request(url: str) -> None:
     body = json.dumps({"text": TEXT})
     answer = http.post(f"{url}/v1/memories", content=body, headers={"Content-Type": "text/plain"})
     assert answer.status_code == 422
     answer = http.get(f"{url}/v1/memories", headers={"Host": "rebound.example.com:8000"})
     assert answer.status_code == 421
-    for host in ("localhost:1", "[::1]:8000", "192.168.1.7"):
+    for host in ("localhost:1", "LocalHost", "[::1]:8000", "192.168.1.7"):
         assert http.get(f"{url}/v1/models", headers={"Host": host}).status_code == 200
 
 

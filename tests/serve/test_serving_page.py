@@ -237,6 +237,17 @@ def test_files_are_opened(page: "sync_api.Page", tmp_path: Path) -> None:
     page.get_by_role("button", name="Compress").click()
     sync_api.expect(page.locator("#stored .name")).to_have_text("notes.txt")
     assert text_of(page, "#tokens-after") == "7"  # four of the first window, three of the second
+    # What is hidden is not checked; a label is cut between characters.
+    page.get_by_label("Another merge size").fill("2000")
+    page.get_by_role("radio", name="4×").check()
+    emoji = "\N{SMILING FACE WITH OPEN MOUTH}" * 70
+    (tmp_path / f"{'n' * 220}.txt").write_text(emoji)
+    page.locator("#file").set_input_files(tmp_path / f"{'n' * 220}.txt")
+    page.get_by_role("button", name="Compress").click()
+    sync_api.expect(page.locator("#stored .name").first).to_have_text("n" * 60)
+    page.get_by_label("Text of the document").fill(emoji + "!")
+    page.get_by_role("button", name="Compress").click()
+    sync_api.expect(page.locator("#stored .name").first).to_have_text(emoji[:60])
     page.get_by_role("button", name="Sample text").click()
     sync_api.expect(page.get_by_label("Text of the document")).to_have_value(re.compile("^In the summer of 1858"))
 

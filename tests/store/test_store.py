@@ -1055,3 +1055,9 @@ def test_entries_are_values(store: MemoryStore) -> None:
     assert entry.rate == pytest.approx(len(TEXT) / entry.soft_tokens)
     with pytest.raises(AttributeError):
         entry.label = "x"  # type: ignore[misc]
+
+
+def test_a_limit_beyond_all_numbers_is_no_limit(store: MemoryStore) -> None:
+    store.put(TEXT, make())
+    assert len(store.list(limit=10**20)) == 1
+    assert store.list(offset=10**20) == []

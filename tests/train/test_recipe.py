@@ -543,7 +543,7 @@ def test_a_dumped_recipe_loads_as_an_equal_one(load: Callable[..., Recipe], fiel
                 optional={
                     "learning_rate": st.floats(1e-12, 1e3),
                     "warmup_steps": st.floats(0, 1e6),
-                    "seed": st.integers(0, 2**40),
+                    "seed": st.integers(0, 2**32 - 1),
                 },
             ),
             "merge_sizes": st.lists(st.integers(1, 64), min_size=1)

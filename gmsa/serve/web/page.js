@@ -30,6 +30,10 @@ async function api(path, options = {}) {
       response = await fetch(path, { ...options, headers });
     } catch (error) {
       if (error.name === "AbortError") throw error;
+      if (key && /[^\x20-\x7e]/.test(key)) { // cannot be sent: pasted with a curly quote, most likely
+        await askForKey();
+        continue;
+      }
       throw new ApiError("The server cannot be reached.");
     }
     if (response.status === 401) {
@@ -145,7 +149,8 @@ const chosenSize = () => document.querySelector("input[name=size]:checked").valu
 const mergeSize = () => Number(chosenSize() === "other" ? $("other-size").value : chosenSize());
 
 function labelOf(text) {
-  return $("document").dataset.label ?? text.trim().split(/\s+/).slice(0, 7).join(" ").slice(0, 60);
+  const label = $("document").dataset.label ?? text.trim().split(/\s+/).slice(0, 7).join(" ");
+  return [...label].slice(0, 60).join(""); // by characters: half an emoji is no text
 }
 
 async function compress(event) {
@@ -493,7 +498,7 @@ $("document").ondrop = (event) => {
 };
 for (const radio of document.querySelectorAll("input[name=size]"))
   radio.onchange = () => {
-    $("other-size").hidden = chosenSize() !== "other";
+    $("other-size").hidden = $("other-size").disabled = chosenSize() !== "other"; // what is hidden is not checked
   };
 for (const question of SAMPLE_QUESTIONS)
   $("suggestions").append(element("button", {
