@@ -58,7 +58,7 @@ from gmsa.sentences import (
     with_neighbours,
     without_least,
 )
-from gmsa.text import Control, check_text, encode, token_pieces
+from gmsa.text import Control, check_text, check_texts, encode, token_pieces
 
 DEFAULT_MODEL = "default"
 MERGE_SIZE = 4
@@ -432,7 +432,11 @@ class GMSA:
 
         Returns:
             Of each, higher is better; 0: it does not fit, or far less than the best one.
+
+        Raises:
+            InputError: what is given is no list of texts, or holds what is no text.
         """
+        sentences = check_texts(sentences, "the sentences")
         shared = shared_words(sentences, question)
         words, attended = without_least(shared, LEAST), self._attended(sentences, shared, question, batch_size)
         return words if attended is None else together(words, with_neighbours(sentences, attended))

@@ -9,6 +9,7 @@ import torch
 from gmsa import GMSA
 from gmsa.api import LOOK_TOKENS
 from gmsa.attention import last_attention, share_out
+from gmsa.errors import InputError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of
@@ -144,6 +145,13 @@ def test_a_batch_size_reaches_the_look(gmsa: GMSA, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gmsa, "compress", compress)
     gmsa.compress_for(QUESTION, "".join(SENTENCES), 4, batch_size=3)
     assert given == [3, 3]
+
+
+def test_sentences_that_are_no_text(make_gmsa: Callable[..., GMSA]) -> None:
+    with pytest.raises(InputError, match="the sentences: number 2"):
+        make_gmsa().rank(["One. ", "Half \ud800. "], "Who?")
+    with pytest.raises(InputError, match="must be a list of texts"):
+        make_gmsa().rank("One.", "Who?")  # type: ignore[arg-type]
 
 
 def test_a_decoder_of_one_layer(tiny_backbone: Callable[..., Backbone]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gmsa import __version__
 from gmsa.errors import InputError
+from gmsa.io.files import atomic_file
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
@@ -139,7 +140,8 @@ def write_texts(folder: Path, texts: dict[str, str]) -> None:
     with file_errors(f"cannot write results to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            with atomic_file(folder / name) as scratch:  # what an earlier run found stays whole
+                scratch.write_text(text, encoding="utf-8")
 
 
 def key_of(*parts: Any) -> str:
