@@ -115,7 +115,7 @@ class Rag:
         self.gmsa = gmsa
         self.store = store
         self.pool = Index(pool)
-        self.own: dict[str, Index] = {}
+        self.own: dict[tuple[str, ...], Index] = {}
 
     def fill(self, merge_size: int) -> dict[str, Any]:
         """Compress all documents into the store; how long that took and what it holds."""
@@ -140,9 +140,10 @@ class Rag:
         """The documents to answer from, best first."""
         if k == 0:
             return []
-        if scope == "own" and asked.prompt not in self.own:
-            self.own[asked.prompt] = Index(asked.documents)
-        return (self.pool if scope == "all" else self.own[asked.prompt]).best(asked.prompt, k)
+        own = tuple(asked.documents)
+        if scope == "own" and own not in self.own:
+            self.own[own] = Index(asked.documents)
+        return (self.pool if scope == "all" else self.own[own]).best(asked.prompt, k)
 
     def content(self, way: Way, question: str, documents: Sequence[str]) -> Contents:
         """What a way's decoder reads for a question."""

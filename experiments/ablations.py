@@ -42,9 +42,12 @@ SIZES = (4, 8)
 
 def trained(arm: str, folder: Path) -> Path:
     """The model folder an arm ends with."""
-    stages = ARMS[arm][2]
-    home = "full" if stages == ("restore",) else arm  # it is what the full arm has after its first stage
-    return folder / home / stages[-1] / "model"
+    return home(arm, folder) / ARMS[arm][2][-1] / "model"
+
+
+def home(arm: str, folder: Path) -> Path:
+    """The folder of an arm's stages; restoring alone is what the full arm does first."""
+    return folder / ("full" if ARMS[arm][2] == ("restore",) else arm)
 
 
 def run(arms: list[str], recipes: tuple[str, str], folder: Path, options: list[str]) -> None:
@@ -52,7 +55,7 @@ def run(arms: list[str], recipes: tuple[str, str], folder: Path, options: list[s
     for arm in arms:
         _, changes, stages = ARMS[arm]
         for stage, recipe in zip(("restore", "answer"), recipes, strict=True):
-            output = folder / arm / stage
+            output = home(arm, folder) / stage
             if stage not in stages or trained(arm, folder).exists() or (output / "model").exists():
                 continue
             here = [f"output={output}", *options]

@@ -20,7 +20,7 @@ from gmsa.config import GmsaConfig
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of, layers_of
 from gmsa.model.losses import CHUNK
-from gmsa.train.plan import DEFAULT_LORA
+from gmsa.train.plan import DEFAULT_LORA, rows_per_batch
 from gmsa.train.recipe import Recipe
 
 GPUS = 8
@@ -93,14 +93,14 @@ def widest(recipe: Recipe) -> dict[str, tuple[int, int, int]]:
     """Per kind of batch: context tokens, what the decoder reads, targets; at the smallest merge size drawn."""
     phases = recipe.merge_sizes if isinstance(recipe.merge_sizes, dict) else {0: recipe.merge_sizes}
     sizes = {size for phase in phases.values() for size in phase}
-    drawn = sizes if recipe.rates_per_sample == "all" else {min(sizes)}
+    drawn = sorted(sizes)[: len(sizes) if recipe.rates_per_sample == "all" else recipe.rates_per_sample]
     share, times = sum(1 / size for size in drawn), len(drawn)
     found = {}
     for entry in recipe.data:
         tokens = entry.get("tokens_per_batch", recipe.tokens_per_batch)
         rows = max(1, tokens // 1024)
         restored = recipe.stage == "ae" or entry.get("as") == "texts" or "text" in Path(entry["path"]).name
-        if count := entry.get("rows_per_batch", recipe.rows_per_batch):
+        if count := rows_per_batch(entry, recipe):
             rows, tokens = count, count * (max(recipe.lengths) if restored else recipe.max_context)
         # Prompts are taken as 32 tokens a row, questions and answers as 64 each; 1,024 tokens of context a row.
         targets, prompts = (tokens, 32 * rows) if restored else (64 * rows, 64 * rows)

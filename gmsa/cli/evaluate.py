@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gmsa.cli.common import MODEL, Add, count, counts, emit, group, load, names, note, packages, share
+from gmsa.errors import InputError
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
@@ -133,6 +134,8 @@ def measure(options: argparse.Namespace) -> "tuple[GMSA, Iterator[Result], dict[
     cache = AnswerCache(Path(options.output) / "cache.jsonl" if options.output else None, note)
     if options.task != "latency":
         check_methods(options.methods, checkpoints_only=options.task in ("restoration", "attention"))
+    if options.task == "attention" and "gmsa-refined" in options.methods:
+        raise InputError("what refined soft tokens stand for is not measured: leave gmsa-refined out")
     gmsa = load(options)
     bar = sys.stderr.isatty()
     if options.task == "latency":

@@ -109,6 +109,8 @@ def trainer_settings(given: Any) -> dict[str, Any]:
 def _checked(name: str, value: Any) -> Any:
     """A value of the kind that it must be of."""
     where, (kind, may_be_none) = f"trainer: {name}", _kind(name)
+    if name == "optim" and str(value).startswith("schedule_free"):
+        raise ConfigError(f"{where} {value} keeps a mean of its own, which is not saved here: use `average`")
     if name in ("seed", "data_seed") and value is not None and check_whole(where, value, 0) >= 2**32:
         raise ConfigError(f"{where} must be below 2**32, got {value!r}")
     if name in LEAST:

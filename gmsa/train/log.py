@@ -53,7 +53,7 @@ class Deadline(TrainerCallback):
             lr_scheduler.last_epoch = max(lr_scheduler.last_epoch, min(state.max_steps, by_clock))
         if self.stepped >= end and not control.should_training_stop:
             tell(f"max_minutes are over: ended at step {state.global_step} of {state.max_steps}")
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = control.should_save = control.should_log = True
             control.should_evaluate = args.eval_strategy != "no"
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
@@ -112,7 +112,8 @@ class RunLog(TrainerCallback):
             tell(f"step {state.global_step}/{state.max_steps}  {shown}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look at restoration after the last step too, whatever its number."""
+        """Look at restoration after the last step too, whatever its number; log what a save would else cut in two."""
+        control.should_log |= control.should_save or control.should_training_stop
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
         if state.global_step >= state.max_steps and args.eval_strategy != "no":

@@ -53,12 +53,14 @@ def build_model(recipe: Recipe) -> tuple[GmsaModel, Backbone, Backbone]:
     """
     fields = dict(recipe.model)
     decoder_name, encoder_name = fields.pop("decoder", None), fields.pop("encoder", None)
-    if "decoder-lora" in recipe.trains:
-        fields.setdefault("decoder_lora", DEFAULT_LORA)
-    torch.manual_seed(recipe.trainer["seed"])  # new weights (LoRA, random alignment) are drawn
+    config = None
     if recipe.init:
         folder = checkpoint.find_folder(recipe.init, None, None, False)
         config = checkpoint.read_config(folder)
+    if "decoder-lora" in recipe.trains and (config is None or config.decoder_lora is None):
+        fields.setdefault("decoder_lora", DEFAULT_LORA)
+    torch.manual_seed(recipe.trainer["seed"])  # new weights (LoRA, random alignment) are drawn
+    if config is not None:
         for part, asked, own in (("decoder", decoder_name, config.decoder), ("encoder", encoder_name, config.encoder)):
             if asked and asked != (own or {}).get("name"):
                 tell(f"note: model.{part}={asked} is not used, since init stands on {(own or {}).get('name')}")
@@ -111,12 +113,13 @@ def training_batches(
             where = f" where {entry['where']}" if entry.get("where") else ""
             raise InputError(f"{entry['path']} holds no {kind}{where}; stage {recipe.stage} needs them")
         budget = int(entry.get("tokens_per_batch", recipe.tokens_per_batch))
-        count = entry.get("rows_per_batch", recipe.rows_per_batch)
-        weight = float(entry.get("weight", 1.0))
+        count = rows_per_batch(entry, recipe)
+        chosen = [(rows, lengths) for rows, lengths in chosen if len(rows)]
+        weight = float(entry.get("weight", 1.0)) / len(chosen)  # of a file's questions and of its texts equally much
         for rows, lengths in chosen:
-            if len(rows):  # of distractors, none up to so many of the mean length
-                more = recipe.distractors * sum(rows.characters) // (2 * len(rows) * CHARACTERS_PER_TOKEN)
-                sources.append((RowBatches(rows, budget, lengths, count, recipe.max_context, more), weight))
+            # Of distractors, none up to so many of the mean length.
+            more = recipe.distractors * sum(rows.characters) // (2 * len(rows) * CHARACTERS_PER_TOKEN)
+            sources.append((RowBatches(rows, budget, lengths, count, recipe.max_context, more), weight))
     sink = model.compressor.sink_id if model.config.encoder_sink else None
     return TrainingBatches(
         sources,
@@ -158,6 +161,11 @@ def checkpoint_activations(model: GmsaModel) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def rows_per_batch(entry: dict[str, Any], recipe: Recipe) -> int | None:
+    """Rows of every batch of a data entry; None: as many as its `tokens_per_batch` have room for."""
+    return entry.get("rows_per_batch", None if "tokens_per_batch" in entry else recipe.rows_per_batch)
 
 
 def looks_every(recipe: Recipe) -> int | None:

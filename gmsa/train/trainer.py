@@ -35,6 +35,8 @@ from gmsa.train.log import Deadline, RestorationProbe, RunLog, draw_curve, tell
 from gmsa.train.plan import looks_every, prepare, probe_of, training_batches
 from gmsa.train.recipe import STAGES, Recipe, read_yaml
 
+# Of an optimiser: what a recipe may change when it is resumed.
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 SKIPPED_AT_MOST = 5  # steps in a row without a finite gradient: more is no accident
 
 
@@ -261,8 +263,7 @@ class GmsaTrainer(Trainer):
 
         The schedule goes on from the step, even if `max_minutes` had ended the run before by the clock.
         """
-        kept = ("params", "lr")
-        settings = [{k: v for k, v in group.items() if k not in kept} for group in self.optimizer.param_groups]
+        settings = [{k: group[k] for k in SETTINGS if k in group} for group in self.optimizer.param_groups]
         base = list(getattr(self.lr_scheduler, "base_lrs", ()))
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:

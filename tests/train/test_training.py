@@ -20,7 +20,7 @@ from gmsa.io.loading import GmsaModel
 from gmsa.model.packed import packed_forward
 from gmsa.train.checkpoints import WeightAverage
 from gmsa.train.log import Deadline, RestorationProbe
-from gmsa.train.plan import plan, prepare, training_batches
+from gmsa.train.plan import plan, prepare, rows_per_batch, training_batches
 from gmsa.train.recipe import Recipe
 from gmsa.train.trainer import GmsaTrainer, train
 from recipes import recipe_of
@@ -277,7 +277,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(
     folder = train(recipe(packed=packed, logging_steps=2, max_steps=4, average=0.5))
     assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [entry["skipped"] for entry in lines if "loss" in entry] == [0, 1]
+    assert [entry["skipped"] for entry in lines if "loss" in entry] == [0, 1, 0]  # a save logs, too
     assert "step 4: 1 step(s) left out, their gradient was not finite" in capsys.readouterr().err
     assert all(entry["loss"] > 0 for entry in lines if "loss" in entry)
 
@@ -485,3 +485,45 @@ def test_a_run_its_time_ended_goes_on_with_a_rate(recipe: Callable[..., Recipe],
     train(recipe(max_steps=step + 4, save_steps=10_000), resume=True)
     entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert max(e["learning_rate"] for e in entries if e["step"] > step) > 0
+
+
+def test_a_run_goes_on_with_the_lora_it_has(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    changes = {"stage": "keft", "trainable": "lora", "trains": None, "max_steps": 1, "save_steps": 1}
+    data = [{"path": write_rows(tmp_path / "questions.jsonl", QUESTIONS)}]
+    first = recipe("first", **changes, data=data)
+    first.model["decoder_lora"] = {"r": 2, "alpha": 64}
+    folder = train(first)
+    model, _, _ = prepare(recipe("second", **changes, data=data, init=str(folder)))
+    assert model.config.decoder_lora == {"r": 2, "alpha": 64}
+
+
+def test_an_entrys_own_budget_counts(recipe: Callable[..., Recipe]) -> None:
+    made = recipe(rows_per_batch=3)
+    assert rows_per_batch({}, made) == 3
+    assert rows_per_batch({"rows_per_batch": 2}, made) == 2
+    assert rows_per_batch({"tokens_per_batch": 64}, made) is None
+
+
+def test_a_file_of_both_kinds_has_its_weight_once(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    mixed = write_rows(tmp_path / "mixed.jsonl", [{"text": text} for text in TEXTS] + QUESTIONS)
+    made = recipe(stage="joint", data=[{"path": mixed, "weight": 3}, {"path": str(tmp_path / "texts.jsonl")}])
+    model, encoder, template = prepare(made)
+    assert [w for _, w in training_batches(made, model, encoder, template, 1).sources] == [1.5, 1.5, 1.0]
+
+
+def test_nothing_is_lost_from_the_log_where_a_run_is_resumed(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    whole, parts = {"logging_steps": 4, "save_steps": 6}, {"logging_steps": 4, "save_steps": 3}
+    train(recipe("whole", max_steps=6, **whole))
+    train(recipe("parts", max_steps=3, **parts))
+    train(recipe("parts", max_steps=6, **parts), resume=True)
+    counted = []
+    for name in ("whole", "parts"):
+        entries = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert entries[-1]["step"] == 6
+        counted.append(entries[-1]["context_tokens"])
+    assert counted[0] == counted[1]
+
+
+def test_an_optimiser_with_a_mean_of_its_own_is_refused(recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ConfigError, match="use `average`"):
+        recipe(optim="schedule_free_adamw")
