@@ -423,14 +423,16 @@ class MemoryStore:
             StoreError: the file cannot be written.
         """
         path, report = Path(file), ExportReport()
+        one_file = path.suffix == archive.SUFFIX
         own = [Path(f"{self.path}{end}") for end in ("", "-wal", "-shm", "-claims")]
         if path.exists() and any(one.exists() and path.samefile(one) for one in own):
             raise InputError(f"{path} belongs to the store itself: name another file to write")
         keys: Sequence[str | int] = self._numbers() if ids is None else [*dict.fromkeys(ids)]
-        if path.suffix == archive.SUFFIX and len(keys) != 1:
+        if one_file and len(keys) != 1:
             raise InputError(f"{path} can hold one memory, not {len(keys)}: name one, or a file that ends in .tar")
 
-        deleted = (MemoryNotFoundError,) if ids is None else ()  # since the list was made
+        leaves_out = ids is None and not one_file  # an empty file would be no memory file
+        deleted = (MemoryNotFoundError,) if leaves_out else ()  # since the list was made
 
         def files() -> Iterator[tuple[str, bytes]]:
             for key in keys:
@@ -439,7 +441,7 @@ class MemoryStore:
                     if not isinstance(found, Damage):
                         report.exported.append(found[0].id)
                         yield found[0].id, archive.pack(*found)
-                    elif ids is None:
+                    elif leaves_out:
                         report.damaged.append(found)
                     else:
                         raise not_served(found.id, found.reason)

@@ -298,7 +298,7 @@ def tell(damages: "list[Damage]") -> None:
     """Damage, a line each, on stderr."""
     for damage in damages:
         label = f" ({plain(damage.label)})" if damage.label else ""
-        print(f"{damage.id[:12]}{label}: {damage.reason}", file=sys.stderr)
+        print(f"{plain(damage.id[:12])}{label}: {plain(damage.reason)}", file=sys.stderr)
 
 
 def line(entry: "StoredMemory") -> str:

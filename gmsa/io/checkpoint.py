@@ -63,7 +63,7 @@ def stored_name(name: str) -> str:
 def save_model(
     model: GmsaNetwork, folder: Path, form: str = "exact", gathered: dict[str, Tensor] | None = None
 ) -> None:
-    """Write config and changed tensors, all or nothing.
+    """Write changed tensors and then the config that proves them, each whole or not at all.
 
     Args:
         model: what to save.

@@ -75,8 +75,8 @@ def atomic_file(path: str | os.PathLike[str], *, private: bool = False) -> Itera
     Raises:
         OSError: there is no such folder, it cannot be written to, or the disk is full.
     """
+    before = Path(path).stat() if Path(path).exists() else None  # not of its real path: a pipe in /dev has none
     target = Path(os.path.realpath(path))
-    before = target.stat() if target.exists() else None
     if before is not None and stat.S_ISDIR(before.st_mode):
         raise IsADirectoryError(21, "it is a folder", str(path))
     if before is not None and not stat.S_ISREG(before.st_mode):

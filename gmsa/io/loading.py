@@ -72,7 +72,8 @@ class GmsaModel(GmsaNetwork):
         """Write what training changed and a pointer to the backbones.
 
         Args:
-            save_directory: the folder; it changes all at once or not at all.
+            save_directory: the folder; each of its two files changes whole or not at all, the configuration, which
+                proves the weights, last.
             form: "exact", "int8" or "int4": differences from the backbone in so many bits (checkpoint.py).
             kwargs: `push_to_hub=True` sends the folder to the hub; with it `repo_id` (the folder's name), `private`,
                 `token`, `revision`, `commit_message` and `create_pr`. Else ignored: what transformers may add.

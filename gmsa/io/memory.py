@@ -212,7 +212,7 @@ def _read(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _counts(header: dict[str, str], rows: Tensor) -> tuple[int, int]:
     """Merge size and origin tokens by a header; ValueError where that many soft tokens cannot stand for them."""
     merge_size, origin_tokens = int(header["merge_size"]), int(header["origin_tokens"])
-    if not (1 <= merge_size < 2**53 and 1 <= len(rows) <= origin_tokens < 2**53):
+    if not (1 <= merge_size < 2**32 and 1 <= len(rows) <= origin_tokens <= merge_size * len(rows)):
         raise ValueError(f"{len(rows)} soft tokens cannot stand for {origin_tokens} tokens at {merge_size}x")
     return merge_size, origin_tokens
 

@@ -68,6 +68,10 @@ class Guard:
             with tracing.request(scope["method"], headers) as attributes:
                 try:
                     await (self._refusal(scope["path"], headers) or self.app)(scope, limited, counted)
+                except Exception as error:
+                    if status[0] != errors.CLIENT_GONE:  # an answer that had begun is cut off
+                        raise
+                    await errors.translate(error)(scope, receive, counted)
                 finally:
                     route = getattr(scope.get("route"), "path", "none")
                     attributes |= {"http.route": route, "http.response.status_code": status[0]}

@@ -364,7 +364,7 @@ def chat_content(
     The template is this thread's own: its tokenizer must not be used elsewhere meanwhile.
     vLLM would read what spells a special token in a user's text as one: such a text goes as embeddings of its tokens.
     """
-    if len(parts) == 1 and isinstance(parts[0], str) and not _spells_special(template, parts[0]):
+    if len(parts) == 1 and isinstance(parts[0], str) and not spells_special(template, parts[0]):
         return parts[0]
     content: list[dict[str, Any]] = []
     soft: list[Tensor] = []
@@ -380,7 +380,7 @@ def chat_content(
             soft.append(part.soft_tokens if isinstance(part, Memory) else part)
             continue
         flush()
-        if _spells_special(template, part):
+        if spells_special(template, part):
             soft.append(torch.tensor(template.encode(part)))
             flush()
         else:
@@ -389,7 +389,8 @@ def chat_content(
     return content
 
 
-def _spells_special(template: PromptTemplate, text: str) -> bool:
+def spells_special(template: PromptTemplate, text: str) -> bool:
+    """Whether vLLM would read a special token, or a memory's place, in a text."""
     if PLACEHOLDER in text:
         return True
     marked = template.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -13,13 +13,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
 from gmsa.decode.prompt import Turn, memories_of
+from gmsa.errors import InputError
 from gmsa.serve import tracing
 from gmsa.serve.answers import JobStream, while_connected
 from gmsa.serve.errors import ApiError
-from gmsa.serve.remote import RefusedError, chat_content
+from gmsa.serve.remote import RefusedError, chat_content, spells_special
 from gmsa.serve.remote_scheduler import Relay, RemoteScheduler, salt
 from gmsa.serve.schemas import ChatRequest, OpenChatRequest, PromptDetails, event
-from gmsa.serve.service import Job, Service, given_up, text_tokens
+from gmsa.serve.service import Job, Service, given_up, no_decoder, text_tokens
 from gmsa.serve.tenants import TENANT
 
 # Fields that vLLM does not know, or as others.
@@ -40,8 +41,14 @@ def closed(raw: dict[str, Any]) -> ChatRequest:
 
 
 def takes_chats(service: Service) -> bool:
-    """Whether chats go to the chat route of the server that writes the answers."""
-    return isinstance(service.scheduler, RemoteScheduler) and bool(service.scheduler.remote.chats)
+    """Whether chats go to the chat route of the server that writes the answers.
+
+    Raises:
+        ApiError: 503, that server has not been reached yet, so nobody knows.
+    """
+    if isinstance(service.scheduler, RemoteScheduler) and service.scheduler.remote.chats is None:
+        raise no_decoder()
+    return service.scheduler.relays_chats
 
 
 async def relay(service: Service, request: Request, body: OpenChatRequest, model: str) -> Response:
@@ -95,13 +102,22 @@ class Chat:
         return self.remote.chat_request(fields)
 
     def _message(self, given: dict[str, Any], parts: Sequence[Any]) -> dict[str, Any]:
-        """A message as it was sent, but for memories, and texts that vLLM would misread."""
+        """A message as it was sent, but for memories, and texts that vLLM would misread.
+
+        Raises:
+            InputError: what vLLM would read as marks cannot be sent otherwise.
+        """
+        calls = [call.get("function") or {} for call in given.get("tool_calls") or ()]
+        for call in [*calls, given.get("function_call") or {}, given]:
+            for name in ("name", "arguments"):
+                if spells_special(self.service.template, str(call.get(name) or "")):
+                    raise InputError(f"the {name} of a message or of a call holds what the model reads as a mark")
         if not given.get("content"):
             return given
         for memory in memories_of(parts):
             self.service.gmsa.check(memory)
-        calls = len(given.get("tool_calls") or ()) + bool(given.get("function_call"))  # read as text here alone
-        content = chat_content(self.service.gmsa, self.service.template, parts[: len(parts) - calls])
+        said = parts[: len(parts) - len(calls) - bool(given.get("function_call"))]  # calls are read as text here alone
+        content = chat_content(self.service.gmsa, self.service.template, said)
         changed = any(part["type"] == "prompt_embeds" for part in content if isinstance(part, dict))
         return {**given, "content": content} if changed else given
 

@@ -128,6 +128,11 @@ class RemoteScheduler:
         return self._up.is_set() or time.monotonic() < self._down_since + PATIENCE
 
     @property
+    def relays_chats(self) -> bool:
+        """Whether the server's chat route takes memories, so that chats go there as they are."""
+        return bool(self.remote.chats)
+
+    @property
     def max_length(self) -> int | None:
         """Of the decoder's positions and what the server was started for, the less."""
         positions = getattr(self.remote.gmsa.model.decoder.config, "max_position_embeddings", None)

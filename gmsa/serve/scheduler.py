@@ -68,6 +68,8 @@ class Scheduler:
         """The same here."""
         return self.alive
 
+    relays_chats = False  # whether chats go, as they are, to a server that writes the answers
+
     @property
     def max_length(self) -> int | None:
         """As many positions as the decoder has."""

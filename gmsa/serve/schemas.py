@@ -181,6 +181,11 @@ class AssistantMessage(Strict):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = Field(None, description="read as text")
     function_call: CalledFunction | None = Field(None, description="the older form of tool_calls")
 
+    @property
+    def calls(self) -> int:
+        """How many of its parts, the last ones, are calls of tools."""
+        return len(self.tool_calls or ()) + (self.function_call is not None)
+
     def parts(self) -> list[str | MemoryPart]:
         """Texts and memories in order, and calls of tools as text; an empty text where there is nothing."""
         calls = [*(self.tool_calls or ()), *([self.function_call] if self.function_call else [])]

@@ -13,7 +13,7 @@ import copy
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,7 +34,14 @@ from gmsa.serve import tracing
 from gmsa.serve.errors import ApiError
 from gmsa.serve.metrics import Metrics
 from gmsa.serve.scheduler import Channel, Scheduler
-from gmsa.serve.schemas import CompletionRequest, Generation, MemoryPart, OpenChatRequest, ToolMessage
+from gmsa.serve.schemas import (
+    AssistantMessage,
+    CompletionRequest,
+    Generation,
+    MemoryPart,
+    OpenChatRequest,
+    ToolMessage,
+)
 from gmsa.serve.settings import Settings
 from gmsa.serve.tenants import TENANT, Keys, Stores
 from gmsa.store import MemoryStore, StoredMemory
@@ -270,7 +277,7 @@ class Service:
         if self.draining or not self.scheduler.alive:
             raise ApiError(503, "the server is stopping; try another or later", "unavailable")
         if answers and not self.scheduler.ready:
-            raise ApiError(503, "no decoder can be reached; try again later", "unavailable")
+            raise no_decoder()
         if self.open >= self.settings.max_batch + self.settings.max_queue:
             raise ApiError(429, "too many requests are waiting; try again later", "queue_full")
         self.open += 1
@@ -367,10 +374,12 @@ class Service:
     async def chat_turns(self, request: OpenChatRequest) -> list[Turn]:
         """Each message as a turn; long texts are compressed, memories looked up."""
         plan = await self.prompt_thread(lambda: self._plan(request))
+        await self._check_named(part.memory_id for _, parts in plan for part in parts if isinstance(part, MemoryPart))
         return [Turn(role, [await self._resolve(part, request) for part in parts]) for role, parts in plan]
 
     async def completion_prompts(self, request: CompletionRequest) -> list[ReadyPrompt]:
         """What the decoder reads for each prompt of a completion request: memories, then text to go on with."""
+        await self._check_named(request.memory_ids)
         memories = [await self.load(id) for id in request.memory_ids]
         prompts = []
         for text in request.prompts():
@@ -379,6 +388,18 @@ class Service:
             given = [*memories, *[await self._resolve(part, request) for part in parts]]
             prompts.append(await self.prompt_thread(lambda given=given: self._prompt(self._bare(given))))  # type: ignore[misc]
         return prompts
+
+    async def _check_named(self, ids: Iterable[str | None]) -> None:
+        """ContextTooLongError, before any is loaded, if they have more soft tokens than a prompt may have."""
+
+        def check(store: MemoryStore) -> None:
+            soft = 0
+            for id in filter(None, ids):
+                soft += store.entry(id).soft_tokens
+                if soft > self.max_prompt_tokens:
+                    raise self._too_long(f"more than {self.max_prompt_tokens}", 0)
+
+        await self.call_store(check)
 
     def _restore_prompts(self, memory: Memory) -> list[tuple[ReadyPrompt, int]]:
         """For each window of a memory the prompt that restores it, and the most tokens that can take."""
@@ -397,9 +418,14 @@ class Service:
             # What a tool gave ends with no question.
             last = message is request.messages[-1] and not isinstance(message, ToolMessage)
             parts: list[Part] = []
+            # Calls of tools go to a chat route as they are.
+            calls = message.calls if isinstance(message, AssistantMessage) and self.scheduler.relays_chats else 0
             for number, part in enumerate(given):
                 at_end = last and number == len(given) - 1
-                parts += [part] if isinstance(part, MemoryPart) else self._shorten(part, request, at_end)
+                if isinstance(part, MemoryPart) or number >= len(given) - calls:
+                    parts.append(part)
+                else:
+                    parts += self._shorten(part, request, at_end)
             turns.append(("user" if isinstance(message, ToolMessage) else message.role, parts))
             asked = parts if message.role == "user" else asked
         return [(role, self._selecting(parts, asked, request)) for role, parts in turns]
@@ -486,7 +512,7 @@ class Service:
             raise InputError("the prompt is empty")
         last = max((number for number, piece in enumerate(pieces) if isinstance(piece, Memory)), default=-1)
         begin = pieces[: last + 1]
-        read = tuple(p.digest if isinstance(p, Memory) else tuple(p.tolist()) for p in begin)
+        read = tuple((p.digest, len(p)) if isinstance(p, Memory) else tuple(p.tolist()) for p in begin)
         return ReadyPrompt(
             tuple(piece.soft_tokens if isinstance(piece, Memory) else piece for piece in pieces),
             sum(map(len, memories)),
@@ -682,6 +708,11 @@ def _own_decoder(gmsa: GMSA, settings: Settings, metrics: Metrics) -> Scheduler:
         fast=gmsa.fast,
     )
     return Scheduler(loop, on_step=metrics.on_step)
+
+
+def no_decoder() -> ApiError:
+    """The decoder is elsewhere, and not to be had now."""
+    return ApiError(503, "no decoder can be reached; try again later", "unavailable")
 
 
 def given_up() -> ApiError:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gmsa import GMSA
+from gmsa import GMSA, Memory
 from gmsa.cli import main as cli
 from gmsa.cli.serve import key_of
 from gmsa.errors import ConfigError
@@ -208,3 +208,11 @@ def test_a_name_that_no_file_can_have_is_one_line(command: list[str], capsys: py
 def test_an_empty_key_is_no_open_door() -> None:
     with pytest.raises(ConfigError, match="not empty"):
         key_of("", None, "NO_SUCH_VARIABLE")
+
+
+def test_a_pipe_may_be_written_to(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The mill was built in 1731.")
+    command = [sys.executable, "-m", "gmsa", "compress", str(tmp_path / "a.txt"), "--model", model, "-o", "/dev/stdout"]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert Memory.from_bytes(done.stdout).origin_tokens == 27

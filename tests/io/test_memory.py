@@ -113,3 +113,11 @@ def test_counts_that_cannot_be_are_refused(tmp_path: Path, fields: dict[str, str
 def test_a_path_that_cannot_be_looked_at_is_an_error_in_a_line() -> None:
     with pytest.raises(MemoryFileError, match="cannot be read"):
         Memory.load("x" * 300)
+
+
+def test_more_tokens_than_soft_tokens_can_stand_for_are_refused() -> None:
+    memory = make()  # five soft tokens at 4x
+    facts = {name: str(getattr(memory, name)) for name in FIELDS} | {"origin_tokens": "21"}
+    raw = encode(to_rows(memory.soft_tokens, "float32"), "float32", facts)
+    with pytest.raises(MemoryFileError, match="cannot stand for 21 tokens at 4x"):
+        Memory.from_bytes(raw)

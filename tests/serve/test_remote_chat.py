@@ -143,6 +143,16 @@ def test_histories_are_sent_as_they_are(url: str, fake: FakeVllm) -> None:
     assert [part["type"] for part in sent[-1]["content"]] == ["prompt_embeds"]
     assert chat(url, [{"role": "user", "content": "a <|im_end|>"}]).status_code == 200
     assert fake.answered[-1]["messages"][-1]["content"][0]["type"] == "prompt_embeds"  # text, never markup
+    said = {**call, "function": {"name": "find", "arguments": json.dumps({"text": "herons " * 18})}}
+    called = [*history[:2], {**history[2], "tool_calls": [said]}, history[3]]
+    answer = chat(url, called).json()  # a call is sent as it is, however long
+    assert answer["usage"]["prompt_tokens_details"]["origin_tokens"] == 0
+    assert fake.answered[-1]["messages"] == called
+    for name in ("name", "arguments"):
+        marked = {**call, "function": {**call["function"], name: "a <|im_end|>"}}
+        refused = chat(url, [*history[:2], {**history[2], "tool_calls": [marked]}, history[3]])
+        assert refused.status_code == 400
+        assert f"the {name} of a message or of a call" in refused.json()["error"]["message"]
 
 
 def test_streams(url: str, fake: FakeVllm) -> None:

@@ -813,3 +813,33 @@ def test_time_to_the_first_word_is_not_the_time_to_the_last(client: openai.OpenA
     )
     times = [time.perf_counter() - started for chunk in stream if chunk.choices[0].delta.content]
     assert times[0] < times[-1] / 2  # pieces are sent as they come
+
+
+def test_memories_are_not_loaded_where_they_are_too_many(
+    url: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = remembered(url)
+    part = {"type": "memory", "memory_id": memory["id"]}
+    many = service.max_prompt_tokens // memory["soft_tokens"] + 1
+    loaded: list[str] = []
+    monkeypatch.setattr(service.store, "load", lambda id, _: loaded.append(id))
+    content = [*[part] * min(many, 255), {"type": "text", "text": "Who?"}]
+    messages = [{"role": "user", "content": content}] * -(-many // 255)
+    asked = {"/v1/chat/completions": {"messages": messages}}
+    if many <= 256:
+        asked["/v1/completions"] = {"prompt": "Who?", "memory_ids": [memory["id"]] * many}
+    for route, body in asked.items():
+        answer = http.post(f"{url}{route}", json={"model": "gmsa", "max_tokens": 1, **body})
+        assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+    assert loaded == []
+
+
+def test_a_failure_is_counted_as_one(url: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(service.store, "list", fail)
+    answer = http.get(f"{url}/v1/memories")
+    assert (answer.status_code, error_of(answer)["code"]) == (500, "internal_error")
+    assert "x-content-type-options" in answer.headers
+    assert 'gmsa_requests_total{route="/v1/memories",status="500"} 1.0' in http.get(f"{url}/metrics").text

@@ -1061,3 +1061,17 @@ def test_a_limit_beyond_all_numbers_is_no_limit(store: MemoryStore) -> None:
     store.put(TEXT, make())
     assert len(store.list(limit=10**20)) == 1
     assert store.list(offset=10**20) == []
+
+
+def test_a_memory_file_is_not_replaced_by_none(tmp_path: Path, store: MemoryStore) -> None:
+    """The one memory of the store is damaged; the file may be the only good copy of it."""
+    entry = store.put(TEXT, make())
+    out = tmp_path / "m.safetensors"
+    store.export(None, out)
+    before = out.read_bytes()
+    store.close()
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("UPDATE chunks SET data = zeroblob(length(data))")
+    with MemoryStore(store.path) as damaged, pytest.raises(MemoryFileError, match=entry.id[:12]):
+        damaged.export(None, out)
+    assert out.read_bytes() == before

@@ -390,12 +390,13 @@ async function answer(side, context, question, how, signal) {
 
 async function refreshStored(more = false) {
   try {
-    const limit = more ? state.shown + PAGE_SIZE : Math.max(PAGE_SIZE, state.shown);
-    const page = await (await api(`v1/memories?limit=${Math.min(limit, 1000)}`)).json();
-    state.shown = page.data.length;
-    $("stored").replaceChildren(...page.data.map(storedItem));
+    const limit = more ? PAGE_SIZE : Math.min(Math.max(PAGE_SIZE, state.shown), 1000);
+    const page = await (await api(`v1/memories?limit=${limit}&offset=${more ? state.shown : 0}`)).json();
+    if (!more) $("stored").replaceChildren();
+    $("stored").append(...page.data.map(storedItem));
+    state.shown = $("stored").children.length;
     $("more").hidden = !page.has_more;
-    say("stored-status", page.data.length ? "" : "None yet. A text that was compressed once is here to be asked again.");
+    say("stored-status", state.shown ? "" : "None yet. A text that was compressed once is here to be asked again.");
     markStored();
   } catch (error) {
     report("stored-status", error);
