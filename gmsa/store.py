@@ -180,13 +180,12 @@ class MemoryStore:
             InputError, ConfigError: nothing that can be compressed, or a label or metadata that cannot be kept.
             MemoryTooLargeError: the memory is larger than the cap.
         """
-        check_notes(label, metadata)  # before the work, not after it
         id = self.key(text, gmsa.fingerprint, merge_size, refine)
-        with contextlib.suppress(*GONE):
-            return *self._found(id, label, metadata), True
+        if (found := self.recall(id, label=label, metadata=metadata)) is not None:
+            return *found, True
         with self._database.claim(int(id[:15], 16)):
-            with contextlib.suppress(*GONE):  # made by whoever had the claim before
-                return *self._found(id, label, metadata), True
+            if (found := self.recall(id, label=label, metadata=metadata)) is not None:
+                return *found, True  # made by whoever had the claim before
             return *self._put(id, gmsa.compress(text, merge_size, refine=refine), label, metadata), False
 
     def put(
@@ -236,6 +235,19 @@ class MemoryStore:
             database.write_chunks(db, database.write_row(db, None, entry), entry.id, rows)
             self._evict(db, keep=entry.id)
         return True
+
+    def recall(
+        self, id: str, *, label: str | None = None, metadata: dict[str, Any] | None = None
+    ) -> tuple[StoredMemory, "Memory"] | None:
+        """What `get_or_compress` gives of a memory that is there and whole; None: it is not.
+
+        Raises:
+            InputError: a label or metadata that cannot be kept.
+        """
+        check_notes(label, metadata)
+        with contextlib.suppress(*GONE):
+            return self._found(id, label, metadata)
+        return None
 
     def _found(self, id: str, label: str | None, metadata: dict[str, Any] | None) -> tuple[StoredMemory, "Memory"]:
         """A memory that is there, after its label and metadata were replaced where new ones are given."""

@@ -260,9 +260,10 @@ class Service:
     def stop(self) -> None:
         """End the threads and let go of the store. What is under way ends with an error."""
         self._stopping = True
-        for pool in (self.prompting, self.compressing, self.checking):
+        for pool in (self.prompting, self.checking):
             pool.shutdown(cancel_futures=True)
         self.scheduler.stop()
+        self.compressing.shutdown(cancel_futures=True)  # last: a long text may take a while yet
         self.stores.close()
 
     def admit(self, answers: bool = True) -> Job:
@@ -295,24 +296,25 @@ class Service:
             ApiError: 413, the text is too long.
         """
         size = merge_size or self.settings.merge_size
+
+        def recall() -> tuple[StoredMemory, Memory] | None:
+            id = self.store.key(text, self.gmsa.fingerprint, size)
+            return self.store.recall(id, label=label, metadata=metadata)
+
         # Looked up first, so that a text that is there does not wait behind one that is being compressed.
         with tracing.span("store", operation="find"):
-            held = await self.prompt_thread(lambda: self.store.find(text, self.gmsa.fingerprint, size))
-        pool = self.prompting if held is not None else self.compressing
-        entry, memory, there = await self._in(pool, lambda: self._get_or_compress(text, size, label, metadata, held))
-        self.metrics.memories.labels("found" if there else "made").inc()
-        return entry, memory, there
+            found = await self.prompt_thread(recall)
+        if found is None:
+            made = await self._in(self.compressing, lambda: self._get_or_compress(text, size, label, metadata))
+        else:
+            made = *found, True
+        self.metrics.memories.labels("found" if made[2] else "made").inc()
+        return made
 
     def _get_or_compress(
-        self,
-        text: str,
-        size: int,
-        label: str | None,
-        metadata: dict[str, Any] | None,
-        held: StoredMemory | None,
+        self, text: str, size: int, label: str | None, metadata: dict[str, Any] | None
     ) -> tuple[StoredMemory, Memory, bool]:
-        if held is None:
-            self._check_context(text)
+        self._check_context(text)
         started, begun = time.perf_counter(), tracing.now()
         made = self.store.get_or_compress(self.gmsa, text, size, label=label, metadata=metadata)
         if made[2]:
