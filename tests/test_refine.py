@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from gmsa import GMSA, Memory
 from gmsa.errors import CheckpointError, InputError
@@ -112,16 +110,6 @@ def test_a_file_says_that_it_is_refined(reader: GMSA, tmp_path: Path) -> None:
     memory.save(tmp_path / "m.safetensors")
     assert memory.refined == Memory.load(tmp_path / "m.safetensors").refined == 2
     assert {window.refined for window in reader.windows(memory)} == {2}
-
-
-def test_a_file_from_before_there_was_refinement(reader: GMSA, tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
-    reader.compress(TEXTS[0], 4).save(path)
-    with safe_open(path, "pt") as file:
-        header, tensors = file.metadata(), {"soft_tokens": file.get_tensor("soft_tokens")}
-    del header["refined"], header["check"]
-    save_file(tensors, path, metadata=header)
-    assert Memory.load(path).refined == 0
 
 
 def test_it_cannot_be_checked(reader: GMSA, make_gmsa: Callable[..., GMSA]) -> None:
