@@ -182,12 +182,13 @@ class ServerReader(Reader):
                 with self._reading():
                     event = json.loads(data)
                     failed = event["error"].get("message") if "error" in event else None
-                    pieces = [choice["delta"].get("content") for choice in event.get("choices", [])]
-                    ends = [choice.get("finish_reason") for choice in event.get("choices", [])]
+                    said = [(c["delta"].get("content"), c.get("finish_reason")) for c in event.get("choices", [])]
                 if "error" in event:
                     raise RemoteDecoderError(f"{self.url} gave up: {failed}")
-                finish = next(filter(None, ends), finish)
-                yield from filter(None, pieces)
+                for piece, ended in said:
+                    finish = ended or finish
+                    if piece:
+                        yield piece
         if not whole:
             raise RemoteDecoderError(f"{self.url} broke off in the middle of an answer, or is no GMSA server")
         return finish

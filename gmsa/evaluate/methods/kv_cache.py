@@ -31,7 +31,7 @@ from gmsa.evaluate.methods.base import Method, MethodOutput, MethodUnavailable, 
 from gmsa.model.backbone import body_of, cache_argument
 
 ROWS = 8  # prompts read in full at once
-QUERIES = 256
+QUERIES = 256  # whose attention is held at once
 REPEAT = "Repeat the previous context exactly."  # KVzip's prompt
 OBSERVED = "gmsa_observed_sdpa"
 Observer = Callable[[int, Tensor, Tensor, float], None]  # layer, queries (B, Hq, T, D), keys (B, H, T, D), scaling
