@@ -5,10 +5,12 @@ decoder attends to (gmsa/attention.py). A sentence has a share of what its neigh
 they say whom.
 """
 
+import functools
 import logging
 import re
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gmsa.errors import InputError
 from gmsa.text import encode
@@ -53,17 +55,28 @@ def shared_words(sentences: list[str], question: str) -> list[float]:
 
     Document frequencies are those of these sentences. Neighbours have a share (`with_neighbours`).
     """
-    import bm25s
-    from bm25s.stopwords import STOPWORDS_EN_PLUS
-
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells every index at DEBUG to whoever logs anything
-    stop = set(STOPWORDS_EN_PLUS)
+    bm25s = _bm25s()
+    stop = set(bm25s.stopwords.STOPWORDS_EN_PLUS)
     query = [word for word in words_of(question) if word not in stop]
     if not sentences or not query:  # bm25s takes neither
         return [0.0] * len(sentences)
     index = bm25s.BM25()
     index.index([words_of(sentence) or [""] for sentence in sentences], show_progress=False)
     return with_neighbours(sentences, index.get_scores(query).tolist())
+
+
+@functools.cache
+def _bm25s() -> Any:
+    """The library, which on import would start JAX where that is installed: most of a GPU's memory in every process."""
+    without = sys.modules.setdefault("jax.lax", None) is None  # type: ignore[arg-type]
+    try:
+        import bm25s
+        import bm25s.stopwords
+    finally:
+        if without:
+            del sys.modules["jax.lax"]
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells every index at DEBUG to whoever logs anything
+    return bm25s
 
 
 def with_neighbours(sentences: Sequence[str], scores: Sequence[float]) -> list[float]:

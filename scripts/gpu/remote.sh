@@ -42,8 +42,10 @@ recv)
     [ "$2" = 1 ] || exit 0
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || true
     nproc; free -g | sed -n 2p; df -h /dev/shm "$G"; ulimit -n
-    $PY -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$G/site" .gpu/kit/gguf-*.whl
-    $PY -c 'import torch, transformers, accelerate, tokenizers, safetensors, numpy, yaml, tqdm, requests, gguf
+    $PY -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$G/site" .gpu/kit/*.whl
+    $PY -c 'import torch, transformers, accelerate, tokenizers, safetensors, numpy, yaml, tqdm, requests, gguf, matplotlib, sacrebleu
+from gmsa.sentences import bm25
+bm25(["The mill is old.", "It rains."], "Which mill?")
 print("torch", torch.__version__, "transformers", transformers.__version__, "GPU:", torch.cuda.is_available())'
     ;;
 smoke)
