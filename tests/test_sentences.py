@@ -1,6 +1,10 @@
 import math
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -51,6 +55,18 @@ def test_bm25_is_lucenes_formula() -> None:
     assert 0 < expected.count(0.0) < len(expected) - 1
     # Stop words of the question count for nothing; blank lines keep neighbours apart.
     assert bm25(sentences, "Is the Cat with a fox?") == pytest.approx(expected, abs=1e-5)
+
+
+def test_jax_is_not_started(tmp_path: Path) -> None:
+    (tmp_path / "jax").mkdir()
+    for name in ("__init__", "lax"):
+        (tmp_path / "jax" / f"{name}.py").write_text("raise SystemExit('JAX was started')")
+    code = "from gmsa.sentences import bm25; import sys; print(bm25(['A mill. '], 'mill?'), 'jax.lax' in sys.modules)"
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.endswith("] False\n")
 
 
 def test_where_no_space_ends_words_each_character_is_one() -> None:

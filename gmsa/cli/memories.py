@@ -59,7 +59,6 @@ def add_commands(add: Add) -> None:
     option("--id-field", default="id", metavar="NAME", help="field of the id; the others are kept, too (id)")
     option("--max-row-bytes", type=size, default=16 * 10**6, metavar="N", help="more is bad (16M)")
     option("--on-error", choices=["skip", "fail"], default="fail", help="what to do with bad rows (fail)")
-    option("--price", type=float, metavar="X", help="of a worker hour, to reckon what a terabyte costs")
     share(command, "--merge-size", "--refine", "--form", *MODEL)
 
     command = add("restore", restore, "Write the text of a memory file as the model can restate it.")
@@ -200,9 +199,9 @@ def compress_corpus(options: argparse.Namespace) -> None:
         totals = run(options.inputs, options.output, progress=progress, **settings)
     if options.json:
         facts = {**dataclasses.asdict(totals), "seconds": round(totals.seconds, 1)}
-        emit({"output": options.output, **facts, "per_terabyte": per_terabyte(totals, options.price)})
+        emit({"output": options.output, **facts, "per_terabyte": per_terabyte(totals)})
     else:
-        print(corpus_report(options, totals), file=sys.stderr)
+        print(corpus_report(options.output, totals), file=sys.stderr)
         for line in bad_rows(options.output, SHOWN):
             note(line)
         if totals.bad > SHOWN:
@@ -211,19 +210,18 @@ def compress_corpus(options: argparse.Namespace) -> None:
         raise InputError(f"not one of {totals.lines:,} rows could be compressed")
 
 
-def per_terabyte(totals: "Totals", price: float | None) -> dict[str, float]:
+def per_terabyte(totals: "Totals") -> dict[str, float]:
     """What 10^12 bytes of such text would take with such workers."""
     share = 1e12 / max(totals.text_bytes, 1)
     hours = totals.worker_seconds / 3600 * share
-    known = {"worker_hours": round(hours, 1), "output_terabytes": round(totals.bytes * share / 1e12, 2)}
-    return known if price is None else {**known, "cost": round(hours * price, 2)}
+    return {"worker_hours": round(hours, 1), "output_terabytes": round(totals.bytes * share / 1e12, 2)}
 
 
-def corpus_report(options: argparse.Namespace, t: "Totals") -> str:
+def corpus_report(output: str, t: "Totals") -> str:
     """What a person is told."""
     lines = [
         f"{t.lines:,} lines = {t.rows:,} memories + {t.bad:,} bad rows + {t.blank:,} blank lines; "
-        f"{t.shards:,} shards in {options.output}, {t.done_now:,} of them made now in {t.seconds:.1f} s"
+        f"{t.shards:,} shards in {output}, {t.done_now:,} of them made now in {t.seconds:.1f} s"
     ]
     if t.rows:
         seconds = max(t.worker_seconds, 1e-9)
@@ -234,6 +232,6 @@ def corpus_report(options: argparse.Namespace, t: "Totals") -> str:
             f"{t.text_bytes / seconds / 1e6:,.3f} MB of text per second",
         ]
     if t.text_bytes >= ENOUGH:
-        costs = [f"{value:,} {name.replace('_', ' ')}" for name, value in per_terabyte(t, options.price).items()]
+        costs = [f"{value:,} {name.replace('_', ' ')}" for name, value in per_terabyte(t).items()]
         lines.append(f"a terabyte of such text with such workers: {', '.join(costs)}")
     return "\n".join(lines)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs recipes/default-gpu.yaml on a CPU, small: `make rehearse-gpu`.
+"""Runs recipes/default-7-gpu.yaml on a CPU, small: `make rehearse-gpu`.
 
     python scripts/gpu/rehearse.py [FOLDER] [key=value ...]        FOLDER: runs/rehearse-gpu
 
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(folders[0]) if folders else ROOT / "runs/rehearse-gpu"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
-    path.write_text(small(Recipe.load(ROOT / "recipes/default-gpu.yaml"), folder).dump())
+    path.write_text(small(Recipe.load(ROOT / "recipes/default-7-gpu.yaml"), folder).dump())
     changes = [argument for argument in arguments if "=" in argument]
     return gmsa(["train", str(path), "--overwrite", *changes])
 

@@ -8,7 +8,7 @@ G=${G:-/tmp/gmsa} PY=${PY:-python3}
 mkdir -p "$G" && cd "$(dirname "$0")/../.."
 export GMSA_HOME=$G/home PYTHONPATH=$PWD:$G/site:$G/load PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export TORCHINDUCTOR_CACHE_DIR=$G/inductor TRITON_CACHE_DIR=$G/triton # what is compiled once serves the next call
-recipe=$G/recipes/default-gpu.yaml
+recipe=$G/recipes/default-7-gpu.yaml
 
 run_training() { # OUTPUT MINUTES CHANGE ...
     local start=(--overwrite)

@@ -19,11 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/model-card.m
 FILES = ("restoration-*", "qa-*", "chosen-*", "others-*", "long-*", "ruler", "summ")
 TABLE = re.compile(r"(<!-- results: (\w+) -->\n\n?\|.*\n\|[-|]+\n)((?:\|.*\n)*)")
 SETS = ["squad", "nq", "hotpotqa", "2wiki", "narrativeqa"]
-LONG = {
-    "nq_multidoc": "NQ, one passage of 10 to 40",
-    "fairytaleqa": "FairytaleQA, stories",
-    "squad_article": "SQuAD, articles",
-}
+LONG = ["nq_multidoc", "fairytaleqa", "squad_article"]
 TASKS = {
     "niah_single": "one needle",
     "niah_multikey": "of several keys",
@@ -129,19 +125,21 @@ def restoration_lengths() -> Iterable[list[str]]:
         yield [str(length), *cells]
 
 
-def answers() -> Iterable[list[str]]:
-    """All methods on all sets."""
+def answers(sets: Iterable[str] = SETS) -> Iterable[list[str]]:
+    """All methods on some sets; without those that were measured on none of them."""
     methods = ["gmsa", "gmsa-chosen-sentences", "gmsa-bm25-sentences", "gmsa-embedding-sentences", "gmsa-hybrid"]
     methods += ["chosen-sentences", "bm25-sentences", "embedding-sentences"]
-    for size in (4, 8):
-        for method in methods:
-            name = f"{method}, {size}x"
-            yield [
-                f"**{name}**" if method == "gmsa-chosen-sentences" else name,
-                *(f1(qa(data, method, size)) for data in SETS),
-            ]
-    for method in ("original-prompt", "closed-book"):
-        yield [method, *(f1(qa(data, method, None)) for data in SETS)]
+    kinds: list[tuple[str, int | None]] = [(method, size) for size in (4, 8) for method in methods]
+    for method, size in [*kinds, ("original-prompt", None), ("closed-book", None)]:
+        found = [qa(data, method, size) for data in sets]
+        name = f"{method}, {size}x" if size else method
+        if any(found):
+            yield [f"**{name}**" if method == "gmsa-chosen-sentences" else name, *map(f1, found)]
+
+
+def long_contexts() -> Iterable[list[str]]:
+    """The same on contexts of some thousand tokens."""
+    return answers(LONG)
 
 
 def rates() -> Iterable[list[str]]:
@@ -156,7 +154,7 @@ def named() -> Iterable[list[str]]:
     methods = ["gmsa-chosen-sentences", "gmsa", "semantic-compression", "semantic-summary", "llmlingua", "snapkv"]
     for method in [*methods, "kvzip", "semanticache"]:
         cells = []
-        for data in SETS:
+        for data in [*SETS, *LONG]:
             both = [qa(data, method, size) for size in (4, 8)]
             cells.append(" / ".join(f1(row, interval=False) for row in both) if any(both) else "-")
         yield [f"**{method}**" if method == "gmsa-chosen-sentences" else method, *cells]
@@ -171,18 +169,6 @@ def ruler() -> Iterable[list[str]]:
             found = [load_rows()[task, method, 4, length]["metrics"]["string_match"] for length in (1024, 4096, 16384)]
             cells.append(" / ".join(f"{value:.0f}" for value in found))
         yield [label, *cells]
-
-
-def long_contexts() -> Iterable[list[str]]:
-    """Contexts of some thousand tokens."""
-    for data, label in LONG.items():
-        for size in (4, 8):
-            first = qa(data, "gmsa", size)
-            assert first is not None
-            methods = ["gmsa", "gmsa-chosen-sentences", "gmsa-bm25-sentences", "bm25-sentences"]
-            cells = [f1(qa(data, method, size)) for method in methods]
-            tokens = f"{first['tokens']['context']:,.0f}"
-            yield [label if size == 4 else "", tokens, f"{size}x", *cells, f1(qa(data, "closed-book", None))]
 
 
 def readme() -> Iterable[list[str]]:

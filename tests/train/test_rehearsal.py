@@ -1,7 +1,9 @@
 """The recipe for a GPU, rehearsed on a CPU."""
 
 import json
+import re
 import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,18 @@ from gmsa.train.recipe import Recipe
 ROOT = Path(__file__).parents[2]
 
 
+def test_what_the_package_needs_is_on_the_machine_or_travels() -> None:
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[<>=]", dependency)[0] for dependency in needed}
+    there = re.search(r"(torch .*?), \*\*no\s+network", (ROOT / "scripts/gpu/README.md").read_text(), re.DOTALL)
+    travels = re.search(r"pip download .*", (ROOT / "scripts/gpu/pack.sh").read_text())
+    assert there is not None
+    assert travels is not None
+    assert names <= set(re.findall(r"[a-z][a-z0-9]+", f"{there[1]} {travels[0]}"))
+
+
 def test_the_recipe_for_a_gpu_is_run_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = Recipe.load(ROOT / "recipes/default-gpu.yaml")
+    whole = Recipe.load(ROOT / "recipes/default-7-gpu.yaml")
     rehearse = runpy.run_path(str(ROOT / "scripts/gpu/rehearse.py"))["main"]
     assert rehearse([str(tmp_path), "compile=false"]) == 0  # compiling takes a minute
     told = capsys.readouterr()
