@@ -166,8 +166,8 @@ def ruler() -> Iterable[list[str]]:
     for task, label in TASKS.items():
         cells = []
         for method in methods:
-            found = [load_rows()[task, method, 4, length]["metrics"]["string_match"] for length in (1024, 4096, 16384)]
-            cells.append(" / ".join(f"{value:.0f}" for value in found))
+            found = [load_rows().get((task, method, 4, length)) for length in (1024, 4096, 16384)]
+            cells.append(" / ".join(f"{row['metrics']['string_match']:.0f}" if row else "-" for row in found))
         yield [label, *cells]
 
 
