@@ -57,7 +57,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 LANGUAGES = ("python", "sh", "yaml", "json", "text")
 MARKER = re.compile(r"<!-- (parsed|not run): (\S.*?) -->\s*$", re.DOTALL)
 SERVER = "http://127.0.0.1:8000"
-MEMORY_ID = re.compile(r"(?=.*[a-f])(?=.*\d)[0-9a-f]{6,64}")  # of a memory of the default model
+MEMORY_ID = re.compile(r"[0-9a-f]{12,64}|(?=.*[a-f])(?=.*\d)[0-9a-f]{6,11}")  # of a memory of the default model
 FOLDERS = ("recipes/", "scripts/", "benchmarks/", "experiments/", "examples/", "deploy/", "docs/", "tests/")
 TEXT = "The mill was built in 1731 by two brothers. The bridge beside it was opened in 1894, and it stands."
 ROW = json.dumps({"input": TEXT, "prompt": "When was the mill built?", "answer": "1731"})
