@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/model-card.md"]
-FILES = ("restoration-*", "qa-*", "chosen-*", "others-*", "long-*", "ruler", "summ")
+FILES = ("restoration-*", "qa-*", "others-*", "long-*", "ruler", "summ")
 TABLE = re.compile(r"(<!-- results: (\w+) -->\n\n?\|.*\n\|[-|]+\n)((?:\|.*\n)*)")
 SETS = ["squad", "nq", "hotpotqa", "2wiki", "narrativeqa"]
 LONG = ["nq_multidoc", "fairytaleqa", "squad_article"]
@@ -33,18 +33,13 @@ Row = dict[str, Any]
 Key = tuple[str, str, int | None, int | None]
 
 
-def key_of(row: Row) -> Key:
-    """What tells a row from all others."""
-    return row["dataset"], row["method"], row["merge_size"], row["length"]
-
-
 @functools.cache
 def load_rows() -> dict[Key, Row]:
     """All measured rows by data set, method, merge size and length."""
     rows: dict[Key, Row] = {}
     for path in sorted(path for name in FILES for path in (ROOT / "docs/results").glob(f"{name}.json")):
         for row in json.loads(path.read_text())["rows"]:
-            key = key_of(row)
+            key = row["dataset"], row["method"], row["merge_size"], row["length"]
             if key in rows:
                 raise SystemExit(f"{path.name}: {key} was measured in two files")
             rows[key] = row
@@ -53,16 +48,11 @@ def load_rows() -> dict[Key, Row]:
 
 def take(folder: Path) -> None:
     """Bring the results that `scripts/results.sh DATA folder` made into docs/results/, without the names of folders."""
-    brought: set[Key] = set()
     for path in sorted(path for name in FILES for path in folder.glob(f"{name}/results.json")):
         results = json.loads(path.read_text())
         command = results["meta"]["command"].replace(str(folder), "results")
         results["meta"]["command"] = re.sub(r"(--data )(?!results/)\S*/", r"\1$DATA/", command)
         (ROOT / "docs/results" / f"{path.parent.name}.json").write_text(json.dumps(results, indent=1) + "\n")
-        brought |= set(map(key_of, results["rows"]))
-    for path in (ROOT / "docs/results").glob("chosen-*.json"):  # measured by itself before
-        if set(map(key_of, json.loads(path.read_text())["rows"])) <= brought:
-            path.unlink()
 
 
 def qa(name: str, method: str, merge_size: int | None) -> Row | None:
