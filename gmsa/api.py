@@ -35,7 +35,14 @@ from gmsa.decode.loop import Finish, Loop, PrefixStore, Row
 from gmsa.decode.prompt import Frame, Piece, PromptTemplate
 from gmsa.decode.sampler import Sampling
 from gmsa.decode.stream import TextPieces
-from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError, check_options, check_whole
+from gmsa.errors import (
+    ContextTooLongError,
+    GmsaError,
+    InputError,
+    MemoryMismatchError,
+    check_options,
+    check_whole,
+)
 from gmsa.io import checkpoint, export
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import drop_decoder, load_model
@@ -1007,14 +1014,19 @@ class GMSA:
         )
 
     def run(self, rows: Sequence[Row], batch_size: int) -> None:
-        """Write all rows to their ends."""
+        """Write all rows to their ends. Raises GmsaError where the decoder's numbers are not finite."""
         loop = self._loop(batch_size)
         # Rows of like length beside one another, and those that share a beginning.
         for row in sorted(rows, key=lambda row: (-len(row), str(row.key))):
             loop.submit(row)
         while loop.busy:
             loop.turn()
+        self._check_ends(rows)
         self.timings = Timings(self.timings.compress, loop.reading_seconds, loop.writing_seconds)
+
+    def _check_ends(self, rows: Sequence[Row]) -> None:
+        if any(row.finish == "error" for row in rows):
+            raise GmsaError(f"the decoder's numbers in {self.model.dtype} are not finite: try dtype='float32'")
 
     def _stream(
         self, question: str | Frame, contents: Contents, max_new_tokens: int, stop: Any, options: dict[str, Any]
@@ -1034,6 +1046,7 @@ class GMSA:
                 if len(row.text) > seen:
                     seen, fresh = len(row.text), row.text[seen:]
                     yield fresh
+            self._check_ends([row])
             self.timings = Timings(self.timings.compress, loop.reading_seconds, loop.writing_seconds)
 
         return AnswerStream(pieces(), row)
@@ -1075,12 +1088,21 @@ class GMSA:
         return self.model.embed([self._on_device(pieces) for pieces in prompts])
 
     def check(self, memory: MemoryOrFile) -> None:
-        """Raise MemoryMismatchError unless this model's compressor made the memory."""
+        """Raise MemoryMismatchError unless this model's compressor made the memory, and the decoder can read it.
+
+        A memory from elsewhere may hold numbers that are finite, but not in the decoder's dtype, or not once a norm has
+        squared them: nothing could be said from it.
+        """
         memory = self._memory_of(memory)
         if memory.fingerprint != self.fingerprint:
             raise MemoryMismatchError(
                 f"the memory was made by another compressor ({memory.fingerprint}) than this model's "
                 f"({self.fingerprint}): compress the text anew with this model"
+            )
+        dtype = self.model.dtype
+        if not bool(memory.soft_tokens.to(dtype).float().square().sum().isfinite()):
+            raise MemoryMismatchError(
+                f"the memory's values are too large for this model in {dtype}: compress the text anew"
             )
 
     def _check_length(self, pieces: Sequence[Tensor], new: int) -> None:

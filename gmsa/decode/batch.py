@@ -302,6 +302,11 @@ class Batch:
             self.lengths = [self.lengths[row] for row in rows]
             self.positions = [self.positions[row] for row in rows]
 
+    def wipe(self, row: int) -> None:
+        """Zeros for all that a row has read: a mask does not hide NaN from whoever has the row's place next."""
+        for layer in self.layers:
+            layer.keys[row] = layer.values[row] = 0
+
     def fork(self, rows: Sequence[int]) -> "Batch":
         """A batch of copies of some rows."""
         begins = [self.states(row, copy=False) if self.lengths[row] else None for row in rows]

@@ -246,24 +246,29 @@ class Loop:
 
     def _keep_going(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Give every row of the batch its next token, and drop those that end with it."""
-        going = self._take(rows, logits)
+        going = self._take(rows, logits, self._batch)
         self._keep([number for number, goes_on in enumerate(going) if goes_on])
 
-    def _take(self, rows: Sequence[Row], logits: Tensor) -> list[bool]:
-        """The next token of each row for logits (B, V); whether each goes on.
+    def _take(self, rows: Sequence[Row], logits: Tensor, batch: Batch) -> list[bool]:
+        """The next token of each row of a batch for logits (B, V); whether each goes on.
 
-        A row that nothing can be drawn for, as soft tokens may be anybody's, ends with an error; the others do not.
+        A row that nothing can be said for, as soft tokens may be anybody's, ends with an error; the others do not.
         """
-        if all(row.sampling.greedy for row in rows):  # one transfer from the device for all
-            tokens = logits.argmax(-1).tolist()
-            for row, token in zip(rows, tokens, strict=True):
-                row.sampler.note(token)
-            return [row.take(token, self.ends) for row, token in zip(rows, tokens, strict=True)]
+        best, tokens = logits.max(-1)
+        # One transfer from the device for all rows; -1: not a number, or no bound.
+        chosen = tokens.masked_fill(~best.isfinite(), -1).tolist()
         going = []
-        for row, states, sound in zip(rows, logits, logits.amax(-1).isfinite().tolist(), strict=True):
-            if not sound:
+        for number, (row, states, token) in enumerate(zip(rows, logits, chosen, strict=True)):
+            if token < 0:
+                batch.wipe(number)
                 row.say(Piece("", len(row.tokens), finish="error"))
-            going.append(sound and row.take(row.sampler(states), self.ends))
+                going.append(False)
+                continue
+            if row.sampling.greedy:
+                row.sampler.note(token)
+            else:
+                token = row.sampler(states)
+            going.append(row.take(token, self.ends))
         return going
 
     def _read_prompts(self) -> None:
@@ -347,7 +352,7 @@ class Loop:
         for number, row in enumerate(rows):
             if row.key is not None and row.shares and self.prefixes.get(row.key) is None:
                 self.prefixes.put(row.key, batch.states(number, row.shares))
-        going = self._take(rows, self._logits(states))
+        going = self._take(rows, self._logits(states), batch)
         kept = [number for number, goes_on in enumerate(going) if goes_on]
         batch.keep(kept)
         if len(self._batch):

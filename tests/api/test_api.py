@@ -315,6 +315,14 @@ def test_memories_of_other_models_are_refused(gmsa: GMSA) -> None:
             call()
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(1e300, torch.float64), (1e25, torch.float32)])
+def test_memories_the_decoder_could_not_read_are_refused(gmsa: GMSA, value: float, dtype: torch.dtype) -> None:
+    width = gmsa.compress(TEXTS[0]).soft_tokens.shape[1]
+    huge = Memory(torch.full((3, width), value, dtype=dtype), 4, 12, gmsa.fingerprint)
+    with pytest.raises(MemoryMismatchError, match="values are too large for this model"):
+        gmsa.answer("q", huge)
+
+
 def test_the_fingerprint_follows_the_compressor_not_the_decoder(
     gmsa: GMSA, tiny_backbone: Callable[..., Backbone], tiny_model: Callable[..., GmsaModel]
 ) -> None:

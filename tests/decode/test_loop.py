@@ -16,7 +16,7 @@ from gmsa.api import DRAWING_ELSEWHERE, SEARCHING, PrefixCache
 from gmsa.decode.loop import Row
 from gmsa.decode.prompt import Frame
 from gmsa.decode.sampler import Sampling
-from gmsa.errors import ContextTooLongError, InputError, MemoryMismatchError
+from gmsa.errors import ContextTooLongError, GmsaError, InputError, MemoryMismatchError
 from gmsa.io.backbones import Backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import body_of
@@ -445,10 +445,13 @@ def test_marks_tell_beginnings_apart(
         gmsa.prefill(prefix)
 
 
-def test_a_row_nothing_can_be_drawn_for_ends_alone(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(do_sample=True, seed=1)])
+def test_a_row_nothing_can_be_said_for_ends_alone(
+    sampling: Sampling, gmsa: GMSA, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = gmsa._rows(["Who?", "Who?"], [[gmsa.compress(TEXT, 2)], [gmsa.compress(TEXT, 4)]], 4)
     for row in rows:
-        row.sampling = Sampling(do_sample=True, seed=1)
+        row.sampling = sampling
     loop = gmsa._loop(8)
     real, calls = loop._logits, list[int]()
 
@@ -467,3 +470,34 @@ def test_a_row_nothing_can_be_drawn_for_ends_alone(gmsa: GMSA, monkeypatch: pyte
     assert [row.finish for row in rows].count("error") == 1
     assert sorted(len(row.tokens) > 0 for row in rows) == [False, True]
     assert calls[:2] == [2, 1]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_is_not_finite_leaves_nothing_in_its_place(together: bool, gmsa: GMSA) -> None:
+    prompt = gmsa.template("Who?")
+    text = torch.cat([prompt.before, prompt.after])
+    expected = Row([text], 6)
+    gmsa.run([expected], 1)
+    loop = gmsa._loop(8)
+    endless = torch.full((300, gmsa.model.decoder.config.hidden_size), torch.inf)
+    long, bad, short = Row([text] * 4, 60), Row([endless], 6), Row([text], 6)
+    assert len(short) < len(long) < len(bad)
+    loop.submit(long)
+    if not together:  # else one group, of which the first stays
+        loop.turn()
+    loop.submit(bad)
+    while bad.finish is None:
+        loop.turn()
+    assert bad.finish == "error"
+    loop.submit(short)
+    while short.finish is None:
+        loop.turn()
+    assert (short.tokens, long.finish) == (expected.tokens, None)
+
+
+def test_numbers_that_are_not_finite_are_told(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = gmsa.compress(TEXT)
+    monkeypatch.setattr("gmsa.decode.loop.head_logits", lambda decoder, states: torch.full((len(states), 9), torch.nan))
+    for call in (lambda: gmsa.answer("Who?", memory), lambda: list(gmsa.answer("Who?", memory, stream=True))):
+        with pytest.raises(GmsaError, match="the decoder's numbers in"):
+            call()

@@ -481,12 +481,15 @@ def test_soft_tokens_in_requests_are_checked(
     good = (tmp_path / "m.safetensors").read_bytes()
     Memory(memory.soft_tokens[:, :40].clone(), 4, len(TEXT), gmsa.fingerprint).save(tmp_path / "narrow.safetensors")
     Memory(memory.soft_tokens, 4, len(TEXT), "0123456789abcdef").save(tmp_path / "other.safetensors")
+    huge = Memory(torch.full((3, 48), 1e300, dtype=torch.float64), 4, 12, gmsa.fingerprint)  # no number in fp32
+    huge.save(tmp_path / "huge.safetensors")
     flipped = good[:-1] + bytes([good[-1] ^ 1])
     header = {"format": "gmsa-memory-1", "merge_size": "4", "origin_tokens": "9", "fingerprint": gmsa.fingerprint}
     unhashed = save({"soft_tokens": torch.full((3, 48), torch.nan)}, {**header, "sha256": "0" * 64})
     bad = [
         flipped, unhashed, good[:50], b"", pickle.dumps(memory.soft_tokens), b"\x80\x04.",
         (tmp_path / "narrow.safetensors").read_bytes(), (tmp_path / "other.safetensors").read_bytes(),
+        (tmp_path / "huge.safetensors").read_bytes(),
     ]  # fmt: skip
 
     def ask(address: str, raw: bytes | str) -> httpx.Response:
