@@ -111,6 +111,8 @@ def _checked(name: str, value: Any) -> Any:
     where, (kind, may_be_none) = f"trainer: {name}", _kind(name)
     if name == "optim" and str(value).startswith("schedule_free"):
         raise ConfigError(f"{where} {value} keeps a mean of its own, which is not saved here: use `average`")
+    if name == "lr_scheduler_type" and value in ("reduce_lr_on_plateau", "greedy"):
+        raise ConfigError(f"{where} {value} follows a loss on held-out rows, which no run here computes: name another")
     if name in ("seed", "data_seed") and value is not None and check_whole(where, value, 0) >= 2**32:
         raise ConfigError(f"{where} must be below 2**32, got {value!r}")
     if name in LEAST:

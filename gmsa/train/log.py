@@ -1,6 +1,7 @@
 """What a run tells: a progress bar, log.jsonl, curve.png, how well it restores texts now and then."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -125,7 +126,8 @@ class RunLog(TrainerCallback):
             self.bar.close()
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Add a line."""
+        """Add a line; null for a number that is not finite, for which JSON has no word."""
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -3,6 +3,7 @@
 Trained weights and optimiser state are fp32, compute is bf16 (autocast), frozen weights are bf16 throughout.
 """
 
+import math
 import os
 import shutil
 import time
@@ -69,7 +70,8 @@ class GmsaTrainer(Trainer):
         # would have to be waited for.
         self.correct = torch.zeros((), dtype=torch.long, device=self.args.device)  # targets predicted right
         self.skipped = torch.zeros((), dtype=torch.long, device=self.args.device)  # steps, their gradient not finite
-        self.counts = [0, 0, 0]  # targets, contexts cut short, context tokens
+        self.lost = torch.zeros((), dtype=torch.long, device=self.args.device)  # micro-batches, their loss not finite
+        self.counts = [0, 0, 0, 0]  # micro-batches, targets, contexts cut short, context tokens
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=self.args.device)  # up to the last step
         self.context_tokens = 0  # of all processes
         self.average = average
@@ -80,7 +82,9 @@ class GmsaTrainer(Trainer):
         packed = self.train_dataset.packed
         with packed_attention(self.accelerator.unwrap_model(model)) if packed else nullcontext():
             loss = super().training_step(model, *args, **kwargs)
-        return loss.nan_to_num(0.0, 0.0, 0.0)  # else one bad batch would hide the loss of all others in the log
+        self.counts[0] += 1
+        self.lost += ~loss.isfinite()
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # of no weight in the log's mean, see `log`
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -105,23 +109,24 @@ class GmsaTrainer(Trainer):
             assert isinstance(batch, Batch)  # see `packs_batches`
             counts = [int(row.sum()) for row in batch.learned] if batch.learned else [len(row) for row in batch.targets]
             loss = distilled(loss, out["logits"], teacher, counts, rates_of(batch.merge_size), **distil)
-        for place, count in enumerate((len(out["labels"]), item.truncated, item.context_tokens)):
+        for place, count in enumerate((len(out["labels"]), item.truncated, item.context_tokens), start=1):
             self.counts[place] += count
         self.correct += out["correct"]
         return (loss, out) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """As the Trainer's; where the gradient is not finite the step is made without it, and no GPU waited for."""
+        """As the Trainer's; where the gradient is not finite the optimiser leaves the weights and its state alone."""
         norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(norm, Tensor):
             bad = ~torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             self.skipped += bad
             self.skipped_in_a_row += 1
             self.skipped_in_a_row *= bad
-            for parameter in model.parameters():
-                gradient = parameter.grad
-                if gradient is not None:
-                    (gradient.to_local() if isinstance(gradient, DTensor) else gradient).masked_fill_(bad, 0.0)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+            if optimizer.defaults.get("fused") and not isinstance(norm, DTensor):
+                optimizer.found_inf = bad.float()  # looked at on the device
+            elif bad:  # no other asks; what has no gradient it passes over
+                model.zero_grad()
         return norm
 
     def _check_finite(self) -> None:
@@ -138,8 +143,10 @@ class GmsaTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the share of target tokens predicted right since the last log, contexts cut, steps left out."""
         if "loss" in logs:
-            counts = torch.tensor([int(self.correct), *self.counts], device=self.args.device)
-            correct, tokens, truncated, context = self.accelerator.reduce(counts, "sum").tolist()
+            counts = torch.tensor([int(self.correct), int(self.lost), *self.counts], device=self.args.device)
+            correct, lost, made, tokens, truncated, context = self.accelerator.reduce(counts, "sum").tolist()
+            # The mean of those whose loss was finite
+            logs["loss"] = logs["loss"] * made / (made - lost) if lost < made else math.nan
             logs["token_accuracy"] = correct / max(1, tokens)
             logs["truncated"] = truncated
             self.context_tokens += context
@@ -154,7 +161,8 @@ class GmsaTrainer(Trainer):
                 logs["peak_bytes"] = torch.cuda.max_memory_allocated()
             self.correct.zero_()
             self.skipped.zero_()
-            self.counts = [0, 0, 0]
+            self.lost.zero_()
+            self.counts = [0, 0, 0, 0]
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

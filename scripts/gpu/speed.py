@@ -2,6 +2,7 @@
 """Tokens per second, step time, memory and loss of a run: python scripts/gpu/speed.py RUN/log.jsonl"""
 
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +18,7 @@ def speed(entries: list[dict[str, Any]]) -> str:
     passed, made = last["seconds"] - first["seconds"], last["step"] - first["step"]
     tokens = last["context_tokens"] - first["context_tokens"]
     third = max(1, len(steps) // 3)
-    begun, ended = fmean(entry["loss"] for entry in steps[:third]), fmean(entry["loss"] for entry in steps[-third:])
+    begun, ended = mean_loss(steps[:third]), mean_loss(steps[-third:])
     peak = last.get("peak_bytes")
     return (
         f"{last['step']} steps, {last['context_tokens']:,} context tokens; "
@@ -25,6 +26,11 @@ def speed(entries: list[dict[str, Any]]) -> str:
         f"(first log after {steps[0]['seconds']:g} s); memory {f'{peak / 2**30:.1f} GiB' if peak else 'of no GPU'}; "
         f"loss {begun:.3f} -> {ended:.3f}; steps without a finite gradient: {sum(e['skipped'] for e in steps)}"
     )
+
+
+def mean_loss(steps: list[dict[str, Any]]) -> float:
+    """Of the logs that have one: none has, where no loss was finite."""
+    return fmean([entry["loss"] for entry in steps if entry["loss"] is not None] or [math.nan])
 
 
 if __name__ == "__main__":

@@ -282,6 +282,33 @@ def test_a_gradient_that_is_not_finite_is_left_out(
     assert all(entry["loss"] > 0 for entry in lines if "loss" in entry)
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "adafactor"])
+def test_a_step_that_is_left_out_moves_no_weight(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str
+) -> None:
+    spoil(monkeypatch, [3])
+    folder = train(recipe(optim=optim, save_steps=1, save_total_limit=9, max_steps=4, weight_decay=0.1)).parent
+    second, third, fourth = (load_file(folder / f"checkpoint-{n}/model.safetensors") for n in (2, 3, 4))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in third.items())
+    assert not all(torch.equal(tensor, third[name]) for name, tensor in fourth.items())
+
+
+def test_what_is_not_finite_has_no_weight_in_the_log(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(name: str, every: int) -> list[Any]:
+        with monkeypatch.context() as patch:
+            spoil(patch, [3])
+            train(recipe(name, logging_steps=every, save_steps=9, max_steps=4))
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        entries = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
+        return [entry["loss"] for entry in entries if "loss" in entry]
+
+    each, two = losses("each", 1), losses("two", 2)
+    assert each[2] is None
+    assert two == pytest.approx([(each[0] + each[1]) / 2, each[3]], rel=1e-6)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_that_are_not_finite_end_the_run(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
@@ -527,3 +554,11 @@ def test_nothing_is_lost_from_the_log_where_a_run_is_resumed(recipe: Callable[..
 def test_an_optimiser_with_a_mean_of_its_own_is_refused(recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(ConfigError, match="use `average`"):
         recipe(optim="schedule_free_adamw")
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_a_loss_on_held_out_rows_is_refused(
+    recipe: Callable[..., Recipe], scheduler: str
+) -> None:
+    with pytest.raises(ConfigError, match="follows a loss on held-out rows"):
+        recipe(lr_scheduler_type=scheduler)
