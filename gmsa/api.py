@@ -443,6 +443,7 @@ class GMSA:
         Raises:
             InputError: what is given is no list of texts, or holds what is no text.
         """
+        check_text(question, "the question")
         sentences = check_texts(sentences, "the sentences")
         shared = shared_words(sentences, question)
         words, attended = without_least(shared, LEAST), self._attended(sentences, shared, question, batch_size)

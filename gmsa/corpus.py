@@ -103,6 +103,15 @@ class Shard(NamedTuple):
     source: str
     lines: list[Line]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what its lines hold."""
+        digest = hashlib.sha256()
+        for line in self.lines:
+            content = line.content if isinstance(line.content, bytes) else _json(line.content).encode(errors="replace")
+            digest.update(b"%d " % len(content) + content)
+        return digest.hexdigest()
+
 
 @dataclass
 class Record:
@@ -111,7 +120,8 @@ class Record:
     shard: int
     counts: Counter[str] = field(default_factory=Counter)
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
-    sha256: str = ""
+    sha256: str = ""  # of its file
+    lines_sha256: str = ""
     seconds: float = 0.0  # without loading the model
     worker: int = field(default_factory=os.getpid)
 
@@ -287,7 +297,7 @@ class ShardWorker:
         """Compress and write a shard, its record last. Raises GmsaError: what a user can mend."""
         self._model()  # loading it is not counted
         started = time.perf_counter()
-        record = Record(shard.number, Counter(lines=len(shard.lines)))
+        record = Record(shard.number, Counter(lines=len(shard.lines)), lines_sha256=shard.digest)
         texts: list[tuple[Line, dict[str, Any]]] = []
         for line in shard.lines:
             with self._refusing(shard, line, record):
@@ -464,12 +474,12 @@ class CorpusFolder:
             raise CorpusError(f"{self.path} was begun with other inputs ({', '.join(other)}): {advice}")
 
     def finished(self, shard: Shard) -> Record | None:
-        """The record of a shard that is there and whole."""
+        """The record of a shard that is there, whole and made of the same lines."""
         try:
             facts = json.loads(self.fs.cat_file(_file(shard.number, "json")))
             record = Record(**{**facts, "counts": Counter(facts["counts"])})
-            found = len(shard.lines), self.fs.size(_file(shard.number))
-            return record if found == (record.counts["lines"], record.counts["bytes"]) else None
+            found = shard.digest, self.fs.size(_file(shard.number))
+            return record if found == (record.lines_sha256, record.counts["bytes"]) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 

@@ -9,7 +9,8 @@ import functools
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gmsa.errors import InputError
@@ -28,6 +29,7 @@ NEIGHBOUR = 0.3  # of a neighbour's score
 LEAST = 0.25  # of the best one's score by words; less than NEIGHBOUR, so that the best one's neighbours stay
 ATTENTION = 3.0  # what all of it weighs beside the best sentence's words
 LEAST_OF_BOTH = 0.4  # where attention counts, too, of which every sentence has some
+IMPORTING = threading.Lock()
 # How well each of some sentences fits a question: higher is better, 0 not at all. Documents end with a blank line.
 Rank = Callable[[list[str], str], Sequence[float]]
 
@@ -65,9 +67,15 @@ def shared_words(sentences: list[str], question: str) -> list[float]:
     return with_neighbours(sentences, index.get_scores(query).tolist())
 
 
-@functools.cache
 def _bm25s() -> Any:
-    """The library, which on import would start JAX where that is installed: most of a GPU's memory in every process."""
+    """The library, imported once, whichever threads ask for it first."""
+    with IMPORTING:
+        return _import_bm25s()
+
+
+@functools.cache
+def _import_bm25s() -> Any:
+    """On import it would start JAX where that is installed: most of a GPU's memory in every process."""
     without = sys.modules.setdefault("jax.lax", None) is None  # type: ignore[arg-type]
     try:
         import bm25s
@@ -136,7 +144,10 @@ def ranked(texts: Sequence[str], question: str, rank: Rank) -> list[tuple[list[s
         if sentences and document:
             sentences[-1] += "\n\n"
         sentences += document
-    scores = list(rank(sentences, question))
+    given: object = rank(sentences, question)
+    if not isinstance(given, Iterable):
+        raise InputError(f"rank must give a score for each sentence, got {type(given).__name__}")
+    scores = list(given)
     if len(scores) != len(sentences):
         raise InputError(f"rank gave {len(scores)} scores for {len(sentences)} sentences")
     found: list[tuple[list[str], Sequence[float]]] = []

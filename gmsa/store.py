@@ -81,9 +81,10 @@ class ExportReport:
 
 @dataclass
 class ImportReport:
-    """What `import_` did, by id; `present` were there before and stay as they are."""
+    """What `import_` did, by id; `present` were there before and stay as they are, `evicted` made room."""
 
     added: list[str] = field(default_factory=list)
+    evicted: list[str] = field(default_factory=list)
     present: list[str] = field(default_factory=list)
     refused: list[Damage] = field(default_factory=list)
 
@@ -213,13 +214,21 @@ class MemoryStore:
         notes = label, json.loads(json.dumps(metadata or {}))
         sizes = memory.merge_size, memory.origin_tokens, len(memory)
         entry = StoredMemory(id, *notes, *sizes, self.form, rows.nbytes, memory.fingerprint, now, now, memory.refined)
-        if not self._add(entry, rows):
+        stored = self._add(entry, rows, label is None, metadata is None)
+        if stored is None:
             with contextlib.suppress(*GONE):  # was there, and has gone already
                 return self._found(id, label, metadata)
-        return entry, memory_of(entry, rows)
+        return stored[0] if stored else entry, memory_of(entry, rows)
 
-    def _add(self, entry: StoredMemory, rows: "Tensor") -> bool:
-        """Store a memory unless it is there and whole; whether it was stored."""
+    def _add(
+        self, entry: StoredMemory, rows: "Tensor", keep_label: bool = False, keep_metadata: bool = False
+    ) -> tuple[StoredMemory, Ids] | None:
+        """Store a memory unless it is there and whole; what is stored, and who made room. None: it was there.
+
+        Args:
+            entry, rows: the memory.
+            keep_label, keep_metadata: what a damaged one that it replaces has of them stays.
+        """
         if self.max_bytes is not None and entry.bytes > self.max_bytes:
             raise MemoryTooLargeError(
                 f"the memory takes {entry.bytes:,} bytes, more than the store may hold ({self.max_bytes:,}): "
@@ -230,11 +239,14 @@ class MemoryStore:
                 there = find_row(db, entry.id)
                 with contextlib.suppress(MemoryFileError):
                     database.read_chunks(db, there)
-                    return False
+                    return None
+                with contextlib.suppress(MemoryFileError):
+                    was = entry_of(there)
+                    label = was.label if keep_label else entry.label
+                    entry = replace(entry, label=label, metadata=was.metadata if keep_metadata else entry.metadata)
                 database.remove(db, there[0])
             database.write_chunks(db, database.write_row(db, None, entry), entry.id, rows)
-            self._evict(db, keep=entry.id)
-        return True
+            return entry, self._evict(db, keep=entry.id)
 
     def recall(
         self, id: str, *, label: str | None = None, metadata: dict[str, Any] | None = None
@@ -478,9 +490,13 @@ class MemoryStore:
         for name, raw in archive.read_files(Path(file)):
             try:
                 entry, rows = archive.unpack(raw)
-                (report.added if self._add(entry, rows) else report.present).append(entry.id)
+                stored = self._add(entry, rows)
+                (report.present if stored is None else report.added).append(entry.id)
+                report.evicted += stored[1] if stored else []
             except (MemoryFileError, MemoryTooLargeError) as error:
                 report.refused.append(Damage(name, None, str(error)))
+        for ids in (report.added, report.present):
+            ids[:] = [id for id in ids if id not in report.evicted]
         return report
 
 

@@ -125,3 +125,23 @@ def test_a_cut_leaves_no_part_of_a_character() -> None:
 def test_a_rank_must_rank_every_sentence() -> None:
     with pytest.raises(InputError, match="rank gave 1 scores for 2 sentences"):
         ranked(["One. Two."], "one?", lambda sentences, question: [1.0])
+    with pytest.raises(InputError, match="a score for each sentence, got NoneType"):
+        ranked(["One. Two."], "one?", lambda sentences, question: None)  # type: ignore[arg-type, return-value]
+
+
+def test_threads_may_be_the_first_to_rank_at_once() -> None:
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from gmsa.sentences import bm25
+
+together = Barrier(4)
+
+def rank(_):
+    together.wait()
+    return bm25(["The mill was built in 1731. "], "mill")
+
+with ThreadPoolExecutor(4) as pool:
+    assert all(scores[0] > 0 for scores in pool.map(rank, range(4)))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

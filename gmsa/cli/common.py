@@ -71,6 +71,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """0 or a positive whole number, of at most 63 bits, from the command line."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
 def counts(text: str) -> list[int]:
     """Positive whole numbers with commas between them."""
     return [count(part) for part in text.split(",")]
@@ -115,7 +122,7 @@ SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
     "--json": {"action": "store_true", "help": "one JSON object on stdout"},
     "--decoder-weights": {"choices": ["exact", "int8"], "default": "exact", "help": "int8: faster on a CPU (exact)"},
     "--refine": {
-        "type": count,
+        "type": whole,
         "default": 0,
         "metavar": "N",
         "help": "gradient steps that improve a memory: slow; 20 is much (0)",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gmsa.cli.common import MODEL, Add, count, counts, emit, group, load, names, note, packages, share
+from gmsa.cli.common import MODEL, Add, count, counts, emit, group, load, names, note, packages, share, whole
 from gmsa.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def add_commands(add: Add) -> None:
     scorers, auto = ["auto", "roberta-large", "all-MiniLM-L6-v2", "none"], "auto: the first of these that is at hand"
     option("--bertscore", choices=scorers, default="auto", help=f"model of BERTScore ({auto})")
     option("--check", action="store_true", help="restore by `gmsa restore --check`: exact, but slower")
-    option("--seed", type=int, default=0, metavar="S", help="of the bootstrap intervals (0)")
+    option("--seed", type=whole, default=0, metavar="S", help="of the bootstrap intervals (0)")
 
     for task, longest, what in (
         ("qa", 32, "How well questions are answered, by GMSA and by what it competes with."),
@@ -37,7 +37,9 @@ def add_commands(add: Add) -> None:
         _add_data(command, "JSONL of input/prompt/answer")
         _add_methods(command, [2, 4, 8], 100, ["gmsa", "original-prompt"], "rows per file")
         _add_answers(command, longest)
-        command.add_argument("--seed", type=int, metavar="S", help="draw the questions (default: spread over the file)")
+        command.add_argument(
+            "--seed", type=whole, metavar="S", help="draw the questions (default: spread over the file)"
+        )
 
     command = tasks("ruler", evaluate, "How much is found in long contexts made in the form of RULER, by the same.")
     _add_methods(command, [4, 8], 20, ["gmsa", "original-prompt"], "rows of each task and length")
@@ -45,7 +47,7 @@ def add_commands(add: Add) -> None:
     option = command.add_argument
     option("--tasks", type=names, metavar="NAME,NAME", help="of RULER's kinds (all)")
     option("--lengths", type=counts, default=[1024, 4096], metavar="N,N", help="tokens (1024,4096)")
-    option("--seed", type=int, default=0, metavar="S", help="of the rows (0)")
+    option("--seed", type=whole, default=0, metavar="S", help="of the rows (0)")
     command.set_defaults(data=[])
 
     command = tasks("latency", evaluate, "How long answers take, beside reading the full prompt.")
@@ -61,7 +63,7 @@ def add_commands(add: Add) -> None:
     _add_data(command, "JSONL of texts")
     _add_methods(command, [4], 20, ["gmsa"], "rows per file")
     command.add_argument("--length", type=count, default=64, metavar="N", help="tokens per text (64)")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of replaced tokens and intervals (0)")
+    command.add_argument("--seed", type=whole, default=0, metavar="S", help="of replaced tokens and intervals (0)")
 
     command = tasks("report", eval_report, "Merge the results in several folders into one report.")
     command.add_argument("folders", nargs="+", metavar="DIR", help="written by `gmsa eval ... -o DIR`")

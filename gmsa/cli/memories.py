@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gmsa.cli.common import (
     MODEL,
+    SHARED,
     Add,
     check_output,
     conclude,
@@ -63,7 +64,7 @@ def add_commands(add: Add) -> None:
 
     command = add("restore", restore, "Write the text of a memory file as the model can restate it.")
     option = command.add_argument
-    option("memory", metavar="MEM", help="memory file, or id of a stored memory")
+    option("memory", metavar="MEM", help="memory file, - for standard input, or id of a stored memory")
     option("--check", action="store_true", help="compress what is restored again to tell what is right: exact, slower")
     share(command, "--store", "--decoder-weights", *MODEL)
 
@@ -72,11 +73,16 @@ def add_commands(add: Add) -> None:
     option("question", metavar="QUESTION")
     option("--context", action="append", default=[], metavar="FILE", help="text file or -; repeatable")
     option(
-        "--memory", action="append", default=[], metavar="MEM", help="memory file, or id of a stored one; repeatable"
+        "--memory",
+        action="append",
+        default=[],
+        metavar="MEM",
+        help="memory file, -, or id of a stored one; read before texts; repeatable",
     )
     option("--max-new-tokens", type=count, default=128, metavar="N", help="longest answer (128)")
     option("--select", action="store_true", help="of texts keep the sentences that fit the question, at 2x")
     share(command, "--encoding", "--store", "--merge-size", "--decoder-weights", *MODEL)
+    command.set_defaults(merge_size=None)  # to know whether it was given
 
 
 def compress(options: argparse.Namespace) -> None:
@@ -140,15 +146,19 @@ def ask(options: argparse.Namespace) -> None:
         raise InputError("nothing to answer from: give --context FILE or --memory MEM")
     if options.select and not options.context:
         raise InputError("--select chooses sentences of texts: give --context FILE with it")
+    for name in ("encoding", "merge_size"):
+        if getattr(options, name) is not None and not options.context:
+            raise InputError(f"--{name.replace('_', '-')} is of texts, and memories are read as they are: leave it out")
+    merge_size = options.merge_size or SHARED["--merge-size"]["default"]
     if not check_text(options.question, "the question").strip():
         raise InputError("the question is empty")
-    if options.context.count("-") > 1:
-        raise InputError("standard input can be read as a context only once")
+    if (options.context + options.memory).count("-") > 1:
+        raise InputError("standard input can be read only once")
     texts = [read_text(path, options.encoding) for path in options.context]
     memories = [open_memory(options, name) for name in options.memory]
     gmsa = load(options)
-    kept = gmsa.compress_for(options.question, texts, options.merge_size) if options.select and texts else []
-    memories += kept or gmsa.compress(texts, options.merge_size)
+    kept = gmsa.compress_for(options.question, texts, merge_size) if options.select and texts else []
+    memories += kept or gmsa.compress(texts, merge_size)
     spent = gmsa.timings.compress
     if sys.stdout.isatty() and not options.json:
         stream = gmsa.answer(options.question, memories, max_new_tokens=options.max_new_tokens, stream=True)

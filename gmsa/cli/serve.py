@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from gmsa.cli.common import Add, count, load, note, packages, share, size
+from gmsa.cli.common import Add, count, load, note, packages, share, size, whole
 from gmsa.cli.store import store_path
 from gmsa.errors import CheckpointError, ConfigError, InputError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gmsa.serve.service import Service
     from gmsa.serve.settings import Settings
 
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+DEFAULT_HOST, DEFAULT_PORT, MAX_BODY = "127.0.0.1", 8000, 8 * 10**6
 KEY_VARIABLE = "GMSA_API_KEY"
 DECODER_KEY_VARIABLE = "GMSA_DECODER_API_KEY"
 LOCAL = "local"
@@ -42,7 +42,7 @@ def add_commands(add: Add) -> None:
     key.add_argument("--decoder-api-key-file", metavar="FILE", help="the same, from a file")
     option("--decoder-name", metavar="NAME", help="of the model there (gmsa-FINGERPRINT, or the only one)")
     option("--served-name", action="append", metavar="NAME", help="the model's name; repeatable")
-    option("--auto-compress", type=count, default=0, metavar="N", help="compress texts of more than N tokens (off)")
+    option("--auto-compress", type=whole, default=0, metavar="N", help="compress texts of more than N tokens (0: off)")
     option("--select", action="store_true", help="of such texts keep the sentences that fit the question, at 2x")
     option("--max-context-tokens", type=count, default=131_072, metavar="N", help="of a text to compress (131072)")
     option("--max-prompt-tokens", type=count, default=8192, metavar="N", help="prompt and answer, soft ones too (8192)")
@@ -71,7 +71,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
     keys.add_argument("--api-key-file", metavar="FILE", help=several)
     keys.add_argument("--anonymous", action="store_true", help="listen to other machines without a key")
     option("--max-store", type=size, metavar="SIZE", help="least recently used memories go beyond it (no cap)")
-    option("--max-body", type=size, default=8 * 10**6, metavar="SIZE", help="of a request (8M)")
+    option("--max-body", type=size, default=MAX_BODY, metavar="SIZE", help="of a request (8M)")
     share(command, "--store", "--merge-size", "--dtype")
 
 
@@ -135,8 +135,9 @@ def mcp(options: argparse.Namespace) -> None:
     with packages("an agent's tools need", "mcp"):
         import uvicorn
         from mcp.server import MCPServer  # noqa: F401
-    if not options.http and (options.host, options.port) != (DEFAULT_HOST, DEFAULT_PORT):
-        raise InputError("--host and --port are for --http: without it the tools are on stdin and stdout")
+    of_http = options.host, options.port, options.max_body
+    if not options.http and of_http != (DEFAULT_HOST, DEFAULT_PORT, MAX_BODY):
+        raise InputError("--host, --port and --max-body are for --http: without it the tools are on stdin and stdout")
     if not options.http and (options.api_key or options.api_key_file or options.anonymous):
         raise InputError("keys are for --http: whoever has stdin and stdout needs none")
     key, file = keys_of(options)

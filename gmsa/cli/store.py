@@ -84,7 +84,7 @@ def add_commands(add: Add) -> None:
     made.add_argument("ids", nargs="*", metavar="ID", help="(default: all)")
 
     made = command("import", import_, "Take in memories from such files. Do so only from those you trust.")
-    made.add_argument("files", nargs="+", metavar="FILE", help="a .tar or .safetensors file")
+    made.add_argument("files", nargs="+", metavar="FILE", help="written by `gmsa store export`")
     share(made, "--max-bytes")
 
 
@@ -111,9 +111,11 @@ def open_store(options: argparse.Namespace, **more: Any) -> "MemoryStore":
 
 
 def open_memory(options: argparse.Namespace, name: str) -> "Memory":
-    """A memory from a file or, where there is no such file and the name may be an id, from the store."""
+    """A memory from a file, from standard input (-), or from the store: where no file has a name that may be an id."""
     from gmsa.io.memory import Memory
 
+    if name == "-":
+        return Memory.from_bytes(sys.stdin.buffer.read(), "standard input")
     if Path(name).is_file() or not re.fullmatch("[0-9a-f]{4,64}", name):
         return Memory.load(name)
     with open_store(options, create=False) as store:
@@ -267,6 +269,8 @@ def verify(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Run `gmsa store export`."""
+    if options.output == "-":
+        raise InputError("an export is a file of its own: name one that ends in .tar or .safetensors")
     with open_store(options, create=False) as store:
         report = store.export([store.resolve(id) for id in options.ids] or None, options.output)
     facts = {"output": options.output, **dataclasses.asdict(report)}
@@ -284,10 +288,13 @@ def import_(options: argparse.Namespace) -> None:
         for path in options.files:
             with collected(bad):
                 reports.append(store.import_(path))
-    added, present = ([id for r in reports for id in getattr(r, name)] for name in ("added", "present"))
+    evicted = [id for report in reports for id in report.evicted]
+    added = [id for report in reports for id in report.added if id not in evicted]
+    present = [id for report in reports for id in report.present if id not in evicted]
     refused = [damage for report in reports for damage in report.refused]
-    facts = {"added": added, "present": present, "refused": [dataclasses.asdict(damage) for damage in refused]}
-    conclude(options, facts, f"added {len(added)}, there before {len(present)}, refused {len(refused)}")
+    facts = {"added": added, "present": present, "evicted": evicted, "refused": [*map(dataclasses.asdict, refused)]}
+    gone = f", removed {len(evicted)} to keep to the size" if evicted else ""
+    conclude(options, facts, f"added {len(added)}, there before {len(present)}, refused {len(refused)}{gone}")
     tell(refused)
     fail(bad, len(options.files), "files were not imported")
     if refused:

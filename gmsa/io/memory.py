@@ -190,6 +190,8 @@ def decode(raw: bytes) -> tuple[Tensor, dict[str, str]]:
     """
     try:
         tensors, header = _read(raw)
+        if header.get("format") in (FORMAT, INT8_FORMAT) and "form" not in header:
+            raise ValueError("the file of `gmsa compress` names no text: use it as it is, or `gmsa store add` the text")
         check, form = header.pop("check"), header["form"]
         if header["format"] != (INT8_FORMAT if form == "int8" else FORMAT):
             raise ValueError(f"its format is {header['format'][:50]!r}")

@@ -108,8 +108,8 @@ def group_merge(hidden: Tensor, mask: Tensor, size: int | Tensor) -> tuple[Tenso
 
 def check_merge_size(value: int) -> int:
     """Return `value` as a merge size, or raise ConfigError saying what one is."""
-    if (size := check_whole("merge_size", value)) >= 2**53:
-        raise ConfigError(f"merge_size must be below 2^53, got {value!r}")
+    if (size := check_whole("merge_size", value)) >= 2**32:
+        raise ConfigError(f"merge_size must be below 2^32, got {value!r}")
     return size
 
 

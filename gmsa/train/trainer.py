@@ -122,7 +122,7 @@ class GmsaTrainer(Trainer):
             self.skipped += bad
             self.skipped_in_a_row += 1
             self.skipped_in_a_row *= bad
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
             if optimizer.defaults.get("fused") and not isinstance(norm, DTensor):
                 optimizer.found_inf = bad.float()  # looked at on the device
             elif bad:  # no other asks; what has no gradient it passes over

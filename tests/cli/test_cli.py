@@ -129,6 +129,14 @@ def test_a_bad_merge_size_is_a_usage_error(bad: str, text_file: str, capsys: pyt
     assert "whole number >= 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "1.5"])
+def test_a_bad_seed_is_a_usage_error(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", "restoration", "--data", "x.jsonl", "--seed", seed])
+    assert stop.value.code == 2
+    assert "whole number from 0 to 2^63 - 1" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line_and_writes_nothing(
     model: str, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +155,12 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert "damaged" in fails(capsys, "restore", str(damaged), "--model", model)
     assert "no such memory file" in fails(capsys, "restore", str(tmp_path / "none"), "--model", model)
     assert "give --context" in fails(capsys, "ask", "Who?", "--model", model)
+    for given, said in (("--merge-size", "16"), ("--encoding", "latin-1")):
+        ignored = fails(capsys, "ask", "Who?", "--memory", "m", given, said, "--model", model)
+        assert f"{given} is of texts" in ignored
+    both = ["--context", "-", "--memory", "-"]
+    assert "standard input can be read only once" in fails(capsys, "ask", "Who?", *both, "--model", model)
+    assert "name one that ends in .tar" in fails(capsys, "store", "export", "-")
     assert "question is empty" in fails(capsys, "ask", " ", "--context", text_file, "--model", model)
     too_long = tmp_path / "long.txt"
     too_long.write_text(TEXT * 20)

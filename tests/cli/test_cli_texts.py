@@ -131,6 +131,9 @@ def test_minus_is_standard_output(model: str, text_file: Path, tmp_path: Path) -
     assert b"wrote standard output" in done.stderr
     (tmp_path / "m.safetensors").write_bytes(done.stdout)
     assert Memory.load(tmp_path / "m.safetensors").origin_tokens == TOKENS
+    restored = run("restore", "-", "--model", model, stdin=done.stdout)
+    assert restored.returncode == 0, restored.stderr
+    assert restored.stdout == run("restore", str(tmp_path / "m.safetensors"), "--model", model).stdout
     assert not Path("-").exists()
     refused = run("compress", str(text_file), "-o", "-", "--json", "--model", model)
     assert refused.returncode == 1

@@ -336,6 +336,15 @@ def test_a_job_goes_on_where_it_stopped(run: Callable[..., Totals], corpus: Path
     assert run(corpus).rows == len(TEXTS)
 
 
+def test_lines_that_changed_are_compressed_anew(run: Callable[..., Totals], tmp_path: Path) -> None:
+    path, blank = tmp_path / "in.jsonl", "\n" * 70_000  # more than what a source is known by, before and after
+    path.write_text(f'{blank}{{"text": "The mill of 1731."}}\n{{"text": "Rye."}}\n{blank}')
+    run(path, shard_bytes=70_000)
+    path.write_text(path.read_text().replace("1731", "1999"))
+    assert run(path, shard_bytes=70_000).done_now == 1
+    assert run(path, shard_bytes=70_000).done_now == 0
+
+
 def test_a_mix_is_refused(run: Callable[..., Totals], model: str, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(corpus, progress=stop_after(1))

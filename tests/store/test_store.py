@@ -449,6 +449,12 @@ def test_damage_heals_by_compressing_anew(store: MemoryStore, harm: str, caplog:
     assert (again.id, was_there, gmsa.calls) == (entry.id, False, 2)
     assert torch.equal(same.soft_tokens, memory.soft_tokens)
     assert "is not served" in caplog.text
+    store.put(TEXT, make(), label="mill", metadata={"k": "v"})
+    HARMS[harm](store, entry.id)
+    healed, _, _ = store.get_or_compress(gmsa, TEXT, 4)
+    notes = (None, {}) if "facts" in harm else ("mill", {"k": "v"})  # what can be read of its notes stays
+    assert (healed.label, healed.metadata) == notes
+    assert store.entry(entry.id) == healed
     HARMS[harm](store, entry.id)
     store.put(TEXT, make())  # a damaged one does not stand in the way of a whole one
     assert torch.equal(store.load(entry.id).soft_tokens, memory.soft_tokens)
@@ -1003,6 +1009,29 @@ def test_bytes_that_are_no_id_are_one_clear_error(run: Callable[..., Any], tmp_p
     MemoryStore(tmp_path / "s").close()
     said = run("store", *command, "\udcff", "--store", str(tmp_path / "s"), code=1)
     assert "half a surrogate" in said or "is no id" in said
+
+
+def test_an_import_tells_what_made_room(
+    tmp_path: Path, store: MemoryStore, run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [store.put(f"t{n}", make(f"t{n}")).id for n in range(3)]
+    size = store.entry(ids[0]).bytes
+    store.export(None, tmp_path / "x.tar")
+    with MemoryStore(tmp_path / "other", max_bytes=size) as other:
+        report = other.import_(tmp_path / "x.tar")
+        assert (report.added, report.evicted) == (ids[2:], ids[:2])
+        assert [entry.id for entry in other.list()] == ids[2:]
+    there = ["--store", str(tmp_path / "third"), "--max-bytes", str(size)]
+    assert run("store", "import", str(tmp_path / "x.tar"), *there)["evicted"] == ids[:2]
+    assert cli.main(["store", "import", str(tmp_path / "x.tar"), *there[:1], str(tmp_path / "4"), *there[2:]]) == 0
+    assert "added 1, there before 0, refused 0, removed 2 to keep to the size" in capsys.readouterr().err
+
+
+def test_a_file_of_compress_names_no_text(tmp_path: Path, run: Callable[..., Any]) -> None:
+    make().save(tmp_path / "m.safetensors")
+    with MemoryStore(tmp_path / "s") as store:
+        report = store.import_(tmp_path / "m.safetensors")
+    assert "names no text: use it as it is, or `gmsa store add` the text" in report.refused[0].reason
 
 
 def test_command_line_errors(run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
