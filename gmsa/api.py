@@ -192,6 +192,7 @@ class GMSA:
         model: the network.
         timings: seconds of the last call.
         fingerprint: of the compressor; every memory it makes carries it.
+        on_step: called many times while texts are compressed, answered from or restored; what it raises ends the call.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class GMSA:
         self.template = PromptTemplate(self.tokenizer, self.config)
         self.fingerprint = checkpoint.compressor_fingerprint(model.compressor)
         self.timings = Timings()
+        self.on_step: Callable[[], None] = _nothing
         self.fast = FastDecoder(model.decoder, decoder_weights)
 
     @classmethod
@@ -324,6 +326,7 @@ class GMSA:
             total=sum(map(len, texts)), desc="compress", unit="char", unit_scale=True, disable=not show_progress_bar
         ) as bar:
             for batch in batch_windows(self._windows_of(texts, bar), self.config.window_size, batch_size):
+                self.on_step()
                 self._check_windows(batch, merge_size, bool(refine))
                 arguments = make_windows([[window.tokens] for window in batch], None)
                 ids, mask, rows = (tensor.to(self.model.device) for tensor in arguments)
@@ -791,14 +794,14 @@ class GMSA:
         memory: MemoryOrFile,
         *,
         candidates: Sequence[int] = CANDIDATES,
-        on_step: Callable[[], None] = lambda: None,
+        on_step: Callable[[], None] | None = None,
     ) -> Iterator[CheckedPiece]:
         """`restore_checked` of one memory, soft token by soft token as they are restored.
 
         Args:
             memory: one, or a memory file by its path.
             candidates: as in `restore_checked`.
-            on_step: called many times for a soft token; what it raises ends the restoration.
+            on_step: called many times for a soft token; what it raises ends the restoration. None: the object's.
 
         Yields:
             The text each soft token adds, whole characters only, so it may be empty, and whether it is confirmed.
@@ -812,7 +815,7 @@ class GMSA:
         windows = self.windows(memory)
         for window in windows:
             self._restoring(window)  # what cannot be read is said now
-        return self._checked_pieces(windows, candidates, on_step)
+        return self._checked_pieces(windows, candidates, on_step or self.on_step)
 
     def _checked_pieces(
         self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None]
@@ -844,7 +847,7 @@ class GMSA:
         raise InputError(f"{wanted}, got {candidates!r}")
 
     def _restored_groups(
-        self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None] = lambda: None
+        self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None] | None = None
     ) -> Iterator[list[CheckedGroup | None]]:
         """Windows of one merge size, restored and checked group by group."""
         with self.fast.applied():
@@ -855,7 +858,7 @@ class GMSA:
                 sizes=[window.tokens_of_each for window in windows],
                 candidates=candidates,
                 banned=sorted(self.ends | Control.of(self.tokenizer).spellings.keys()),  # no text holds them
-                on_step=on_step,
+                on_step=on_step or self.on_step,
             )
 
     def _restoring(self, window: Memory) -> tuple[Tensor, ...]:
@@ -1021,6 +1024,7 @@ class GMSA:
         for row in sorted(rows, key=lambda row: (-len(row), str(row.key))):
             loop.submit(row)
         while loop.busy:
+            self.on_step()
             loop.turn()
         self._check_ends(rows)
         self.timings = Timings(self.timings.compress, loop.reading_seconds, loop.writing_seconds)
@@ -1043,6 +1047,7 @@ class GMSA:
             loop.submit(row)
             seen = 0
             while loop.busy:
+                self.on_step()
                 loop.turn()
                 if len(row.text) > seen:
                     seen, fresh = len(row.text), row.text[seen:]
@@ -1120,6 +1125,10 @@ class GMSA:
     def ends(self) -> set[int]:
         """Tokens that end an answer."""
         return {self.template.end_id, self.tokenizer.eos_token_id} - {None}
+
+
+def _nothing() -> None:
+    pass
 
 
 def _answer(row: Row) -> Answer:

@@ -142,20 +142,27 @@ def mcp(options: argparse.Namespace) -> None:
         raise InputError("keys are for --http: whoever has stdin and stdout needs none")
     key, file = keys_of(options)
     from gmsa.serve.mcp import http_app, make_server
-    from gmsa.serve.server import Announced, listen
+    from gmsa.serve.server import Announced, Deadline, listen
     from gmsa.serve.settings import Settings
     from gmsa.serve.tenants import Keys, Stores
 
-    stores = Stores(store_path(options), options.max_store)
+    stores, deadline = Stores(store_path(options), options.max_store), Deadline(Settings.drain_seconds)
+
+    def model() -> "GMSA":
+        gmsa = load(options)
+        gmsa.on_step = deadline.check
+        return gmsa
+
     try:
-        server = make_server(lambda: load(options), stores, options.merge_size, options.max_new_tokens)
+        server = make_server(model, stores, options.merge_size, options.max_new_tokens)
         if options.http:
             keys = Keys(key, file)
             if file is not None:
                 signal.signal(signal.SIGHUP, lambda *_: keys.reload())
             app = http_app(server, Settings(max_body=options.max_body), keys, options.host)
             config = uvicorn.Config(app, options.host, options.port, log_level="warning", ws="none", access_log=False)
-            listen(Announced(config, "/mcp"))
+            config.timeout_graceful_shutdown = Settings.drain_seconds + 2  # to tell who waits
+            listen(Announced(config, deadline.begin, "/mcp"))
         else:
             server.run("stdio")
     finally:

@@ -125,5 +125,6 @@ def http_app(server: MCPServer, settings: Settings, keys: Keys, host: str) -> AS
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
         max_request_body_size=settings.max_body,
         stateless_http=True,
+        json_response=True,  # a stream of events would be cut off as soon as the server is told to stop
     )
     return Guard(app, settings, keys, Metrics(), frozenset({host}))

@@ -1,7 +1,10 @@
 """The process: uvicorn around the app, from listening to the last answer."""
 
+import math
 import signal
 import sys
+import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -16,11 +19,13 @@ class Announced(uvicorn.Server):
 
     Args:
         config: of uvicorn.
+        on_exit: called at SIGTERM or SIGINT, before what is under way has `timeout_graceful_shutdown` to end.
         path: what of it is to be asked for.
     """
 
-    def __init__(self, config: uvicorn.Config, path: str = "") -> None:
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None], path: str = "") -> None:
         super().__init__(config)
+        self.on_exit = on_exit
         self.path = path
 
     async def startup(self, sockets: list | None = None) -> None:
@@ -32,18 +37,31 @@ class Announced(uvicorn.Server):
                 host = f"[{host}]" if ":" in host else host
                 print(f"gmsa: serving on http://{host}:{port}{self.path}", file=sys.stderr, flush=True)
 
-
-class Server(Announced):
-    """A server that, told to stop, finishes what it has begun and refuses what is new."""
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self.service = service
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT: what is new is refused from now on."""
-        self.service.draining = True
+        """SIGTERM or SIGINT."""
+        self.on_exit()
         super().handle_exit(sig, frame)
+
+
+class Deadline:
+    """Some seconds that work has, from when it is told to end.
+
+    Args:
+        seconds: how many.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.ends = math.inf
+
+    def begin(self) -> None:
+        """They are counted from now on, or from the first time."""
+        self.ends = min(self.ends, time.monotonic() + self.seconds)
+
+    def check(self) -> None:
+        """Raise GmsaError if they are over."""
+        if time.monotonic() > self.ends:
+            raise GmsaError("the server is stopping: try again later")
 
 
 def listen(server: uvicorn.Server) -> None:
@@ -79,4 +97,8 @@ def run(service: Service, host: str, port: int) -> None:
     )
     if service.keys.file is not None:  # else the signal ends the process, as ever
         signal.signal(signal.SIGHUP, lambda *_: service.keys.reload())
-    listen(Server(config, service))
+
+    def drain() -> None:  # what is new is refused from now on
+        service.draining = True
+
+    listen(Announced(config, drain))

@@ -117,6 +117,7 @@ class Job:
         self.started = time.perf_counter()
         self.rows: list[Row] = []
         self._prefilled: set[int] = set()
+        self._ended: set[int] = set()
         self._spans: list[int] = []  # when each row's prefill, then its decoding began
         self._pieces: Channel[tuple[int, Piece]] = Channel()
         self._left = 0
@@ -181,6 +182,7 @@ class Job:
             self._trace(number, piece)
             if piece.finish is not None:
                 self._left -= 1
+                self._ended.add(number)
                 metrics.tokens.labels("generated").inc(piece.tokens)
             yield number, piece
 
@@ -204,6 +206,9 @@ class Job:
             self.closed = True
             for row in [*self.rows, *([self.relay] if self.relay else [])]:
                 self.service.scheduler.cancel(row)  # type: ignore[arg-type]  # likewise
+            for number, row in enumerate(self.rows):
+                if number not in self._ended:  # what was written of it, if for nobody
+                    self.service.metrics.tokens.labels("generated").inc(len(row.tokens))
             self.service.metrics.open.dec()
             self.service.open -= 1
             self.service.checks -= self.checks
@@ -241,6 +246,12 @@ class Service:
         self._checker = gmsa.share_weights() if decoding is None else None  # for that thread alone
         self.checks = 0
         self._stopping = False
+        gmsa.on_step = self._go_on
+
+    def _go_on(self) -> None:
+        """Nothing; but an ApiError once the server stops, to which a text that is being compressed may be long."""
+        if self._stopping:
+            raise given_up()
 
     @property
     def store(self) -> MemoryStore:
@@ -263,7 +274,7 @@ class Service:
         for pool in (self.prompting, self.checking):
             pool.shutdown(cancel_futures=True)
         self.scheduler.stop()
-        self.compressing.shutdown(cancel_futures=True)  # last: a long text may take a while yet
+        self.compressing.shutdown(cancel_futures=True)
         self.stores.close()
 
     def admit(self, answers: bool = True) -> Job:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,47 @@ def test_what_it_does_not_start_with(model: str, tmp_path: Path, capsys: pytest.
         assert "for --http" in capsys.readouterr().err
     assert main(["mcp", model, "--store", str(tmp_path)]) == 1
     assert "is a folder: a memory store is a file" in capsys.readouterr().err
+
+
+SLOW = """
+import sys, time
+from gmsa import GMSA
+from gmsa.cli.main import main
+from gmsa.serve.settings import Settings
+
+real = GMSA.compress
+
+def slow(gmsa, *given, **named):
+    for _ in range(20):  # windows of a long text
+        print("begun", file=sys.stderr, flush=True)
+        time.sleep(0.1)
+        gmsa.on_step()
+    return real(gmsa, *given, **named)
+
+GMSA.compress, Settings.drain_seconds = slow, float(sys.argv.pop(1))
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("seconds", ["0.2", "30"])
+def test_told_to_stop_it_answers_what_is_under_way_in_time(seconds: str, model: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW, seconds, "mcp", model, "--store", str(tmp_path / "s"), *OPTIONS]
+    call = {"name": "remember", "arguments": {"text": TEXT}}
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}
+    headers = {"Accept": "application/json, text/event-stream"}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        subprocess.Popen([*command, "--http", "--port", "0"], stderr=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stderr is not None
+        url = process.stderr.readline().split()[-1]
+        answer = pool.submit(httpx.post, url, json=body, headers=headers, timeout=60)
+        assert process.stderr.readline() == "begun\n"
+        process.terminate()
+        result = answer.result().json()["result"]
+        said = process.stderr.read()
+        assert process.wait(60) == 0, said
+    assert result["isError"] is (seconds != "30")
+    assert ("the server is stopping" in result["content"][0]["text"]) is (seconds != "30")
+    assert said.count("begun") == 19 or seconds != "30"
+    assert said.count("begun") < 19 or seconds == "30"

@@ -675,11 +675,14 @@ def test_a_client_that_leaves_frees_its_place(service: Service, url: str) -> Non
 
 def test_openais_client_can_cancel(client: openai.OpenAI, service: Service) -> None:
     messages = [{"role": "user", "content": "Who?"}]
+    generated = service.metrics.tokens.labels("generated")
+    before = generated._value.get()
     stream = client.chat.completions.create(model="gmsa", messages=messages, max_tokens=450, stream=True)
     next(iter(stream))
     stream.close()
     eventually(lambda: service.open == 0)
     eventually(lambda: len(service.scheduler.loop) == 0)
+    assert 0 < generated._value.get() - before < 450  # what was written counts, if for nobody
 
 
 def test_slow_readers_do_not_hold_up_others(client: openai.OpenAI, url: str, service: Service) -> None:
@@ -758,6 +761,30 @@ def test_stopping_and_failing_are_told(make_service: Callable[..., Service]) -> 
         while b"generation_failed" not in rest:  # the stream says so, too
             rest += stream.recv(65536)
         stream.close()
+
+
+def test_a_text_under_way_does_not_keep_a_server_from_stopping(
+    make_service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service()
+    network, begun = service.gmsa.model, threading.Event()
+    real, calls = network.compress, list[int]()
+
+    def slow(*given: Any) -> torch.Tensor:
+        calls.append(len(calls))
+        begun.set()
+        time.sleep(0.05)
+        return real(*given)
+
+    monkeypatch.setattr(network, "compress", slow)
+    with running(service) as url, ThreadPoolExecutor(1) as pool:
+        long = {"text": "Rye grows here. " * 2000}
+        waiting = pool.submit(http.post, f"{url}/v1/memories", json=long, timeout=60)
+        assert begun.wait(60)
+        service.stop()
+        answer = waiting.result()
+    assert answer.status_code == 503
+    assert len(calls) < len(long["text"]) / 16 / 8  # windows of 16 tokens, 8 at once
 
 
 # -- what is counted, what is kept silent ------------------------------------------------------------------------------
