@@ -22,12 +22,15 @@ from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
 from gmsa.io.rows import BadLine, Rows, documents_of
 from gmsa.model.packed import PackedBatch
+from gmsa.text import encode
 from gmsa.train.examples import Batch, Example, collate, pack
 from gmsa.train.objectives import Maker, answer
 from gmsa.train.recipe import RateSchedule, Recipe
 
-# Characters per token of English text, to plan batches without tokenising the whole file first.
-CHARACTERS_PER_TOKEN = 4
+# To plan batches without tokenising whole files: of English text, and how much of a file is looked at to see whether it
+# has more, as text in other languages may.
+TOKENS_PER_CHARACTER = 0.25
+SAMPLE_ROWS, SAMPLE_CHARACTERS = 64, 1000
 # Rows that are sorted by length together: enough that rows of a batch are alike, few enough that batches stay random.
 CHUNK = 1024
 
@@ -42,6 +45,7 @@ class RowBatches:
     rows_per_batch: int | None = None  # so many rows in each batch instead, whatever their length
     most: int = sys.maxsize  # tokens of a row that are read: the rest is cut off
     more: int = 0  # tokens that come to a row that is taken whole: documents of other rows
+    tokens_per_character: float = TOKENS_PER_CHARACTER  # of the rows' text
 
     def __post_init__(self) -> None:
         self._chunks = -(-len(self.rows) // CHUNK)  # per epoch
@@ -82,8 +86,19 @@ class RowBatches:
 
     def _tokens(self, member: tuple[int, int | None]) -> int:
         number, length = member
-        tokens = self.rows.characters[number] // CHARACTERS_PER_TOKEN + 1
+        tokens = int(self.rows.characters[number] * self.tokens_per_character) + 1
         return min(self.most, tokens + self.more if length is None else min(length, tokens))
+
+
+def tokens_per_character(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Of a sample of rows at even distances; no less than English text has."""
+    step = -(-len(rows) // SAMPLE_ROWS)
+    texts = []
+    for number in range(0, len(rows), step):
+        row = rows[number]
+        texts.append((row["text"] if "text" in row else " ".join(documents_of(row)))[:SAMPLE_CHARACTERS])
+    tokens = sum(len(encode(tokenizer, text)) for text in texts)
+    return max(TOKENS_PER_CHARACTER, tokens / max(1, sum(map(len, texts))))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from gmsa.io.rows import BadLine, Conversations, Rows, index_rows
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.packed import PackedBatch, packed_attention, packed_forward, why_not
 from gmsa.train.arguments import training_arguments
-from gmsa.train.batches import CHARACTERS_PER_TOKEN, RowBatches, TrainingBatches
+from gmsa.train.batches import RowBatches, TrainingBatches, tokens_per_character
 from gmsa.train.examples import Batch, Document, Example, arguments
 from gmsa.train.log import RestorationProbe, tell
 from gmsa.train.recipe import STAGES, Recipe
@@ -117,9 +117,10 @@ def training_batches(
         chosen = [(rows, lengths) for rows, lengths in chosen if len(rows)]
         weight = float(entry.get("weight", 1.0)) / len(chosen)  # of a file's questions and of its texts equally much
         for rows, lengths in chosen:
+            density = tokens_per_character(rows, encoder.tokenizer)
             # Of distractors, none up to so many of the mean length.
-            more = recipe.distractors * sum(rows.characters) // (2 * len(rows) * CHARACTERS_PER_TOKEN)
-            sources.append((RowBatches(rows, budget, lengths, count, recipe.max_context, more), weight))
+            more = int(recipe.distractors * sum(rows.characters) * density / (2 * len(rows)))
+            sources.append((RowBatches(rows, budget, lengths, count, recipe.max_context, more, density), weight))
     sink = model.compressor.sink_id if model.config.encoder_sink else None
     return TrainingBatches(
         sources,

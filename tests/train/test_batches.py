@@ -28,7 +28,7 @@ from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import Conversations, RowIndex, index_rows
 from gmsa.sentences import bm25
 from gmsa.train import batches as batches_module
-from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches
+from gmsa.train.batches import NumberedBatch, RowBatches, TrainingBatches, tokens_per_character
 from gmsa.train.examples import Batch, Example
 from gmsa.train.objectives import quotes
 from gmsa.train.recipe import RateSchedule, Recipe
@@ -851,3 +851,18 @@ def test_a_batch_is_planned_by_what_is_read_of_its_rows() -> None:
     assert {len(batch) for batch in epochs_of(rows, 0, 1)[0]} == {4}
     rows = planned([400] * 12, 202, None, None, 1000, 101)  # as many tokens of others' documents
     assert {len(batch) for batch in epochs_of(rows, 0, 1)[0]} == {1}
+
+
+@pytest.mark.parametrize(("characters", "each"), [("aeiou", 1), ("泰晤士河是", 3)])  # a token is a byte
+def test_a_budget_of_tokens_holds_in_any_script(characters: str, each: int) -> None:
+    given = [{"text": (characters * 40)[: 20 + 7 * i], "n": i} for i in range(20)]
+    asked = [{"input": [row["text"], row["text"]], "prompt": "?", "answer": "yes"} for row in given]
+    for rows in (rows_of(given), rows_of(asked)):
+        density = tokens_per_character(rows, TOKENIZER)
+        assert density == pytest.approx(each, rel=0.05)
+        batches = RowBatches(rows, 600 * each, None, tokens_per_character=density)
+        for number in range(20):
+            context = [rows[n].get("text") or "".join(rows[n]["input"]) for n, _ in batches.batch(number, 0)]
+            longest = max(len(text.encode()) for text in context)
+            assert len(context) == 1 or longest * len(context) <= 600 * each
+    assert tokens_per_character(rows_of([{"text": "a"}]), TOKENIZER) == 1
