@@ -60,12 +60,12 @@ def add_commands(add: Add) -> None:
     made = command("add", add_texts, "Compress texts into the store; what is there is not compressed again.")
     made.add_argument("files", nargs="+", metavar="FILE", help="text file, or - for standard input")
     made.add_argument("--label", type=whole_text, metavar="NAME", help="for all of them (default: the file's name)")
-    made.add_argument("--meta", **pairs, help="kept; repeatable")
+    made.add_argument("--meta", **pairs, help="kept, as text; repeatable")
     share(made, "--encoding", "--merge-size", "--refine", "--form", "--max-bytes", "--model", "--dtype")
 
     made = command("ls", ls, "List stored memories, newest first.")
     made.add_argument("--label", type=whole_text, metavar="NAME", help="only those with this label")
-    made.add_argument("--meta", **pairs, help="only with it")
+    made.add_argument("--meta", **pairs, help="only with this text")
     made.add_argument("--limit", type=count, metavar="N", help="at most so many")
 
     made = command("show", show, "Say what is known of a memory.")
