@@ -341,7 +341,7 @@ class MemoryStore:
         limit: int | None = None,
         offset: int = 0,
     ) -> list[StoredMemory]:
-        """Stored memories, newest first; damaged ones are left out.
+        """Stored memories, newest first, but those whose rows are damaged; soft tokens are not read.
 
         Args:
             label: only those with exactly this label.

@@ -44,12 +44,12 @@ def reader_of(description: str) -> Reader:
     """From the command line: the model in this process, or a server."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--merge-size", type=int, default=4, metavar="N", help="tokens per soft token (default: 4)")
-    parser.add_argument("--store", metavar="FOLDER", help="where memories are kept (default: thrown away)")
+    parser.add_argument("--store", metavar="FILE", help="where memories are kept (default: thrown away)")
     parser.add_argument("--server", metavar="URL", help="ask a `gmsa serve` in place of a model in this process")
     options = parser.parse_args()
     if options.server:
         return ServerReader(options.server, merge_size=options.merge_size)
-    store = options.store or tempfile.mkdtemp(prefix="gmsa-rag-")
+    store = options.store or Path(tempfile.mkdtemp(prefix="gmsa-rag-")) / "store.sqlite"
     return LocalReader("default", store, merge_size=options.merge_size)
 
 

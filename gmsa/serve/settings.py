@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and defaults; each is an option of `gmsa serve`.
+    """Limits and defaults; all but `prefix_cache` are options of `gmsa serve`.
 
     Attributes:
         model_names: what the model is called in requests; the first is the one reported.

@@ -62,8 +62,8 @@ def trained_groups(stage: str, trainable: str) -> list[str]:
 class RateSchedule:
     """Which merge sizes a sample may be drawn at, by the step at which each set of them begins (the rate curriculum).
 
-    The paper draws each sample's rate from one set. Starting with small rates ends the autoencoder's loss plateau far
-    sooner (docs/training-log.md), so a recipe may give one set per phase. A size listed twice is drawn twice as often.
+    The paper draws each sample's rate from one set. A recipe may give one per phase, small rates first; the default
+    backbone does not need it (docs/training-log.md). A size listed twice is drawn twice as often.
     """
 
     phases: tuple[tuple[int, tuple[int, ...]], ...]

@@ -33,6 +33,18 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             del sys.modules[name]
 
 
+def test_the_examples_keep_memories_in_a_file(
+    make_gmsa: Callable[..., GMSA], load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common, gmsa = load("examples/rag", "common"), make_gmsa()
+    monkeypatch.setattr(common, "LocalReader", lambda model, store, **more: LocalReader(gmsa, store, **more))
+    for given in ([], ["--store", str(tmp_path / "kept.sqlite")]):
+        monkeypatch.setattr("sys.argv", ["example", *given])
+        reader = common.reader_of("")
+        assert reader.store.stats().memories == 0
+    assert (tmp_path / "kept.sqlite").is_file()
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_examples(
     make_gmsa: Callable[..., GMSA],

@@ -80,7 +80,7 @@ def load_methods(names: Sequence[str], models: "Models", note: Callable[[str], N
     """The methods of these names, in order, without those that are not at hand.
 
     Args:
-        names: of METHODS, where all but gmsa may end in "-trained"; or NAME=FOLDER, another GMSA checkpoint.
+        names: of METHODS, all but those of OWN_READER may end in "-trained"; or NAME=FOLDER, another checkpoint.
         models: what they read with.
         note: told in one line of each method that is left out and why, and what others were made with.
 
