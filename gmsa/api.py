@@ -815,10 +815,10 @@ class GMSA:
         windows = self.windows(memory)
         for window in windows:
             self._restoring(window)  # what cannot be read is said now
-        return self._checked_pieces(windows, candidates, on_step or self.on_step)
+        return self._checked_pieces(windows, candidates, on_step)
 
     def _checked_pieces(
-        self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None]
+        self, windows: Sequence[Memory], candidates: Sequence[int], on_step: Callable[[], None] | None
     ) -> Iterator[CheckedPiece]:
         text = TextPieces(self.tokenizer, skip_special_tokens=False)
         last: CheckedPiece | None = None

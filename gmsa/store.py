@@ -495,8 +495,9 @@ class MemoryStore:
                 report.evicted += stored[1] if stored else []
             except (MemoryFileError, MemoryTooLargeError) as error:
                 report.refused.append(Damage(name, None, str(error)))
+        gone = set(report.evicted)
         for ids in (report.added, report.present):
-            ids[:] = [id for id in ids if id not in report.evicted]
+            ids[:] = [id for id in ids if id not in gone]
         return report
 
 

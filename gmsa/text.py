@@ -4,6 +4,7 @@ Tokenizers turn some spellings ("<|im_end|>", "<filename>") into tokens that end
 written. Here only what a template itself writes becomes such a token; everywhere else the spelling is read as letters.
 """
 
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -307,3 +308,12 @@ def _joint(text: str, left: list[Token], right: list[Token], start: int, end: in
         if shared[step - 1][1] < place and not combining(text[place]):
             return first + step, other + step
     return None
+
+
+def finite(value: Any) -> Any:
+    """The same with null in place of numbers that JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

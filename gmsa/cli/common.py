@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gmsa.errors import GmsaError, InputError
-from gmsa.text import HALF_SURROGATE, check_text
+from gmsa.text import HALF_SURROGATE, check_text, finite
 
 if TYPE_CHECKING:
     from gmsa.api import GMSA
@@ -267,22 +267,13 @@ def conclude(options: argparse.Namespace, facts: dict[str, Any], line: str) -> N
 
 def emit(facts: dict[str, Any]) -> None:
     """One JSON object on stdout; valid JSON whatever it holds and whatever stdout can show."""
-    line = json.dumps(_finite(facts), ensure_ascii=False)
+    line = json.dumps(finite(facts), ensure_ascii=False)
     line = HALF_SURROGATE.sub(lambda half: json.dumps(shown(half[0]))[1:-1], line)
     try:
         line.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         line = json.dumps(json.loads(line))
     print(line)
-
-
-def _finite(value: Any) -> Any:
-    """The same with null in place of numbers that JSON has not."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def shown(name: str) -> str:

@@ -160,8 +160,15 @@ def mcp(options: argparse.Namespace) -> None:
             if file is not None:
                 signal.signal(signal.SIGHUP, lambda *_: keys.reload())
             app = http_app(server, Settings(max_body=options.max_body), keys, options.host)
-            config = uvicorn.Config(app, options.host, options.port, log_level="warning", ws="none", access_log=False)
-            config.timeout_graceful_shutdown = Settings.drain_seconds + 2  # to tell who waits
+            config = uvicorn.Config(
+                app,
+                options.host,
+                options.port,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=Settings.drain_seconds + 2,  # to tell who waits
+                ws="none",
+            )
             listen(Announced(config, deadline.begin, "/mcp"))
         else:
             server.run("stdio")

@@ -164,6 +164,11 @@ def documents_of(row: dict[str, Any]) -> list[str]:
     return [row["input"]] if isinstance(row["input"], str) else row["input"]
 
 
+def context_of(row: dict[str, Any]) -> list[str]:
+    """The documents of a question, or the one text."""
+    return [row["text"]] if "text" in row else documents_of(row)
+
+
 # -- by number ---------------------------------------------------------------------------------------------------------
 
 

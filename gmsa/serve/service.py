@@ -120,7 +120,6 @@ class Job:
         self._ended: set[int] = set()
         self._spans: list[int] = []  # when each row's prefill, then its decoding began
         self._pieces: Channel[tuple[int, Piece]] = Channel()
-        self._left = 0
         self._first = True
         self.closed = self.checks = self.streams = False
         self.relay: Relay | None = None
@@ -159,7 +158,6 @@ class Job:
         self._spans.append(tracing.now())
         row = Row(prompt.pieces, max_new_tokens, emit, sampling, stops, shares=prompt.shares, key=prompt.key)
         self.rows.append(row)
-        self._left += 1
         self.service.scheduler.submit(row)
 
     def submit_relay(self, relay: "Relay") -> None:
@@ -174,14 +172,13 @@ class Job:
             ApiError: the decoder failed, or the server is stopping.
         """
         metrics = self.service.metrics
-        while self._left:
+        while len(self._ended) < len(self.rows):
             number, piece = await self._pieces.get()
             if piece.finish == "error":
                 raise given_up()
             self.note_first()
             self._trace(number, piece)
             if piece.finish is not None:
-                self._left -= 1
                 self._ended.add(number)
                 metrics.tokens.labels("generated").inc(piece.tokens)
             yield number, piece
@@ -249,7 +246,7 @@ class Service:
         gmsa.on_step = self._go_on
 
     def _go_on(self) -> None:
-        """Nothing; but an ApiError once the server stops, to which a text that is being compressed may be long."""
+        """Raise ApiError once the server stops: what is under way may be long."""
         if self._stopping:
             raise given_up()
 
@@ -648,8 +645,9 @@ class Service:
         pieces: Channel[CheckedPiece | None] = Channel()
 
         def go_on() -> None:
-            if job.closed or self._stopping:
+            if job.closed:
                 raise given_up()
+            self._go_on()
 
         def restore() -> None:
             for piece in checker.stream_checked(memory, on_step=go_on):

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gmsa.decode.prompt import PromptTemplate
 from gmsa.errors import ConfigError
-from gmsa.io.rows import BadLine, Rows, documents_of
+from gmsa.io.rows import BadLine, Rows, context_of, documents_of
 from gmsa.model.packed import PackedBatch
 from gmsa.text import encode
 from gmsa.train.examples import Batch, Example, collate, pack
@@ -95,8 +95,7 @@ def tokens_per_character(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> floa
     step = -(-len(rows) // SAMPLE_ROWS)
     texts = []
     for number in range(0, len(rows), step):
-        row = rows[number]
-        texts.append((row["text"] if "text" in row else " ".join(documents_of(row)))[:SAMPLE_CHARACTERS])
+        texts.append(" ".join(context_of(rows[number]))[:SAMPLE_CHARACTERS])
     tokens = sum(len(encode(tokenizer, text)) for text in texts)
     return max(TOKENS_PER_CHARACTER, tokens / max(1, sum(map(len, texts))))
 

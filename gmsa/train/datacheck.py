@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from gmsa.errors import GmsaError, InputError
-from gmsa.io.rows import BadLine, documents_of, find_files, placed_rows
+from gmsa.io.rows import BadLine, context_of, find_files, placed_rows
 from gmsa.text import encode
 
 GRAM = 13  # words
@@ -136,11 +136,6 @@ class RowReader:
     def describe(self) -> list[dict[str, Any]]:
         """Rows and bad lines of every file."""
         return [{"path": path, "rows": self.rows[path], "bad_lines": self.bad[path]} for path in self.paths]
-
-
-def context_of(row: dict[str, Any]) -> list[str]:
-    """The documents of a question, or the one text."""
-    return [row["text"]] if "text" in row else documents_of(row)
 
 
 class Match(NamedTuple):

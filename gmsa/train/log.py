@@ -1,7 +1,6 @@
 """What a run tells: a progress bar, log.jsonl, curve.png, how well it restores texts now and then."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from gmsa.errors import InputError
 from gmsa.io.files import atomic_file
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import read_rows
-from gmsa.text import encode
+from gmsa.text import encode, finite
 from gmsa.train.examples import Document, Example, arguments, collate
 
 
@@ -127,9 +126,8 @@ class RunLog(TrainerCallback):
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add a line; null for a number that is not finite, for which JSON has no word."""
-        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(finite(entry)) + "\n")
 
 
 def tell(message: str) -> None:
