@@ -255,15 +255,21 @@ def test_semantic_summaries_are_of_every_topic(topical: Callable[[str], Any], mo
     method = topical("semantic-summary")
     read, asked = method.models.backbone.read, []
 
-    def note(prompts: list[str], contents: list[Any], max_new_tokens: int) -> list[str]:
-        asked.extend([method.decode(ids) for [ids] in contents])
-        read(prompts, contents, max_new_tokens=max_new_tokens)
-        return ["About ants.", "About the rye."]
+    def note(prompts: list[str], contents: list[Any], **options: int) -> list[str]:
+        asked.append([method.decode(ids) for [ids] in contents])
+        read(prompts, contents, **options)
+        return [{"A": "About ants.", "R": "About the rye."}[text[0]] for text in asked[-1]]
 
     monkeypatch.setattr(method.models.backbone, "read", note)
     text = "".join(TOPICS)
     assert method.shorten(text, "?", 24) == "About ants.\nAbout th"  # 14 and 9 of 24 tokens, less a line break each
-    assert asked == ["Ants dig. Ants eat. Ants run, too. ", "Rye grows. Rye is sold. "]
+    ants, rye = "Ants dig. Ants eat. Ants run, too. ", "Rye grows. Rye is sold. "
+    assert asked.pop() == [ants, rye]
+    assert method.shorten("", "?", 1) == ""
+    # Topics of several texts are written side by side, the longest summaries first.
+    first, second = method.shorten_all([Question([text], "?"), Question([ants], "?")], [24, 16])
+    assert (first, second) == ("About ants.\nAbout th", "About ants.")
+    assert asked == [[ants, ants, rye]]
 
 
 def test_a_text_beyond_the_budget_is_cut_and_counted(models: Models) -> None:

@@ -7,16 +7,18 @@ Every topic has its share of the budget; nobody looks at the question. Two ways 
 sentences, or a summary that the untouched backbone writes (the paper's is by a trained summariser).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import networkx
 import torch
 
-from gmsa.evaluate.methods.base import HUB_ID
+from gmsa.evaluate.methods.base import HUB_ID, Question
 from gmsa.evaluate.methods.sentences import EmbeddingSentences
 from gmsa.sentences import split_sentences
 
 NEIGHBOURS = 8  # that a sentence is joined to
+BATCH = 32  # summaries written at once
 ASKED = "Summarize the text above in a few words."
 
 
@@ -59,16 +61,27 @@ class SemanticSummary(SemanticCompression):
         self.made_with = f"{HUB_ID}, {self.models.backbone.fingerprint}"
 
     def shorten(self, context: str, question: str, budget: int) -> str:
+        return self.shorten_all([Question([context], question)], [budget])[0]
+
+    def shorten_all(self, questions: Sequence[Question], budgets: Sequence[int]) -> list[str]:
+        topics = [self.shares(question.context, budget) for question, budget in zip(questions, budgets, strict=True)]
+        # Of all texts side by side, those of like length together: a batch takes as long as its longest summary.
+        places = [(share, n, i) for n, one in enumerate(topics) for i, (_, share) in enumerate(one)]
+        order = sorted(places, reverse=True)
+        summaries = [[""] * len(one) for one in topics]
+        for start in range(0, len(order), BATCH):
+            part = order[start : start + BATCH]
+            contents = [[torch.tensor(topics[n][i][0])] for _, n, i in part]
+            read, longest = self.models.backbone.read, part[0][0]
+            written = read([ASKED] * len(part), contents, max_new_tokens=longest, batch_size=BATCH)
+            for (share, n, i), text in zip(part, written, strict=True):
+                summaries[n][i] = self.decode(self.encode(text.strip())[: share - 1])  # and a line break
+        return ["\n".join(one) for one in summaries]
+
+    def shares(self, context: str, budget: int) -> list[tuple[list[int], int]]:
+        """Token ids of each topic, and how much of the budget is its; topics whose share is none are left out."""
         sentences = split_sentences(context)
         texts = ["".join(sentences[place] for place in topic) for topic, _ in self.topics(sentences)]
         ids = [self.encode(text) for text in texts]
         total = sum(map(len, ids))
-        shares = [budget * len(one) // total for one in ids]
-        kept = [i for i, share in enumerate(shares) if share]
-        if not kept:
-            return ""
-        contents = [[torch.tensor(ids[i])] for i in kept]
-        longest = max(shares)
-        written = self.models.backbone.read([ASKED] * len(kept), contents, max_new_tokens=longest)
-        parts = [self.decode(self.encode(text.strip())[: shares[i] - 1]) for i, text in zip(kept, written, strict=True)]
-        return "\n".join(parts)
+        return [(one, share) for one in ids if (share := budget * len(one) // total)]
