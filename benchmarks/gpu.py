@@ -6,8 +6,8 @@ Latency: LLaMA-2-7B and Qwen3-4B by their shapes, weights drawn at random (time 
 encoder the lowest 8 layers; contexts of 3,072 and 8,192 tokens, exactly 100 new tokens; the original prompt, and
 GMSA at each merge size from the text (cold) and from a stored memory, by turns in every round. The tokenizer is the
 default backbone's, so vocabularies are at least as large. Training: a step of the default model's shape on packed
-batches; its share of the card's bf16 peak counts the products of forward and backward pass. Last, the tests that
-need a GPU.
+batches; its share of the card's bf16 peak counts the products of forward and backward pass. First, the tests that
+need a GPU. The file is written after each row, so that a run that is cut short keeps what it has measured.
 
 Without a GPU it runs the same on tiny shapes, to see that it works.
 """
@@ -161,9 +161,10 @@ def made_up_batch(model: GmsaModel, backbone: Backbone, options: argparse.Namesp
 
 
 def cuda_tests() -> str:
-    """The last line of the tests that need a GPU."""
+    """The last line of the tests that need a GPU; all of them on stderr."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(ROOT / "tests" / "model" / "test_cuda.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    print(done.stdout, done.stderr, file=sys.stderr)
     return (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
 
 
@@ -221,16 +222,16 @@ def main(arguments: Sequence[str]) -> None:
     """Print the tables, write the file asked for."""
     options = parse(arguments)
     started = time.perf_counter()
-    results: dict[str, Any] = {"latency": list(latency(options)), "training": training(options)}
-    results["cuda_tests"] = cuda_tests()
-    results["meta"] = {
+    meta = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
-        "seconds": round(time.perf_counter() - started),
         "command": " ".join(["python", "benchmarks/gpu.py", *arguments]),
     }
+    results: dict[str, Any] = {"cuda_tests": cuda_tests(), "training": training(options), "latency": []}
+    for row in latency(options):
+        results["latency"].append(row)
+        measuring.write(options.output, {**results, "meta": {**meta, "seconds": round(time.perf_counter() - started)}})
     print(report(results))
-    measuring.write(options.output, results)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from gmsa.io.memory import Memory
 from gmsa.model.backbone import body_of, layers_of
 
 SECONDS = ("compress", "first_token", "decode", "total")
+WARM_UP = 8  # new tokens of the round that is not counted
 QUESTION = "Which of the facts above is the most surprising, and why?"
 
 
@@ -48,9 +49,14 @@ def text_of(gmsa: GMSA, length: int) -> str:
 class Way:
     """One way to an answer: how to come by what the decoder reads in place of the context."""
 
-    method: str
     merge_size: int | None
     prepare: Callable[[], Sequence[Memory | torch.Tensor]]  # memories, or the context's token ids (T,)
+    load: Callable[[], Sequence[Memory]] | None = None  # the memory that was stored
+
+    @property
+    def methods(self) -> list[str]:
+        """Of the rows it makes."""
+        return ["gmsa", "gmsa-stored"] if self.load else ["original-prompt"]
 
 
 def predicted(gmsa: GMSA, merge_size: int, stored: bool) -> float:
@@ -80,13 +86,14 @@ def evaluate_latency(
     Args:
         lengths: of the contexts, in tokens.
         new_tokens: so many are generated, no more and no fewer.
-        rounds: of each; medians are reported. One more, before the first, is not counted.
+        rounds: of each; medians are reported. One more before the first, of at most 8 new tokens, is not counted.
         cache: a length and number of new tokens timed before, all ways and rounds of it, is not timed again.
         note: told in one line of each of those.
 
     Yields:
         A result row and what each round took. `seconds`: `compress` (or loading the stored memory), `first_token`
-        (prefill), `decode` (the further tokens) and `total`. `metrics`: `ratio_to_original` (total of the original
+        (prefill), `decode` (the further tokens) and `total`; what is made and what is loaded is the same, so it is
+        read once for both. `metrics`: `ratio_to_original` (total of the original
         prompt over this one's), `predicted_ratio` by the cost model, `peak_bytes` of the process while it ran, null
         where unknown.
 
@@ -106,13 +113,13 @@ def evaluate_latency(
             if key in cache.answers:
                 note(f"{length} tokens, {new} new: timed before, in {cache.path}")
             else:
-                taken: list[list[dict[str, Any]]] = [[] for _ in ways]
+                for way in ways:
+                    _time(gmsa, way, min(new, WARM_UP))
+                timed = []
                 name = f"{length} tokens, {new} new"
-                for number in tqdm(range(rounds + 1), desc=name, unit="round", disable=not show_progress_bar):
-                    for way, found in zip(ways, taken, strict=True):
-                        figures = _time(gmsa, way, new)
-                        if number:
-                            found.append(figures)
+                for _ in tqdm(range(rounds), desc=name, unit="round", disable=not show_progress_bar):
+                    timed.append([figures for way in ways for figures in _time(gmsa, way, new)])
+                taken = [list(of_one) for of_one in zip(*timed, strict=True)]
                 cache.add(key, {"tokens": len(gmsa.template.encode(text)), "taken": taken})
         yield from _rows(gmsa, ways, cache.answers[key], length, new)
 
@@ -129,51 +136,60 @@ def _made_with(gmsa: GMSA, merge_sizes: Sequence[int], rounds: int) -> list[Any]
 def _ways(gmsa: GMSA, text: str, merge_sizes: Sequence[int], folder: Path) -> list[Way]:
     """The original prompt, then at each merge size the memory made on the spot and the stored one."""
 
-    def cold(size: int) -> list[Memory]:
+    def compress(size: int) -> list[Memory]:
         return gmsa.compress([text], size)
 
-    def stored(path: Path) -> list[Memory]:
+    def load(path: Path) -> list[Memory]:
         return [Memory.load(path)]
 
-    ways = [Way("original-prompt", None, lambda: [torch.tensor(gmsa.template.encode(text))])]
+    ways = [Way(None, lambda: [torch.tensor(gmsa.template.encode(text))])]
     for size in merge_sizes:
         path = folder / f"{len(text)}-{size}.safetensors"
         gmsa.compress(text, size).save(path)
-        ways += [Way("gmsa", size, partial(cold, size)), Way("gmsa-stored", size, partial(stored, path))]
+        ways.append(Way(size, partial(compress, size), partial(load, path)))
     return ways
 
 
-def _time(gmsa: GMSA, way: Way, new_tokens: int) -> dict[str, Any]:
-    """Run one way once."""
+def _time(gmsa: GMSA, way: Way, new_tokens: int) -> list[dict[str, Any]]:
+    """Run one way once: figures of each of its rows."""
     device = gmsa.model.device
+    prepares = [way.prepare] if way.load is None else [way.prepare, way.load]
+    prepared: list[tuple[float, int | None]] = []
+    contents: Sequence[Memory | torch.Tensor] = []
+    for prepare in prepares:
+        _reset_peak(device)
+        started = _now(device)
+        contents = prepare()
+        prepared.append((_now(device) - started, _peak(device)))
     _reset_peak(device)
     started = _now(device)
-    contents = way.prepare()
-    prepared = _now(device)
     gmsa.read([QUESTION], [contents], max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-    ended = _now(device)
+    reading, peak = _now(device) - started, _peak(device)
     soft, prompt = sum(map(len, contents)), gmsa.template(QUESTION)
-    return {
-        "compress": prepared - started,
-        "first_token": gmsa.timings.prefill,
-        "decode": ended - prepared - gmsa.timings.prefill,
-        "total": ended - started,
-        "peak_bytes": _peak(device),
-        "soft": soft,
-        "prompt": len(prompt.before) + soft + len(prompt.after),
-    }
+    return [
+        {
+            "compress": seconds,
+            "first_token": gmsa.timings.prefill,
+            "decode": reading - gmsa.timings.prefill,
+            "total": seconds + reading,
+            "peak_bytes": None if peak is None or before is None else max(before, peak),
+            "soft": soft,
+            "prompt": len(prompt.before) + soft + len(prompt.after),
+        }
+        for seconds, before in prepared
+    ]
 
 
 def _rows(gmsa: GMSA, ways: Sequence[Way], measured: dict[str, Any], length: int, new: int) -> Iterator[Result]:
     original = median(figures["total"] for figures in measured["taken"][0])
-    for way, found in zip(ways, measured["taken"], strict=True):
-        setting = {"method": way.method, "merge_size": way.merge_size, "length": length, "new_tokens": new}
+    methods = [(method, way.merge_size) for way in ways for method in way.methods]
+    for (method, size), found in zip(methods, measured["taken"], strict=True):
+        setting = {"method": method, "merge_size": size, "length": length, "new_tokens": new}
         seconds = {name: median(figures[name] for figures in found) for name in SECONDS}
         peaks = [figures["peak_bytes"] for figures in found if figures["peak_bytes"] is not None]
-        size = way.merge_size
         metrics = {
             "ratio_to_original": round(original / seconds["total"], 3),
-            "predicted_ratio": None if size is None else round(predicted(gmsa, size, way.method == "gmsa-stored"), 3),
+            "predicted_ratio": None if size is None else round(predicted(gmsa, size, method == "gmsa-stored"), 3),
             "peak_bytes": int(median(peaks)) if peaks else None,
         }
         row = {

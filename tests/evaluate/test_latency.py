@@ -23,19 +23,20 @@ def gmsa(trained_model: Callable[..., GmsaModel], tmp_path: Path) -> GMSA:
 
 
 def test_every_way_is_timed_in_every_round(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[tuple[str, int | None]] = []
+    order: list[tuple[int | None, int]] = []
     real = latency._time
 
-    def note(gmsa: GMSA, way: latency.Way, new: int) -> dict[str, object]:
-        order.append((way.method, way.merge_size))
+    def note(gmsa: GMSA, way: latency.Way, new: int) -> list[dict[str, Any]]:
+        order.append((way.merge_size, new))
         return real(gmsa, way, new)
 
     monkeypatch.setattr(latency, "_time", note)
-    found = list(evaluate_latency(gmsa, [64], [4, 8], [1, 3], rounds=2))
+    found = list(evaluate_latency(gmsa, [64], [4, 8], [1, 11], rounds=2))
+    # One round more than is counted, for each number of new tokens, and short: it makes all ready.
+    assert order == [(size, new) for new in (1, 1, 1, 8, 11, 11) for size in (None, 4, 8)]
     ways = [("original-prompt", None), ("gmsa", 4), ("gmsa-stored", 4), ("gmsa", 8), ("gmsa-stored", 8)]
-    assert order == ways * 3 * 2  # one round more than is counted, for each number of new tokens
     assert [(row["method"], row["merge_size"]) for row, _ in found] == ways * 2
-    assert [row["new_tokens"] for row, _ in found] == [1] * 5 + [3] * 5
+    assert [row["new_tokens"] for row, _ in found] == [1] * 5 + [11] * 5
     for row, rounds in found:
         assert row["n"] == len(rounds) == 2
         assert row["tokens"]["context"] == 64
@@ -60,7 +61,7 @@ def test_an_interrupted_timing_goes_on(gmsa: GMSA, tmp_path: Path, monkeypatch: 
 
     real = latency._time
 
-    def breaks_off(gmsa: GMSA, way: latency.Way, new: int) -> dict[str, Any]:
+    def breaks_off(gmsa: GMSA, way: latency.Way, new: int) -> list[dict[str, Any]]:
         if new == 2:
             raise KeyboardInterrupt
         return real(gmsa, way, new)
@@ -70,12 +71,12 @@ def test_an_interrupted_timing_goes_on(gmsa: GMSA, tmp_path: Path, monkeypatch: 
         run()
     time_it = real
     first, notes, timed = run()
-    assert timed == 3 * 2  # the ways of the second number of new tokens, with the round that is not counted
+    assert timed == 2 * 2  # the ways of the second number of new tokens, with the round that is not counted
     assert notes == [f"48 tokens, 1 new: timed before, in {tmp_path / 'cache.jsonl'}"]
     again, _, timed = run()
     assert timed == 0
     assert again == first
-    assert run(rounds=2)[2] == 3 * 3 * 2  # another question
+    assert run(rounds=2)[2] == 2 * 3 * 2  # another question
 
 
 def test_exactly_so_many_tokens_are_generated(gmsa: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
