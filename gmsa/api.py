@@ -210,7 +210,7 @@ class GMSA:
         self.template = PromptTemplate(self.tokenizer, self.config)
         self.fingerprint = checkpoint.compressor_fingerprint(model.compressor)
         self.timings = Timings()
-        self.on_step: Callable[[], None] = _nothing
+        self.on_step: Callable[[], None] = lambda: None
         self.fast = FastDecoder(model.decoder, decoder_weights)
 
     @classmethod
@@ -1065,13 +1065,13 @@ class GMSA:
         started = time.perf_counter()
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            configuration = GenerationConfig(
-                max_new_tokens=part[0].max_new_tokens,
-                eos_token_id=sorted(self.ends),
-                pad_token_id=self.tokenizer.pad_token_id,
-                **{"do_sample": False, **options},
-            )
             try:
+                configuration = GenerationConfig(
+                    max_new_tokens=part[0].max_new_tokens,
+                    eos_token_id=sorted(self.ends),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    **{"do_sample": False, **options},
+                )
                 with self.fast.applied():
                     prompts = [self._on_device(row.prompt) for row in part]
                     written = self.model.generate(prompts, generation_config=configuration).tolist()
@@ -1125,10 +1125,6 @@ class GMSA:
     def ends(self) -> set[int]:
         """Tokens that end an answer."""
         return {self.template.end_id, self.tokenizer.eos_token_id} - {None}
-
-
-def _nothing() -> None:
-    pass
 
 
 def _answer(row: Row) -> Answer:

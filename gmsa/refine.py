@@ -15,8 +15,8 @@ tokens that are nearly right.
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from gmsa.decode.malloc import return_freed_memory
 from gmsa.decode.prompt import Frame, PromptTemplate
 from gmsa.lookups import gaps, quotes
+from gmsa.model.backbone import holding
 from gmsa.model.gmsa import GmsaNetwork
 from gmsa.model.packed import packed_attention, why_not
 
@@ -77,7 +78,9 @@ class Refiner:
         drawn = [random.Random(hashlib.sha256(repr(list(window)).encode()).digest()) for window in windows]
         texts = [self.tokenizer.decode(window) for window in windows]
         restoring = [self._restore(window) for window in windows]
-        with _frozen(self.model), self._attention():
+        # Gradients of weights would only be thrown away, and what they keep of the forward pass.
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with holding(trained, "requires_grad", False), self._attention():
             for _ in range(steps):
                 asking = [self._look_up(text, rng) for text, rng in zip(texts, drawn, strict=True)]
                 adam.zero_grad()
@@ -138,16 +141,3 @@ def _length(pair: tuple[Tensor, Row]) -> int:
     """Positions of a memory and its target, the frame left aside."""
     states, (_, target, _) = pair
     return len(states) + len(target)
-
-
-@contextmanager
-def _frozen(model: GmsaNetwork) -> Iterator[None]:
-    """Without gradients of weights, which would only be thrown away, and what they keep of the forward pass."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -117,16 +117,14 @@ class MemoryStore:
         self.max_bytes = max_bytes
         self.form = form
         try:
-            self._check_path(create)
+            if self.path.is_dir():
+                file = self.path / "store.sqlite"
+                raise StoreError(f"{self.path} is a folder: a memory store is a file, such as {file}")
+            if not create and not self.path.exists():
+                raise StoreError(f"there is no memory store at {self.path}: `gmsa store add` makes one")
         except OSError as error:  # nobody may look there, or the name is too long
             raise StoreError(f"{self.path} cannot be a memory store: {error.strerror}") from error
         self._database = database.Database(self.path)
-
-    def _check_path(self, create: bool) -> None:
-        if self.path.is_dir():
-            raise StoreError(f"{self.path} is a folder: a memory store is a file, such as {self.path / 'store.sqlite'}")
-        if not create and not self.path.exists():
-            raise StoreError(f"there is no memory store at {self.path}: `gmsa store add` makes one")
 
     def close(self) -> None:
         """Let go of the file. Closing twice is fine."""

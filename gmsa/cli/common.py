@@ -294,7 +294,7 @@ def plain(text: str) -> str:
 def human(number: float) -> str:
     """Bytes for a person."""
     for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
+        if number < 999.5:  # which three digits can show
             return f"{number:.3g} {unit}"
         number /= 1000
-    return f"{number:.3g} TB"
+    return f"{number:.3g} TB" if number < 999.5 else f"{number:.0f} TB"

@@ -89,12 +89,13 @@ def train(options: argparse.Namespace) -> None:
 def data_check(options: argparse.Namespace) -> None:
     """Run `gmsa data check`."""
     from gmsa.io.rows import find_files
-    from gmsa.train.datacheck import check_files, check_plot, draw_lengths, format_report
+    from gmsa.train.datacheck import check_files, draw_lengths, format_report
 
     if options.plot == "-":
         raise InputError("--plot names a file: a picture does not go to stdout")
     if options.plot:  # say so before the work, not after it
-        check_plot(options.plot)
+        with packages("drawing needs", "train"):
+            import matplotlib  # noqa: F401
         check_output(options.plot, *(path for name in [*options.files, *options.against] for path in find_files(name)))
     report = check_files(options.files, options.against, options.backbone, show_progress_bar=sys.stderr.isatty())
     emit(report) if options.json else print(format_report(report))

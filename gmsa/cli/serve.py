@@ -3,7 +3,6 @@
 import argparse
 import ipaddress
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +108,9 @@ def serve(options: argparse.Namespace) -> None:
     if options.decoder and options.decoder_weights != "exact":
         raise InputError("--decoder-weights is about the model's own decoder: leave it out with --decoder")
     settings = settings_of(options)  # what is wrong with the options is said before the model is loaded
-    decoder_key = key_of(options.decoder_api_key, options.decoder_api_key_file, DECODER_KEY_VARIABLE)
+    decoder_key = None
+    if options.decoder:  # else one that stands in the environment is nobody's
+        decoder_key = key_of(options.decoder_api_key, options.decoder_api_key_file, DECODER_KEY_VARIABLE)
     from gmsa.api import GMSA
     from gmsa.io.loading import CompressorModel
     from gmsa.serve import tracing
@@ -133,7 +134,7 @@ def serve(options: argparse.Namespace) -> None:
 def mcp(options: argparse.Namespace) -> None:
     """Run `gmsa mcp`."""
     with packages("an agent's tools need", "mcp"):
-        import uvicorn
+        import uvicorn  # noqa: F401
         from mcp.server import MCPServer  # noqa: F401
     of_http = options.host, options.port, options.max_body
     if not options.http and of_http != (DEFAULT_HOST, DEFAULT_PORT, MAX_BODY):
@@ -142,7 +143,7 @@ def mcp(options: argparse.Namespace) -> None:
         raise InputError("keys are for --http: whoever has stdin and stdout needs none")
     key, file = keys_of(options)
     from gmsa.serve.mcp import http_app, make_server
-    from gmsa.serve.server import Announced, Deadline, listen
+    from gmsa.serve.server import Deadline, listen
     from gmsa.serve.settings import Settings
     from gmsa.serve.tenants import Keys, Stores
 
@@ -157,19 +158,9 @@ def mcp(options: argparse.Namespace) -> None:
         server = make_server(model, stores, options.merge_size, options.max_new_tokens)
         if options.http:
             keys = Keys(key, file)
-            if file is not None:
-                signal.signal(signal.SIGHUP, lambda *_: keys.reload())
             app = http_app(server, Settings(max_body=options.max_body), keys, options.host)
-            config = uvicorn.Config(
-                app,
-                options.host,
-                options.port,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=Settings.drain_seconds + 2,  # to tell who waits
-                ws="none",
-            )
-            listen(Announced(config, deadline.begin, "/mcp"))
+            seconds = Settings.drain_seconds + 2  # to tell who waits
+            listen(app, options.host, options.port, keys, deadline.begin, seconds, "/mcp")
         else:
             server.run("stdio")
     finally:

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gmsa.decode.batch import PreallocatedLayer, attends_to_all
 from gmsa.errors import BackboneError, ConfigError
+from gmsa.io.files import int8_rows
 from gmsa.model.backbone import body_of, layers_of
 
 MOST_BYTES = 2**30  # of weights: a second copy of more is not worth its memory
@@ -156,8 +157,8 @@ class Int8Product:
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         weight = torch.cat([linear.weight.detach() for linear in linears]).float()
-        self.scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-        rounded = (weight / self.scales[:, None]).round().to(torch.int8)
+        rounded, scales = int8_rows(weight)
+        self.scales = scales[:, 0]
         self.nbytes = rounded.nbytes
         self.sums = rounded.sum(dim=1, dtype=torch.int32)
         self.shape = torch.empty((), dtype=torch.int8).expand(rounded.shape)  # the product asks for no more of it

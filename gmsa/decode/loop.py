@@ -264,9 +264,7 @@ class Loop:
                 row.say(Piece("", len(row.tokens), finish="error"))
                 going.append(False)
                 continue
-            if row.sampling.greedy:
-                row.sampler.note(token)
-            else:
+            if not row.sampling.greedy:
                 token = row.sampler(states)
             going.append(row.take(token, self.ends))
         return going

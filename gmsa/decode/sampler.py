@@ -7,8 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from gmsa.errors import InputError, check_number, check_options, check_whole
+from gmsa.errors import InputError, check_number, check_whole
 
 MOST = 1e4  # of every number that scores are divided by or lowered by: they stay finite
 COLDEST = 1e-4  # a temperature below it is 0: dividing by it would overflow
@@ -67,15 +75,12 @@ class Sampling:
         object.__setattr__(self, name, number)  # one of NumPy's is Python's from here on
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Sampling":
-        """From options by name, of which None is "not given".
+    def of(cls, given: Mapping[str, Any]) -> "Sampling":
+        """From options by name.
 
         Raises:
-            InputError: an unknown option (the nearest is named), a bad value, or an option of drawing without
-                do_sample=True.
+            InputError: a bad value, or an option of drawing without do_sample=True.
         """
-        given = {name: value for name, value in options.items() if value is not None}
-        check_options(given, cls.names())
         sampling = cls(**given)
         if not sampling.do_sample:
             for name in DRAWING:
@@ -89,15 +94,19 @@ class Sampling:
         return [field.name for field in fields(cls)]
 
     @property
+    def drawn(self) -> bool:
+        """Whether tokens are drawn, not the likeliest taken."""
+        return self.do_sample and self.temperature >= COLDEST
+
+    @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken as the logits are."""
-        drawn = self.do_sample and self.temperature >= COLDEST
         changed = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        return not (drawn or changed or self.no_repeat_ngram_size or self.min_new_tokens)
+        return not (self.drawn or changed or self.no_repeat_ngram_size or self.min_new_tokens)
 
 
 class Sampler:
-    """Chooses the tokens of one row, one after the other.
+    """Chooses the tokens of one row that is not greedy, one after the other, by transformers' own processors.
 
     Args:
         sampling: how.
@@ -108,6 +117,19 @@ class Sampler:
         self.sampling = sampling
         self.ends = list(ends)
         self.written: list[int] = []
+        self._penalties, self._warpers = list[Any](), list[Any]()
+        if sampling.repetition_penalty != 1:
+            self._penalties.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if sampling.no_repeat_ngram_size:
+            self._penalties.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size))
+        if sampling.drawn:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                self._warpers.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
+            if sampling.min_p:
+                self._warpers.append(MinPLogitsWarper(sampling.min_p))
         self._generator: torch.Generator | None = None
         if sampling.seed is not None:
             self._generator = torch.Generator()
@@ -116,55 +138,20 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         """The next token, for logits (V,)."""
         s = self.sampling
-        token = int(logits.argmax()) if s.greedy else self._choose(logits.float().cpu().clone())
+        scores = logits.float().cpu()[None].clone()
+        if self.written:
+            written = torch.tensor([self.written])
+            for penalise in self._penalties:
+                scores = penalise(written, scores)
+            tokens, counts = written[0].unique(return_counts=True)
+            scores[:, tokens] -= s.presence_penalty + s.frequency_penalty * counts
+        if len(self.written) < s.min_new_tokens:
+            scores[:, self.ends] = -math.inf
+        if not s.drawn:
+            token = int(scores.argmax())
+        else:
+            for warp in self._warpers:
+                scores = warp(None, scores)
+            token = int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
         self.written.append(token)
         return token
-
-    def note(self, token: int) -> None:
-        """A token that was chosen elsewhere: the likeliest, of many rows at once."""
-        self.written.append(token)
-
-    def _choose(self, scores: Tensor) -> int:
-        s = self.sampling
-        self._penalise(scores)
-        if len(self.written) < s.min_new_tokens:
-            scores[self.ends] = -math.inf
-        if not s.do_sample or s.temperature < COLDEST:
-            return int(scores.argmax())
-        scores = scores / s.temperature
-        # What is left out stays in its place with probability 0, so that a draw is transformers' own.
-        if 0 < s.top_k < len(scores):
-            scores[scores < scores.topk(s.top_k).values[-1]] = -math.inf
-        if s.top_p < 1:
-            values, order = scores.sort(descending=True)
-            probabilities = values.softmax(-1)
-            before = probabilities.cumsum(-1) - probabilities
-            beyond = before >= s.top_p
-            beyond[0] = False  # the likeliest stays, however small top_p is
-            scores[order[beyond]] = -math.inf
-        if s.min_p > 0:
-            probabilities = scores.softmax(-1)
-            scores[probabilities < s.min_p * probabilities.max()] = -math.inf
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
-
-    def _penalise(self, scores: Tensor) -> None:
-        s = self.sampling
-        if not self.written:
-            return
-        tokens, counts = torch.tensor(self.written).unique(return_counts=True)
-        if s.repetition_penalty != 1:
-            found = scores[tokens]
-            scores[tokens] = torch.where(found < 0, found * s.repetition_penalty, found / s.repetition_penalty)
-        if s.presence_penalty or s.frequency_penalty:
-            scores[tokens] -= s.presence_penalty + s.frequency_penalty * counts
-        if s.no_repeat_ngram_size:
-            scores[_completions(self.written, s.no_repeat_ngram_size)] = -math.inf
-
-
-def _completions(written: Sequence[int], size: int) -> list[int]:
-    """Tokens that would make the last `size` tokens a run that was written before."""
-    if len(written) < size:
-        return []
-    last = tuple(written[len(written) - size + 1 :])
-    starts = range(len(written) - size + 1)
-    return [written[i + size - 1] for i in starts if tuple(written[i : i + size - 1]) == last]

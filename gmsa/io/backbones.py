@@ -7,7 +7,6 @@ is used. It is checked by SHA-256 and converted once to bf16 safetensors under G
 import contextlib
 import hashlib
 import json
-import logging
 import subprocess
 import sys
 import tempfile
@@ -128,11 +127,9 @@ def quiet_transformers() -> Iterator[None]:
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    logger = logging.getLogger("transformers")
     try:
         yield
     finally:
-        logger.setLevel(level)
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()

@@ -22,6 +22,8 @@ from gmsa.errors import InputError
 from gmsa.io.files import expand
 from gmsa.text import check_text
 
+OPEN_AT_MOST = 256  # files of one pattern; a process may have as few as 1,024
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +194,8 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 class RowIndex(Rows):
-    """Rows by number, about 20 bytes of memory each. Packed files and standard input are unpacked to disk once.
+    """Rows by number, about 20 bytes of memory each. Packed files and standard input are unpacked to disk once,
+    and so are files too many to be held open.
 
     Args:
         texts_only: every row is a text to restore (see `check_row`).
@@ -300,11 +303,17 @@ def index_rows(
     """
     texts, questions = RowIndex(texts_only), RowIndex()
     seen: set[int] = set()
-    for path in find_files(pattern):
-        unpacked = path == "-" or path.endswith(".gz")
+    paths = find_files(pattern)
+    spool: IO[bytes] | None = None
+    for path in paths:
+        unpacked = path == "-" or path.endswith(".gz") or len(paths) > OPEN_AT_MOST
         try:
             # The files live as long as the indexes that hold them.
-            file: IO[bytes] = tempfile.TemporaryFile() if unpacked else Path(path).open("rb")  # noqa: SIM115
+            if unpacked:
+                file: IO[bytes] = spool or tempfile.TemporaryFile()  # noqa: SIM115
+                spool = file
+            else:
+                file = Path(path).open("rb")  # noqa: SIM115
         except OSError as error:
             raise InputError(f"{path}: {error}") from error
         for _, offset, line, row in placed_rows(path, skip, texts_only):

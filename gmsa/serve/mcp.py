@@ -20,6 +20,7 @@ from gmsa.errors import GmsaError
 from gmsa.serve.answers import proven
 from gmsa.serve.guard import Guard
 from gmsa.serve.metrics import Metrics
+from gmsa.serve.service import check_provable
 from gmsa.serve.settings import Settings
 from gmsa.serve.tenants import Keys, Stores
 
@@ -89,6 +90,8 @@ def make_server(load: Callable[[], GMSA], stores: Stores, merge_size: int, max_n
         """The text of a memory, as the model can restate it."""
         store, gmsa = stores.current(), model()
         memory = store.load(store.resolve(id), gmsa.fingerprint)
+        if check:
+            check_provable(memory)
         return proven(list(gmsa.stream_checked(memory))) if check else {"text": str(gmsa.restore(memory))}
 
     def listed(

@@ -5,7 +5,6 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +74,6 @@ class RemoteScheduler:
     def __init__(self, remote: RemoteDecoder, *, max_batch: int = 64, metrics: Metrics | None = None) -> None:
         self.remote = remote
         self.metrics = metrics or Metrics()
-        self.on_step: Callable[[int, int], None] = self.metrics.on_step
         self._tokenizer = copy.deepcopy(remote.gmsa.tokenizer)  # for this thread alone
         self._encoding = ThreadPoolExecutor(1, "gmsa-encode")
         self._tasks: dict[Row | Relay, Future[None]] = {}
@@ -162,7 +160,7 @@ class RemoteScheduler:
     def _count(self, begun: int = 0, sent: int = 0) -> None:
         self._begun += begun
         self._sent += sent
-        self.on_step(self._sent, self._begun - self._sent)
+        self.metrics.on_step(self._sent, self._begun - self._sent)
 
     async def _answer(self, row: Row | Relay, tenant: str) -> None:
         self._count(begun=1)

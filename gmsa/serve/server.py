@@ -8,10 +8,12 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from gmsa.errors import GmsaError
 from gmsa.serve.app import create_app
 from gmsa.serve.service import Service
+from gmsa.serve.tenants import Keys
 
 
 class Announced(uvicorn.Server):
@@ -64,19 +66,39 @@ class Deadline:
             raise GmsaError("the server is stopping: try again later")
 
 
-def listen(server: uvicorn.Server) -> None:
-    """Serve until SIGTERM or SIGINT.
+def listen(
+    app: ASGIApp, host: str, port: int, keys: Keys, on_exit: Callable[[], None], seconds: int, path: str = ""
+) -> None:
+    """Serve until SIGTERM or SIGINT; at SIGHUP keys of a file are read again.
+
+    Args:
+        app: what is served.
+        host, port: where.
+        keys: of clients.
+        on_exit, path: as of `Announced`.
+        seconds: that requests under way have to end, after `on_exit`.
 
     Raises:
         GmsaError: the address cannot be listened on.
     """
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,  # Prometheus counts requests; a proxy logs them where that is wanted
+        server_header=False,
+        timeout_graceful_shutdown=seconds,
+        ws="none",
+    )
+    if keys.file is not None:  # else the signal ends the process, as ever
+        signal.signal(signal.SIGHUP, lambda *_: keys.reload())
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again after an orderly end
         signal.signal(number, lambda *_: None)
     try:
-        server.run()
+        Announced(config, on_exit, path).run()
     except SystemExit as error:  # uvicorn has logged why
-        place = f"{server.config.host}:{server.config.port}"
-        raise GmsaError(f"cannot listen on {place}: choose another --host or --port") from error
+        raise GmsaError(f"cannot listen on {host}:{port}: choose another --host or --port") from error
 
 
 def run(service: Service, host: str, port: int) -> None:
@@ -85,20 +107,9 @@ def run(service: Service, host: str, port: int) -> None:
     Raises:
         GmsaError: the address cannot be listened on.
     """
-    config = uvicorn.Config(
-        create_app(service, hosts=frozenset({host})),
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,  # Prometheus counts requests; a proxy logs them where that is wanted
-        server_header=False,
-        timeout_graceful_shutdown=service.settings.drain_seconds,
-        ws="none",
-    )
-    if service.keys.file is not None:  # else the signal ends the process, as ever
-        signal.signal(signal.SIGHUP, lambda *_: service.keys.reload())
 
     def drain() -> None:  # what is new is refused from now on
         service.draining = True
 
-    listen(Announced(config, drain))
+    app = create_app(service, hosts=frozenset({host}))
+    listen(app, host, port, service.keys, drain, service.settings.drain_seconds)

@@ -106,6 +106,12 @@ def text_tokens(memories: Sequence[Memory]) -> int:
     return sum(one.text_tokens if isinstance(one, ChosenMemory) else one.origin_tokens for one in memories)
 
 
+def check_provable(memory: Memory) -> None:
+    """Raise InputError for a memory whose restoration would take too long to check beside other work."""
+    if memory.merge_size > LARGEST_CHECKED:
+        raise InputError(f"merge size {memory.merge_size} is too large to be checked here: {LARGEST_CHECKED} at most")
+
+
 class Job:
     """An admitted request: its place among the open ones, and its rows. Close it, whatever happens.
 
@@ -631,10 +637,7 @@ class Service:
                 400, "a restoration is checked where the decoder is, and this server's is elsewhere", "not_enabled"
             )
         self.gmsa.require_checkable()
-        if memory.merge_size > LARGEST_CHECKED:
-            raise InputError(
-                f"merge size {memory.merge_size} is too large to be checked here: {LARGEST_CHECKED} at most"
-            )
+        check_provable(memory)
         if self.checks >= CHECKS_AT_MOST:
             raise ApiError(429, "too many checks are waiting; try again later", "queue_full")
         self.checks += 1

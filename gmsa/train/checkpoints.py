@@ -109,13 +109,9 @@ class WeightAverage(TrainerCallback):
         """The model is where it is trained by now; it was made on the CPU."""
         self.mean = {name: mean.to(self.parameters[name].device) for name, mean in self.mean.items()}
 
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """The weights have changed."""
-        self.update()
-
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the weights as they are now into the mean."""
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Take the weights, which have changed, into the mean."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
-from gmsa.errors import GmsaError, InputError
+from gmsa.errors import InputError
 from gmsa.io.rows import BadLine, context_of, find_files, placed_rows
 from gmsa.text import encode
 
@@ -375,29 +375,12 @@ def _part(count: int, of: int) -> str:
     return f"{count:,} ({count / of:.2%})" if count >= of / 10_000 else f"{count:,} (under 0.01%)"
 
 
-def check_plot(path: str) -> None:
-    """Whether `draw_lengths` can work, to be asked before the files are read.
-
-    Raises:
-        GmsaError: matplotlib is not installed.
-        InputError: the picture has no folder to go to.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise GmsaError("drawing needs matplotlib: pip install 'gmsa[train]'") from error
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {folder}")
-
-
 def draw_lengths(report: dict[str, Any], path: str) -> None:
     """Draw the length histograms of a report of `check_files` as a PNG.
 
     Raises:
-        GmsaError: matplotlib is not installed, or the picture cannot be written.
+        InputError: there is nothing to draw, or the picture cannot be written.
     """
-    check_plot(path)
     from matplotlib.figure import Figure
 
     lengths = report["lengths"]

@@ -123,6 +123,8 @@ def test_other_options_are_left_to_generate(gmsa: GMSA) -> None:
     assert gmsa.answer("Who?", memory, max_new_tokens=12, num_beams=3) == expected
     assert gmsa.answer("Who?", gmsa.prefill(memory), max_new_tokens=12, num_beams=3) == expected
     assert gmsa.timings.decode > 0
+    with pytest.raises(InputError, match=r"generation options: .*early_stopping"):
+        gmsa.answer("Who?", memory, num_beams=3, early_stopping="maybe")
     with pytest.raises(InputError, match="stream=True does not go with num_beams"):
         gmsa.answer("Who?", memory, num_beams=3, stream=True)
 

@@ -105,14 +105,17 @@ def test_several_files_in_the_order_of_names(write: Callable[..., str], tmp_path
     assert list(questions) == QUESTIONS[:3]
 
 
-def test_more_files_than_one_index_holds_open(write: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [5, 4])
+def test_no_more_files_are_held_open_than_a_process_may(
+    write: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(rows_module, "OPEN_AT_MOST", most)
     for i in range(5):
         write(f"{i}.jsonl", [TEXTS[i]] if i % 2 else [QUESTIONS[i]])
     texts, questions = index_rows(f"{tmp_path}/*.jsonl")
     assert [row["id"] for row in texts] == [1, 3]
     assert list(questions) == QUESTIONS[:5:2]
-    assert len(texts.files) == 2
-    assert len(questions.files) == 3
+    assert [len(texts.files), len(questions.files)] == ([2, 3] if most == 5 else [1, 1])
 
 
 def test_standard_input_is_read_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,9 @@ async def try_all(client: Client, model: str, store: Path) -> None:
     proven = await use(client, "restore", id=short["id"], check=True)
     assert proven["confirmed"] <= proven["soft_tokens"] == short["soft_tokens"]
     assert (proven["in_doubt"] == []) == (proven["confirmed"] == proven["soft_tokens"])
+    with MemoryStore(store, create=False) as kept:
+        coarse = kept.put(TEXT, gmsa.compress(TEXT, 17))
+    assert "too large to be checked" in await refused(client, "restore", id=coarse.id, check=True)
     assert (await use(client, "list", label="birds"))["memories"][0]["metadata"] == {"by": "me"}
     assert (await use(client, "list", label="fish"))["memories"] == []
     assert "no stored memory" in await refused(client, "ask", question="Who?", ids=["0" * 64])

@@ -1055,6 +1055,16 @@ def test_sizes(text: str, value: int) -> None:
     assert size(text) == value
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(999, "999 B"), (999_600, "1 MB"), (27.3e6, "27.3 MB"), (999_999_999, "1 GB"), (5e15, "5000 TB")],
+)
+def test_bytes_for_a_person(number: float, said: str) -> None:
+    from gmsa.cli.common import human
+
+    assert human(number) == said
+
+
 def test_labels_do_nothing_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MemoryStore(tmp_path / "s") as store:
         entry = store.put(TEXT, make(), label="\x1b]0;title\x07 名前\n\u202e")

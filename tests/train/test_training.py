@@ -461,7 +461,7 @@ def test_the_mean_of_weights_goes_where_the_model_goes() -> None:
     average = WeightAverage({"w": parameter}, 0.9)
     average.parameters = {"w": torch.nn.Parameter(parameter.to("meta"))}
     average.on_train_begin()
-    average.update()
+    average.on_optimizer_step()
     assert average.mean["w"].device.type == "meta"
 
 

@@ -28,7 +28,7 @@ from gmsa.decode.loop import Row
 from gmsa.decode.prompt import Frame
 from gmsa.errors import ContextTooLongError
 from gmsa.evaluate.methods.base import Method, MethodOutput, MethodUnavailable, Models, Question
-from gmsa.model.backbone import body_of, cache_argument
+from gmsa.model.backbone import body_of, cache_argument, holding
 
 ROWS = 8  # prompts read in full at once
 QUERIES = 256  # whose attention is held at once
@@ -126,14 +126,9 @@ class CacheMethod(Method):
 
         cache = DynamicCache()
         body = body_of(model.decoder)
-        before = body.config._attn_implementation
-        try:
-            if self.observes:
-                body.config._attn_implementation = OBSERVED
-            options = {"observe": observe} if self.observes else {}
+        options = {"observe": observe} if self.observes else {}
+        with holding([body.config] if self.observes else [], "_attn_implementation", OBSERVED):
             body(input_ids=padded, use_cache=True, **options, **cache_argument(body, cache))
-        finally:
-            body.config._attn_implementation = before
         caches = []
         for i, ids in enumerate(contexts):
             layers = [(layer.keys[i], layer.values[i]) for layer in cache.layers]

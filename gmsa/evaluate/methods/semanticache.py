@@ -33,7 +33,8 @@ class SemantiCache(CacheMethod):
         context = slice(cache.start, cache.start + length)
         keys = torch.stack([keys[:, context] for keys, _ in cache.layers]).flatten(0, 1).float()  # (layers * H, L, D)
         # At least so many tokens a chunk that the budget allows for a cluster in each.
-        ends = chunk_ends([self.decode_one(token) for token in cache.ids], -(-length // max(1, cache.budget)))
+        tokens = [self.reader.tokenizer.decode([token]) for token in cache.ids]
+        ends = chunk_ends(tokens, -(-length // max(1, cache.budget)))
         clusters = cluster(keys, ends, cache.budget).unflatten(0, (len(cache.layers), -1))  # (layers, H, L)
         layers = []
         for (keys, values), seeds in zip(cache.layers, clusters, strict=True):
@@ -43,10 +44,6 @@ class SemantiCache(CacheMethod):
             ]
             layers.append((merged[0], merged[1]))
         return PrunedCache(layers, int(sizes(clusters).count_nonzero(-1).max()) if length else 0, context.stop)
-
-    def decode_one(self, token: int) -> str:
-        """The text of one token."""
-        return self.reader.tokenizer.decode([token])
 
 
 def chunk_ends(tokens: list[str], least: int) -> list[int]:
