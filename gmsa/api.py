@@ -463,9 +463,9 @@ class GMSA:
         text = "".join(looked_at.values())
         if not text.strip():
             return None
-        memory = self.compress(text, LOOK_SIZE, batch_size=batch_size)
-        pieces = self._frame(question).around(*self._pieces([memory]))
         try:
+            memory = self.compress(text, LOOK_SIZE, batch_size=batch_size)
+            pieces = self._frame(question).around(*self._pieces([memory]))
             self._check_length(pieces, 0)
         except ContextTooLongError:
             return None
@@ -510,7 +510,8 @@ class GMSA:
         """Raise ContextTooLongError where one cannot be encoded or, to be refined, not be restored."""
         longest = max(len(window.tokens) for window in windows)
         limit = getattr(self.encoder_config, "max_position_embeddings", None)
-        if limit is not None and longest + self.config.encoder_sink > limit:
+        appended = math.ceil(longest / merge_size) if self.config.merging == "appended" else 0
+        if limit is not None and longest + self.config.encoder_sink + appended > limit:
             raise ContextTooLongError(
                 f"a window of {longest} tokens exceeds the encoder's {limit}: give the model a window_size"
             )

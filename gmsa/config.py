@@ -70,7 +70,7 @@ class GmsaConfig(PreTrainedConfig):
     """
     final_norm: bool = False
     """Encoder and LSA's blocks end in the final norm of the backbone they are cut from, as in the authors' release
-    (https://github.com/Twilightaaa/GMSA); its gain is trained with them.
+    (https://github.com/Twilightaaa/GMSA); its gain is trained with them, the encoder's not where it is trained by LoRA.
     """
     window_size: int | None = 512
     """The encoder reads a context in independent windows of this many tokens; None: all of it at once."""

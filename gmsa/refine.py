@@ -82,12 +82,13 @@ class Refiner:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         with holding(trained, "requires_grad", False), self._attention():
             for _ in range(steps):
-                asking = [self._look_up(text, rng) for text, rng in zip(texts, drawn, strict=True)]
+                asking = [self._look_up(*of_one) for of_one in zip(texts, map(len, moving), drawn, strict=True)]
                 adam.zero_grad()
                 self._learn(moving, restoring)
                 self._learn(moving, asking)
                 adam.step()
                 falling.step()
+        self.model.entry.forget()
         return_freed_memory()  # of passes that were never of one shape
         return [states.detach().to(given.dtype) for states, given in zip(moving, soft, strict=True)]
 
@@ -126,15 +127,25 @@ class Refiner:
         target = torch.tensor([*self.template.recode(list(window), self.tokenizer), self.template.end_id])
         return frame, target, torch.ones(len(target), dtype=torch.bool)
 
-    def _look_up(self, text: str, rng: random.Random) -> Row | None:
-        """Questions about a text as one conversation; None: it is too short for any."""
+    def _look_up(self, text: str, soft: int, rng: random.Random) -> Row | None:
+        """Questions about a text as one conversation, as many as the decoder has room for; None: there are none.
+
+        Args:
+            text: of a window.
+            soft: how many soft tokens it has.
+            rng: draws them.
+        """
         turns = quotes(text, FOLLOWS, TURNS, rng) + gaps(text, FILLS, TURNS, rng)
-        if not turns:
-            return None
         rng.shuffle(turns)
         told = [(question, answers[0]) for question, answers in turns]
-        target, learned = self.template.conversation(told, learn_questions=False)
-        return self.template(told[0][0]), torch.tensor(target), torch.tensor(learned)
+        limit = getattr(self.model.decoder.config, "max_position_embeddings", None)
+        while told:
+            frame = self.template(told[0][0])
+            target, learned = self.template.conversation(told, learn_questions=False)
+            if limit is None or len(frame.before) + soft + len(frame.after) + len(target) <= limit:
+                return frame, torch.tensor(target), torch.tensor(learned)
+            told.pop()
+        return None
 
 
 def _length(pair: tuple[Tensor, Row]) -> int:

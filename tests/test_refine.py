@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_other_designs(make_gmsa: Callable[..., GMSA], fields: dict[str, Any]) -
     gmsa = make_gmsa(**fields)
     plain, refined = gmsa.compress(TEXTS[1], 4), gmsa.compress(TEXTS[1], 4, refine=8)
     assert loss(gmsa, refined, TEXTS[1]) < loss(gmsa, plain, TEXTS[1])
+    gmsa.share_weights()  # nothing of a pass with gradients is left in the model
 
 
 @pytest.mark.parametrize("steps", [-1, 1.5, True, "2"])
@@ -86,12 +88,26 @@ def test_a_bad_number_of_steps(reader: GMSA, steps: Any) -> None:
 def test_questions_are_drawn_anew_at_each_step(reader: GMSA, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def note(self: Refiner, text: str, rng: Any) -> None:
+    def note(self: Refiner, text: str, soft: int, rng: Any) -> None:
         asked.append(tuple(question for question, _ in quotes(text, "{words}", 3, rng) + gaps(text, "{words}", 3, rng)))
 
     monkeypatch.setattr(Refiner, "_look_up", note)
     reader.compress(TEXTS[1], 4, refine=3)
     assert len(set(asked) - {()}) > 1
+
+
+def test_no_more_is_asked_than_the_decoder_can_read(reader: GMSA) -> None:
+    refiner = Refiner(reader.model, reader.template, reader.tokenizer)
+    text, limit = " ".join(f"{i:08d}" for i in range(40)), reader.model.decoder.config.max_position_embeddings
+    sizes = []
+    for seed in range(10):
+        row = refiner._look_up(text, 20, random.Random(seed))
+        assert row is not None
+        frame, target, learned = row
+        assert len(target) == len(learned)
+        sizes.append(len(frame.before) + 20 + len(frame.after) + len(target))
+    assert limit / 2 < max(sizes) <= limit
+    assert refiner._look_up(text, limit, random.Random(0)) is None
 
 
 def test_a_compressor_alone_cannot_refine(make_gmsa: Callable[..., GMSA]) -> None:

@@ -174,7 +174,8 @@ class Int8Product:
         """(N, in) and what is added to the product (N, out) -> (N, out)."""
         most = None
         if x.shape[0] > 1:
-            # The product has one scale for all rows. Each is given its own, so that it does not depend on its company.
+            # The product rounds all rows within one range. Each is scaled to it, so that a large one leaves the others
+            # their digits; its bounds are still the lowest and the highest of all rows, so rounding depends on company.
             most = x.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12)
             x = x / most
         out = torch.fbgemm_linear_int8_weight_fp32_activation(x, self.shape, self.packed, self.sums, 1.0, 0, self.zeros)

@@ -253,7 +253,9 @@ def compressor_fingerprint(compressor: nn.Module) -> str:
     """Identifies what makes soft tokens: all its weights and the choices that steer it. Memories carry it."""
     config: GmsaConfig = compressor.config  # type: ignore[assignment]
     choices = (config.encoder_sink, config.merging, config.lsa, config.window_size)
-    text = f"{fingerprint_of(compressor)}{choices}"
+    # LoRA that was never trained is drawn anew at every load, and does nothing.
+    drawn = "lora_" if config.encoder_lora and "encoder" not in config.trained else None
+    text = f"{fingerprint_of(compressor, drawn)}{choices}"
     if config.encoder_lora:  # its scaling is no weight
         text += json.dumps(config.encoder_lora, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -66,6 +66,10 @@ class EntryLayers:
             if not torch.is_grad_enabled():
                 self._held = None
 
+    def forget(self) -> None:
+        """Let go of what was held with gradients: no layer will run once more."""
+        self._held = None
+
     def _put_in(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = _hidden(args, kwargs)
         fit = self._fit(given)

@@ -247,6 +247,10 @@ class GmsaNetwork(PreTrainedModel):
                 # Gradients pass through frozen blocks, so these recompute too; a block itself drops nothing out.
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     module.training = mode
+        for module in self.modules():  # LoRA that is frozen within a part that is not
+            dropout = getattr(module, "lora_dropout", None)
+            if dropout is not None and not any(p.requires_grad for p in module.lora_A.parameters()):
+                dropout.eval()
         return self
 
     def set_trainable(self, groups: Sequence[str]) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ gathers and scatters: no loop over rows, no word between GPU and host.
 For one backbone with rotary positions, group merging, one merge size per row, frozen embeddings and head (`why_not`).
 """
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -117,6 +118,17 @@ def why_not(model: GmsaNetwork) -> str | None:
         return "its head has a bias"
     trained = any(p.requires_grad for part in ends for p in part.parameters())
     return "its embeddings or its head are trained" if trained else None
+
+
+def why_not_on_cuda(model: GmsaNetwork, bf16: bool) -> str | None:
+    """What keeps a model from the packed forward on a GPU, beside `why_not`; None: nothing."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no attention on lines of rows (2.11 has)"
+    if not bf16:
+        return "it takes bf16 on a GPU, and trainer.bf16 is off"
+    attention: Any = layers_of(body_of(model.decoder))[0].self_attn
+    size = attention.head_dim
+    return f"its heads have {size} values, and a GPU takes multiples of 8" if size % 8 else None
 
 
 PLAIN = ("llama", "qwen2", "qwen3", "mistral")  # families whose bodies do nothing but run their blocks
@@ -298,7 +310,8 @@ def packed_forward(model: GmsaNetwork, batch: PackedBatch) -> dict[str, Tensor]:
 
 def _soft_tokens(model: GmsaNetwork, batch: PackedBatch) -> Tensor:
     """(M, d): encoder, group merging, layer semantic alignment."""
-    compressor, embeddings = model.compressor, model.get_input_embeddings()
+    compressor = model.compressor
+    embeddings = compressor.encoder.get_input_embeddings()  # once the whole decoder was trained, a copy of its own
     kind: torch.dtype = embeddings.weight.dtype  # type: ignore[assignment]
     states = _run(compressor.encoder, embeddings(batch.window_ids), batch.encoder)
     real = Take.apply(states, batch.places).float() * batch.weight[:, None]

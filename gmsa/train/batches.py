@@ -87,7 +87,7 @@ class RowBatches:
     def _tokens(self, member: tuple[int, int | None]) -> int:
         number, length = member
         tokens = int(self.rows.characters[number] * self.tokens_per_character) + 1
-        return min(self.most, tokens + self.more if length is None else min(length, tokens))
+        return min(self.most, tokens + self.more) if length is None else min(length, tokens)
 
 
 def tokens_per_character(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -16,7 +16,7 @@ from gmsa.io.backbones import Backbone, load_backbone
 from gmsa.io.loading import GmsaModel
 from gmsa.io.rows import BadLine, Conversations, Rows, index_rows
 from gmsa.model.gmsa import GmsaNetwork
-from gmsa.model.packed import PackedBatch, packed_attention, packed_forward, why_not
+from gmsa.model.packed import PackedBatch, packed_attention, packed_forward, why_not, why_not_on_cuda
 from gmsa.train.arguments import training_arguments
 from gmsa.train.batches import RowBatches, TrainingBatches, tokens_per_character
 from gmsa.train.examples import Batch, Document, Example, arguments
@@ -34,6 +34,8 @@ def packs_batches(recipe: Recipe, model: GmsaNetwork, processes: int) -> bool:
     if not recipe.packed:
         return False
     reason = why_not(model)
+    if reason is None and torch.cuda.is_available():
+        reason = why_not_on_cuda(model, recipe.trainer.get("bf16", True))
     if processes > 1:
         reason = "several processes share the work"
     elif recipe.rates_per_sample != 1:

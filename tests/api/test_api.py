@@ -379,3 +379,9 @@ def test_a_window_longer_than_the_models_is_refused(
         gmsa.compress("x" * (limit + 1), 4)
     with pytest.raises(ContextTooLongError, match=f"exceed the decoder's {limit}"):
         gmsa.compress("x" * (limit - 10), 2, refine=1)
+    # What cannot be looked at is ranked by its words.
+    sentences = [f"Line {i} of the ledger. " for i in range(limit // 10)]
+    assert gmsa.rank(sentences, "What is line 7?")[7] > 0
+    appended = tiny_model("gpt2", system_prompt="", window_size=300, merging="appended", max_appended=300, lsa="none")
+    with pytest.raises(ContextTooLongError, match="a window of 300 tokens"):
+        GMSA(appended, tiny_backbone("gpt2")).compress("x" * 300, 1)

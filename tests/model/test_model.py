@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from gmsa.config import GmsaConfig
 from gmsa.errors import BackboneError, ConfigError, InputError
 from gmsa.io.backbones import Backbone
+from gmsa.io.checkpoint import compressor_fingerprint
 from gmsa.io.loading import GmsaModel
 from gmsa.model.alignment import RidgeMap, vocabulary_windows
 from gmsa.model.backbone import body_of, layers_of, norm_name
@@ -422,6 +423,14 @@ def test_lora_trains_and_stores_its_own_weights_only(tiny_model: Build, family: 
         assert set(file.keys()) == names
     reloaded = GmsaModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(soft, reloaded.compress(*windows, 4), strict=True))
+
+
+def test_lora_that_was_never_trained_leaves_memories_valid(tiny_model: Build, tmp_path: Path) -> None:
+    model = tiny_model(encoder_lora=LORA)
+    model.set_trainable(["decoder-qkv"])
+    model.save_pretrained(tmp_path)
+    loads = [GmsaModel.from_pretrained(tmp_path) for _ in range(2)]  # it is drawn anew each time
+    assert len({compressor_fingerprint(load.compressor) for load in loads}) == 1
 
 
 def test_lora_may_be_put_on_chosen_linears(tiny_model: Build) -> None:

@@ -1,5 +1,6 @@
 """The packed forward gives the loss and the gradients of the padded one, on rows of every kind."""
 
+import importlib.util
 import pickle
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
@@ -15,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from gmsa.io.loading import GmsaModel
 from gmsa.model.backbone import holding, layers_of
-from gmsa.model.packed import CausalAttention, Line, bodies, packed_attention, packed_forward, why_not
+from gmsa.model.packed import CausalAttention, Line, bodies, packed_attention, packed_forward, why_not, why_not_on_cuda
 from gmsa.train.examples import Document, Example, arguments, collate, line_of, pack
 
 Build = Callable[..., GmsaModel]
@@ -77,6 +78,17 @@ def test_loss_and_gradients_are_those_of_the_padded_forward(
     assert packed[2].keys() == padded[2].keys()
     for name, gradient in padded[2].items():
         assert (packed[2][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_the_encoder_reads_by_its_own_embeddings(tiny_model: Build) -> None:
+    # A stage that trained the whole decoder has left it a copy.
+    model = tiny_model("qwen2")
+    for parameter in model.set_trainable(["decoder"]):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.set_trainable(["encoder", "lsa", "decoder-qkv"])
+    assert why_not(model) is None
+    padded, packed = both(model, rows())
+    assert packed[0] == pytest.approx(padded[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -194,6 +206,16 @@ def test_a_line_has_a_place_for_every_token() -> None:
 )
 def test_what_cannot_be_packed(tiny_model: Build, family: str, fields: dict[str, Any], reason: str) -> None:
     assert reason in str(why_not(tiny_model(family, **fields)))
+
+
+def test_what_a_gpu_cannot_pack(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+    assert why_not_on_cuda(model, bf16=True) is None
+    assert "bf16" in str(why_not_on_cuda(model, bf16=False))
+    layers_of(model.decoder.model)[0].self_attn.head_dim = 12
+    assert "12 values" in str(why_not_on_cuda(model, bf16=True))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "2.11" in str(why_not_on_cuda(model, bf16=True))
 
 
 def test_a_trained_head_cannot_be_packed(tiny_model: Build) -> None:

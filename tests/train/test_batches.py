@@ -277,6 +277,11 @@ def test_as_many_rows_as_the_budget_holds(budget: int, full: int) -> None:
         assert sizes.most_common(1)[0][0] == max(sizes) == full
 
 
+def test_longer_crops_than_contexts_may_be_are_counted_whole() -> None:
+    rows = planned([4000] * 60, 512, [256], None, 64)
+    assert {len(batch) for batch in epochs_of(rows, 0, 1)[0]} == {2}
+
+
 @pytest.mark.parametrize("count", [1, 4, 7])
 def test_so_many_rows_in_a_batch_whatever_their_length(count: int) -> None:
     batches = epochs_of(planned([1 + 97 * i for i in range(42)], 5, None, count), 0, 1)[0]

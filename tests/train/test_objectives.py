@@ -268,6 +268,9 @@ def test_frozen_lora_drops_nothing_out(tiny_model: Callable[..., GmsaModel]) -> 
     assert not torch.equal(model(**given)["logits"], model(**given)["logits"])
     soft = [model.compress(*(given[k] for k in ("window_ids", "window_mask", "window_memories")), 2) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*soft, strict=True))  # the encoder's is still frozen
+    model.set_trainable(["decoder-qkv"])  # beside LoRA that is frozen again
+    model.train()
+    assert torch.equal(model(**given)["logits"], model(**given)["logits"])
 
 
 # -- gradient checkpointing --------------------------------------------------------------------------------------------
