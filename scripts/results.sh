@@ -23,16 +23,16 @@ texts=$data/text_dev.jsonl.gz
 data_of() { echo "$data/$1.jsonl.gz"; }
 all="gmsa,gmsa-chosen-sentences,gmsa-bm25-sentences,gmsa-embedding-sentences,gmsa-hybrid"
 all="$all,chosen-sentences-trained,bm25-sentences-trained,embedding-sentences-trained,original-prompt-trained,closed-book-trained"
-others=semantic-compression-trained,snapkv-trained,kvzip-trained,semanticache-trained
+others=semantic-compression-trained,semantic-summary-trained,snapkv-trained,kvzip-trained,semanticache-trained
 for set in squad nq; do
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 500 --methods "$all" -o "$out/qa-$set"
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --merge-size 1,2,16 --limit 500 --methods gmsa -o "$out/qa-$set-rates"
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 200 -o "$out/others-$set" \
-        --methods "$others,semantic-summary-trained,llmlingua-trained"
+        --methods "$others,llmlingua-trained"
 done
 for set in hotpotqa 2wiki narrativeqa; do
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 200 --methods "$all" -o "$out/qa-$set"
-    "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 200 --methods "$others" -o "$out/others-$set"
+    "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 200 --methods "$others,llmlingua-trained" -o "$out/others-$set"
 done
 
 # Long contexts, RULER's tasks, and summaries
