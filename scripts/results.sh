@@ -27,12 +27,13 @@ others=semantic-compression-trained,semantic-summary-trained,snapkv-trained,kvzi
 for set in squad nq; do
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 500 --methods "$all" -o "$out/qa-$set"
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --merge-size 1,2,16 --limit 500 --methods gmsa -o "$out/qa-$set-rates"
-    "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 200 -o "$out/others-$set" \
-        --methods "$others,llmlingua-trained"
 done
 for set in hotpotqa 2wiki narrativeqa; do
     "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 200 --methods "$all" -o "$out/qa-$set"
-    "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 200 --methods "$others,llmlingua-trained" -o "$out/others-$set"
+done
+for set in squad nq hotpotqa 2wiki narrativeqa; do
+    "$gmsa" eval qa --data "$(data_of qa_dev_$set)" --text-decoder default --merge-size 4,8 --limit 200 -o "$out/others-$set" \
+        --methods "$others,llmlingua-trained"
 done
 
 # Long contexts, RULER's tasks, and summaries
