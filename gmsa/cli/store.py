@@ -288,9 +288,12 @@ def import_(options: argparse.Namespace) -> None:
         for path in options.files:
             with collected(bad):
                 reports.append(store.import_(path))
-    evicted = [id for report in reports for id in report.evicted]
-    added = [id for report in reports for id in report.added if id not in evicted]
-    present = [id for report in reports for id in report.present if id not in evicted]
+    became: dict[str, str] = {}  # of each memory, after the last file: one may push out what another brings again
+    for report in reports:
+        became |= dict.fromkeys(report.evicted, "evicted") | dict.fromkeys(report.added, "added")
+        became = dict.fromkeys(report.present, "present") | became
+    names = "added", "present", "evicted"
+    added, present, evicted = ([id for id, what in became.items() if what == name] for name in names)
     refused = [damage for report in reports for damage in report.refused]
     facts = {"added": added, "present": present, "evicted": evicted, "refused": [*map(dataclasses.asdict, refused)]}
     gone = f", removed {len(evicted)} to keep to the size" if evicted else ""

@@ -1025,6 +1025,11 @@ def test_an_import_tells_what_made_room(
     assert run("store", "import", str(tmp_path / "x.tar"), *there)["evicted"] == ids[:2]
     assert cli.main(["store", "import", str(tmp_path / "x.tar"), *there[:1], str(tmp_path / "4"), *there[2:]]) == 0
     assert "added 1, there before 0, refused 0, removed 2 to keep to the size" in capsys.readouterr().err
+    for id in ids[:2]:  # the first is pushed out by the second, and brought again by a third file
+        store.export([id], tmp_path / f"{id}.tar")
+    files = [str(tmp_path / f"{id}.tar") for id in (ids[0], ids[1], ids[0])]
+    told = run("store", "import", *files, *there[:1], str(tmp_path / "5"), *there[2:])
+    assert (told["added"], told["present"], told["evicted"]) == (ids[:1], [], ids[1:2])
 
 
 def test_a_file_of_compress_names_no_text(tmp_path: Path, run: Callable[..., Any]) -> None:
