@@ -15,8 +15,9 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from gmsa.io.urls import (
     pack,
     read_lines,
     to_parquet,
+    troubles,
     unpack,
 )
 from gmsa.model.merging import check_merge_size
@@ -57,6 +59,7 @@ SETTINGS = (
     "max_row_bytes",
     "shard_bytes",
 )
+MAX_THREADS = 4096
 ATTEMPTS = 3  # of Ray at a shard, before it is held to be what kills workers
 
 
@@ -69,11 +72,11 @@ class Job:
     workers: int = 1  # models at work; several need Ray
     threads: int | None = None  # per worker; None: torch's own number here, the CPUs shared out under Ray
     shard_bytes: int = 1 << 20  # of text per shard, about; what a worker that dies may lose
-    model: str = DEFAULT_MODEL
+    model: str | Path = DEFAULT_MODEL
     merge_size: int = 4
     refine: int = 0
     form: str = "bfloat16"  # of the soft tokens kept; or "float32", or "int8" with one scale per soft token
-    dtype: str | None = None
+    dtype: str | torch.dtype | None = None
     batch_size: int = 8
     text_field: str = "text"
     id_field: str = "id"  # the rows' other fields are kept as JSON
@@ -82,12 +85,14 @@ class Job:
     fingerprint: str = ""  # of the model's compressor; found out
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", str(self.model))  # as the manifest tells it
+        object.__setattr__(self, "dtype", str(self.dtype or fast_dtype()).removeprefix("torch."))  # of all machines
         check_merge_size(self.merge_size)
         check_whole("refine", self.refine, least=0, error=InputError)
         for name in ("workers", "shard_bytes", "batch_size", "max_row_bytes"):
             check_whole(name, getattr(self, name), error=InputError)
-        if self.threads is not None:
-            check_whole("threads", self.threads, error=InputError)
+        if self.threads is not None and check_whole("threads", self.threads, error=InputError) > MAX_THREADS:
+            raise InputError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
         allowed = {"engine": ("local", "ray"), "form": tuple(DTYPES), "on_error": ("fail", "skip")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -158,8 +163,8 @@ class CorpusRow(NamedTuple):
 
 
 def compress_corpus(
-    inputs: Sequence[str],
-    output: str,
+    inputs: Iterable[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     *,
     progress: Callable[[Record, int, int], None] = lambda record, read, of: None,
     **options: Any,
@@ -175,12 +180,15 @@ def compress_corpus(
     Raises:
         CorpusError: an input cannot be read, a row is bad (naming file and line), the folder holds another corpus, the
             disk is full, a shard ends every worker that tries it, ...
+        InputError: no inputs, or an option that cannot be.
     """
     started = time.perf_counter()
+    if isinstance(inputs, str | os.PathLike) or not (names := [os.fspath(each) for each in inputs]):
+        raise InputError("inputs must be a list of paths, globs or URLs, and not empty")
+    output = os.fspath(output)
     job = Job(output, **options)
-    # All machines compute alike: in the dtype of this one.
-    job = replace(job, fingerprint=_fingerprint(job), dtype=job.dtype or str(fast_dtype()).removeprefix("torch."))
-    sources = find_sources(inputs)
+    job = replace(job, fingerprint=_fingerprint(job))
+    sources = find_sources(names)
     folder = CorpusFolder(output)
     if any(open_url(source.path)[1].rpartition("/")[0] == folder.path.rstrip("/") for source in sources):
         raise CorpusError(f"{output} holds what is read: name another folder to write")
@@ -203,7 +211,7 @@ def compress_corpus(
                 records[shard.number] = record
                 done_now += 1
                 progress(record, shard.lines[-1].read, size)
-        if find_sources(inputs) != sources:
+        if find_sources(names) != sources:
             raise CorpusError("the inputs changed while they were read")
         counts = folder.finish(job, [records[number] for number in sorted(records)])
     worker_seconds = round(sum(record.seconds for record in records.values()), 3)
@@ -212,7 +220,7 @@ def compress_corpus(
 
 def _fingerprint(job: Job) -> str:
     """Of the model's compressor: read from an exported compressor's folder, else the model is loaded."""
-    folder = checkpoint.find_folder(str(BUNDLED) if job.model == DEFAULT_MODEL else job.model, None, None, False)
+    folder = checkpoint.find_folder(str(BUNDLED) if job.model == DEFAULT_MODEL else str(job.model), None, None, False)
     recorded = getattr(checkpoint.read_config(folder), "fingerprint", None)
     return recorded or GMSA.from_pretrained(job.model, dtype=job.dtype).fingerprint
 
@@ -414,16 +422,18 @@ def _file(shard: int, kind: str = "parquet") -> str:
 class CorpusFolder:
     """Where a corpus goes, at a path or URL: manifest, shards, records."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | os.PathLike[str]) -> None:
         fs, self.path = open_url(url)
         self.local = isinstance(fs, LocalFileSystem)
+        self.troubles = troubles(fs)
         self.fs = DirFileSystem(self.path, fs)  # takes names of files in it
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Make the folder; on a local disk keep other runs out of it. Raises CorpusError if there is one."""
-        with one_line_errors(f"write to {self.path}", OSError):
+        with one_line_errors(f"write to {self.path}", *self.troubles):
             self.fs.makedirs("", exist_ok=True)
+        with one_line_errors(f"write to {self.path}", OSError):
             lock = FileLock(f"{self.path}/.lock", timeout=0) if self.local else contextlib.nullcontext()
             try:
                 with lock:
@@ -434,7 +444,7 @@ class CorpusFolder:
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file, whole or not at all: object stores do so, on a local disk it is renamed. Raises CorpusError."""
         path = f"{self.path}/{name}"
-        with one_line_errors(f"write {path}", OSError):
+        with one_line_errors(f"write {path}", *self.troubles):
             if not self.local:
                 self.fs.pipe_file(name, bytes(content))
                 return
@@ -445,13 +455,17 @@ class CorpusFolder:
         """What the manifest says; None if there is none. Raises CorpusError if it is damaged, or of another kind."""
         try:
             found = json.loads(self.fs.cat_file(MANIFEST))
-            if found["format"] != FORMAT or not found["settings"] or not isinstance(found["sources"], list):
-                raise ValueError(f"it must have settings, sources and the format {FORMAT}")
+            kinds = {"settings": dict, "sources": list, "complete": bool}
+            fit = all(isinstance(found[name], kind) for name, kind in kinds.items()) and found["settings"]
+            if found["format"] != FORMAT or not fit or (found["complete"] and not isinstance(found["files"], list)):
+                raise ValueError(f"it must have settings, sources, files and the format {FORMAT}")
             return found
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise CorpusError(f"{self.path}/{MANIFEST} is damaged or no manifest: {error}") from error
+        except self.troubles as error:
+            raise CorpusError(f"cannot read {self.path}/{MANIFEST}: {error}") from error
 
     def begin(self, job: Job, sources: Sequence[Source]) -> None:
         """Write the manifest of a new corpus, or check that the one that is there is of the same job."""
@@ -503,13 +517,13 @@ class CorpusFolder:
         self.write(MANIFEST, (json.dumps({"format": FORMAT, **facts}, indent=1, sort_keys=True) + "\n").encode())
 
 
-def bad_rows(output: str, limit: int) -> list[str]:
+def bad_rows(output: str | os.PathLike[str], limit: int) -> list[str]:
     """The first bad rows of a finished corpus, a line each."""
     rows = map(json.loads, CorpusFolder(output).fs.cat_file(BAD_ROWS).splitlines()[:limit])
     return ["{source}, line {line}: {reason}".format(**row) for row in rows]
 
 
-def read_corpus(output: str) -> Iterator[CorpusRow]:
+def read_corpus(output: str | os.PathLike[str]) -> Iterator[CorpusRow]:
     """The rows of a finished corpus, in the order of its input. Every file is checked against its SHA-256 first.
 
     Raises:
@@ -520,12 +534,14 @@ def read_corpus(output: str) -> Iterator[CorpusRow]:
     if manifest is None or not manifest["complete"]:
         raise CorpusError(f"{output} holds no finished corpus: run `gmsa compress-corpus` to its end")
     names = ("form", "merge_size", "fingerprint", "refine")
-    form, size, fingerprint, refined = (manifest["settings"][name] for name in names)
-    for facts in manifest["files"]:
-        with one_line_errors(f"read {folder.path}/{facts['file']}", OSError):
-            content = folder.fs.cat_file(facts["file"])
-        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
-            raise CorpusError(f"{facts['file']} is damaged (its SHA-256 differs): delete it and run the job again")
+    with one_line_errors(f"use the manifest of {folder.path}", KeyError, TypeError):
+        form, size, fingerprint, refined = (manifest["settings"][name] for name in names)
+        files = [(facts["file"], facts["sha256"]) for facts in manifest["files"]]
+    for file, sha256 in files:
+        with one_line_errors(f"read {folder.path}/{file}", *folder.troubles):
+            content = folder.fs.cat_file(file)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise CorpusError(f"{file} is damaged (its SHA-256 differs): delete it and run the job again")
         for row in from_parquet(content):
             memory = Memory(unpack(row, form), size, row["origin_tokens"], fingerprint, refined)
             yield CorpusRow(row["source"], row["place"], row["id"], json.loads(row["rest"] or "{}"), memory)

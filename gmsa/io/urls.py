@@ -6,6 +6,8 @@ Memories become rows of Parquet files, which any reader of Parquet can read.
 import contextlib
 import hashlib
 import lzma
+import os
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,10 +26,11 @@ from torch import Tensor
 from gmsa.errors import CorpusError, GmsaError
 from gmsa.io.files import expand, int8_rows
 from gmsa.io.memory import DTYPES
+from gmsa.text import check_text
 
 BLOCK = 1 << 20
 # What files that are missing, cut off, damaged or packed in an unknown way raise; pyarrow's errors are of these, too.
-UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 COLUMNS = {
     "source": pa.string(),  # path of the input file
     "place": pa.int64(),  # byte the line begins at (of the file unpacked), or row number
@@ -69,10 +72,18 @@ def one_line_errors(what: str, *kinds: type[BaseException]) -> Iterator[None]:
         raise CorpusError(f"cannot {what}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def open_url(url: str) -> tuple[AbstractFileSystem, str]:
+def open_url(url: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     """The file system of a path or URL, and the path in it; a CorpusError where a package for it is missing."""
+    url = os.fspath(url)
+    if "://" not in url:  # fsspec would take "a::b" for a chain of file systems, "a:b" for one named a
+        return LocalFileSystem(), os.path.abspath(expand(url))  # noqa: PTH100  `Path` keeps ".."
     with one_line_errors(f"reach {url}", ImportError, ValueError):
-        return fsspec.core.url_to_fs(str(expand(url)) if "://" not in url else url)
+        return fsspec.core.url_to_fs(url)
+
+
+def troubles(fs: AbstractFileSystem) -> tuple[type[Exception], ...]:
+    """What reading raises where it fails: elsewhere whatever the package that reaches a store raises."""
+    return UNREADABLE if isinstance(fs, LocalFileSystem) else (Exception,)
 
 
 def find_sources(patterns: Sequence[str]) -> list[Source]:
@@ -80,11 +91,12 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
 
     Raises:
         CorpusError: there is none, one is named twice, is of another kind, or cannot be read.
+        InputError: its name is no text.
     """
     sources: dict[str, Source] = {}
     for pattern in patterns:
         fs, path = open_url(pattern)
-        with one_line_errors(f"read {pattern}", *UNREADABLE):
+        with one_line_errors(f"read {pattern}", *troubles(fs)):
             paths = [path] if fs.isfile(path) else sorted(found for found in fs.glob(path) if fs.isfile(found))
             if not paths:
                 raise CorpusError(f"no file matches {pattern}")
@@ -94,6 +106,7 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
                     raise CorpusError(f"{name} is neither .jsonl (also compressed) nor .parquet")
                 if name in sources:
                     raise CorpusError(f"named twice: {name}")
+                check_text(name, f"the file name {name!r}")  # it is kept with every memory
                 size = fs.size(path)
                 ends = f"{size} ".encode() + fs.head(path, 1 << 16) + fs.tail(path, 1 << 16)
                 sources[name] = Source(name, size, hashlib.sha256(ends).hexdigest()[:16])
@@ -113,7 +126,7 @@ def read_lines(url: str, longest: int, text_field: str) -> Iterator[Line]:
     """
     fs, path = open_url(url)
     packed = infer_compression(path)
-    with one_line_errors(f"read {url}", *UNREADABLE), fs.open(path, "rb") as file:
+    with one_line_errors(f"read {url}", *troubles(fs)), fs.open(path, "rb") as file:
         number = place = 0
         if path.endswith(".parquet"):
             table = pq.ParquetFile(file)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -567,3 +568,70 @@ def test_what_is_read_is_not_written_into(model: str, tmp_path: Path) -> None:
 def test_a_job_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} must be a whole number >= 1"):
         Job("out", **{name: 0})
+
+
+def test_paths_and_types_are_taken_as_elsewhere(model: str, corpus: Path, tmp_path: Path) -> None:
+    given = {"model": Path(model), "dtype": torch.float32, "form": "float32"}
+    totals = compress_corpus((path for path in [corpus]), tmp_path / "out", **given)
+    assert len(list(read_corpus(tmp_path / "out"))) == totals.rows == len(TEXTS)
+    for inputs in (str(corpus), corpus, []):
+        with pytest.raises(InputError, match="inputs must be a list of paths"):
+            compress_corpus(inputs, tmp_path / "other")
+    with pytest.raises(InputError, match="threads must be at most"):
+        Job("out", threads=9_999_999_999)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["a::b", "file:b", "s3:b"])
+def test_a_path_with_colons_is_a_path(run: Callable[..., Totals], tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n')
+    assert run(tmp_path / f"{name}.jsonl", output=str(tmp_path / name)).rows == 1
+    assert [row.source for row in read_corpus(tmp_path / name)] == [str(tmp_path / f"{name}.jsonl")]
+
+
+class Unreachable(MemoryFileSystem):
+    """A file system whose package raises errors of its own."""
+
+    protocol = "unreachable"
+
+    def isfile(self, path: str) -> bool:
+        raise RuntimeError("no such host")
+
+
+def test_inputs_that_cannot_be_read_are_one_line(run: Callable[..., Totals], tmp_path: Path) -> None:
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    (tmp_path / "bad.jsonl.zip").write_bytes(b"PK not a zip")
+    named = tmp_path / os.fsdecode(b"b\xff.jsonl")
+    named.write_text('{"text": "one"}\n')
+    for path, error, says in (
+        ("unreachable://x.jsonl", CorpusError, "cannot read unreachable://x.jsonl: no such host"),
+        (tmp_path / "bad.jsonl.zip", CorpusError, "not a zip file"),
+        (named, InputError, "the file name .* holds half a surrogate pair"),
+    ):
+        with pytest.raises(error, match=says):
+            run(path)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"format": "gmsa-corpus-1", "settings": [1], "sources": []}', '{"complete": true}', "[]", None]
+)
+def test_a_manifest_that_is_none(tmp_path: Path, content: str | None) -> None:
+    if content is None:
+        (tmp_path / "out").write_text("a file")
+    else:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "manifest.json").write_text(content)
+    with pytest.raises(CorpusError, match=r"damaged or no manifest|cannot read"):
+        list(read_corpus(tmp_path / "out"))
+
+
+def test_a_manifest_that_lacks_something(run: Callable[..., Totals], corpus: Path, tmp_path: Path) -> None:
+    run(corpus)
+    path = tmp_path / "out" / "manifest.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "settings": {"form": "float32"}}))
+    with pytest.raises(CorpusError, match="cannot use the manifest"):
+        list(read_corpus(tmp_path / "out"))
+    path.write_text(json.dumps({name: value for name, value in whole.items() if name != "files"}))
+    with pytest.raises(CorpusError, match="damaged or no manifest"):
+        list(read_corpus(tmp_path / "out"))
