@@ -261,19 +261,26 @@ def _code(error: sqlite3.Error) -> int:
 # -- inside a transaction ----------------------------------------------------------------------------------------------
 
 
-def find_row(db: sqlite3.Connection, key: str | int) -> Row:
-    """The row of a memory, by id or number.
+def find_row(db: sqlite3.Connection, id: str) -> Row:
+    """The row of a memory.
 
     Raises:
         MemoryNotFoundError: there is none.
     """
     row = None
-    if isinstance(key, int) or (isinstance(key, str) and ID.fullmatch(key)):
-        column = "number" if isinstance(key, int) else "id"
-        row = db.execute(f"SELECT {ROW} FROM memories WHERE {column} = ?", (key,)).fetchone()
+    if isinstance(id, str) and ID.fullmatch(id):
+        row = db.execute(f"SELECT {ROW} FROM memories WHERE id = ?", (id,)).fetchone()
     if row is None:
-        raise not_found(key)
+        raise not_found(id)
     return row
+
+
+def id_of(db: sqlite3.Connection, number: int) -> str:
+    """The id in the row with a number. Raises MemoryNotFoundError: there is none."""
+    row = db.execute("SELECT id FROM memories WHERE number = ?", (number,)).fetchone()
+    if row is None:
+        raise not_found(number)
+    return row[0]
 
 
 def not_found(id: object) -> MemoryNotFoundError:
