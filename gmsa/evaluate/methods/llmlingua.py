@@ -73,7 +73,8 @@ class LLMLingua(TextMethod):
     def __init__(self, models: Models, reader: GMSA) -> None:
         super().__init__(models, reader)
         self.compressor = make_compressor(models.backbone)
-        self.made_with = f"llmlingua, asked twice, on backbone {(models.backbone.config.decoder or {}).get('fingerprint')}"
+        backbone = (models.backbone.config.decoder or {}).get("fingerprint")
+        self.made_with = f"llmlingua, asked twice, on backbone {backbone}"
 
     @torch.no_grad()
     def shorten(self, context: str, question: str, budget: int) -> str:
