@@ -23,6 +23,7 @@ from gmsa.errors import (
     MemoryNotFoundError,
     MemoryTooLargeError,
     StoreError,
+    check_whole,
 )
 from gmsa.io import archive, database
 from gmsa.io.archive import check_notes
@@ -109,11 +110,9 @@ class MemoryStore:
     ) -> None:
         if form not in FORMS:
             raise ConfigError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        if max_bytes is not None and max_bytes < 1:
-            raise ConfigError(f"max_bytes must be at least 1, got {max_bytes}")
-        if "\0" in os.fspath(path):
-            raise StoreError(f"{os.fspath(path)!r} cannot be a memory store: no path holds a NUL")
-        self.path = expand(path).absolute()  # SQLite's ":memory:" is a file here
+        if max_bytes is not None:
+            check_whole("max_bytes", max_bytes)
+        self.path = expand(check_path(path)).absolute()  # SQLite's ":memory:" is a file here
         self.max_bytes = max_bytes
         self.form = form
         try:
@@ -179,6 +178,8 @@ class MemoryStore:
             InputError, ConfigError: nothing that can be compressed, or a label or metadata that cannot be kept.
             MemoryTooLargeError: the memory is larger than the cap.
         """
+        merge_size = check_whole("merge_size", merge_size)  # a number, as the key is made of it
+        refine = check_whole("refine", refine, least=0, error=InputError)
         id = self.key(text, gmsa.fingerprint, merge_size, refine)
         if (found := self.recall(id, label=label, metadata=metadata)) is not None:
             return *found, True
@@ -292,8 +293,8 @@ class MemoryStore:
         Raises:
             MemoryNotFoundError: none does. InputError: several do, or these are no such digits.
         """
-        if not re.fullmatch("[0-9a-f]{4,64}", prefix):
-            raise InputError(f"{prefix[:64]!r} is no id: give at least the first four of its hex digits")
+        if not isinstance(prefix, str) or not re.fullmatch("[0-9a-f]{4,64}", prefix):
+            raise InputError(f"{str(prefix)[:64]!r} is no id: give at least the first four of its hex digits")
         query = "SELECT id FROM memories WHERE id >= ? AND id < ? ORDER BY id LIMIT 2"
         with self._database.reading() as db:  # "g" comes after every hex digit
             found = db.execute(query, (prefix, prefix + "g")).fetchall()
@@ -350,8 +351,9 @@ class MemoryStore:
             InputError: a negative limit or offset, or what can be no label or metadata.
         """
         check_notes(label, metadata)
-        if offset < 0 or (limit is not None and limit < 0):
-            raise InputError(f"limit and offset must be at least 0, got {limit} and {offset}")
+        check_whole("offset", offset, least=0, error=InputError)
+        if limit is not None:
+            check_whole("limit", limit, least=0, error=InputError)
         with self._database.reading() as db:
             fitting = (
                 entry for entry in database.whole_entries(db, label) if not metadata or holds(entry.metadata, metadata)
@@ -420,7 +422,7 @@ class MemoryStore:
     def _examine(self, key: str | int) -> "tuple[StoredMemory, Tensor] | Damage":
         """A memory, by id or number, and its soft tokens as they are stored; or what is wrong with it."""
         with self._database.reading() as db:
-            row, label = find_row(db, key), None
+            row, label = database.row_at(db, key) if isinstance(key, int) else find_row(db, key), None
             try:
                 label = entry_of(row).label
                 found = database.read_chunks(db, row)
@@ -444,11 +446,14 @@ class MemoryStore:
             InputError: not one memory for a file that holds one; the file is the store's own.
             StoreError: the file cannot be written.
         """
-        path, report = Path(file), ExportReport()
+        path, report = Path(check_path(file)), ExportReport()
         one_file = path.suffix == archive.SUFFIX
         own = [Path(f"{self.path}{end}") for end in ("", "-wal", "-shm", "-claims")]
         if path.exists() and any(one.exists() and path.samefile(one) for one in own):
             raise InputError(f"{path} belongs to the store itself: name another file to write")
+        for id in ids or ():
+            if not isinstance(id, str):
+                raise database.not_found(id)
         keys: Sequence[str | int] = self._numbers() if ids is None else [*dict.fromkeys(ids)]
         if one_file and len(keys) != 1:
             raise InputError(f"{path} can hold one memory, not {len(keys)}: name one, or a file that ends in .tar")
@@ -485,7 +490,7 @@ class MemoryStore:
             StoreError: the store cannot be written to; what was taken in before stays.
         """
         report = ImportReport()
-        for name, raw in archive.read_files(Path(file)):
+        for name, raw in archive.read_files(Path(check_path(file))):
             try:
                 entry, rows = archive.unpack(raw)
                 stored = self._add(entry, rows)
@@ -497,6 +502,13 @@ class MemoryStore:
         for ids in (report.added, report.present):
             ids[:] = [id for id in ids if id not in gone]
         return report
+
+
+def check_path(path: object) -> str | os.PathLike[str]:
+    """The path, if it can be one of a file. Raises StoreError."""
+    if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
+        raise StoreError(f"{path!r} is no path of a file: one is a text without NUL, or a `Path`")
+    return path
 
 
 def memory_of(entry: StoredMemory, rows: "Tensor") -> "Memory":

@@ -275,12 +275,12 @@ def find_row(db: sqlite3.Connection, id: str) -> Row:
     return row
 
 
-def id_of(db: sqlite3.Connection, number: int) -> str:
-    """The id in the row with a number. Raises MemoryNotFoundError: there is none."""
-    row = db.execute("SELECT id FROM memories WHERE number = ?", (number,)).fetchone()
+def row_at(db: sqlite3.Connection, number: int) -> Row:
+    """The row with a number, whatever its id says. Raises MemoryNotFoundError: there is none."""
+    row = db.execute(f"SELECT {ROW} FROM memories WHERE number = ?", (number,)).fetchone()
     if row is None:
         raise not_found(number)
-    return row[0]
+    return row
 
 
 def not_found(id: object) -> MemoryNotFoundError:

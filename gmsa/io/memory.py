@@ -11,9 +11,11 @@ What it writes out (`encode`) are memory files, too. A second SHA-256 in the hea
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -51,6 +53,8 @@ class Memory:
     refined: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.soft_tokens, Tensor):
+            raise InputError(f"soft tokens are a tensor (M, d), got {type(self.soft_tokens).__name__}")
         if self.soft_tokens.dim() != 2 or not self.soft_tokens.is_floating_point() or not len(self.soft_tokens):
             raise MemoryFileError(
                 f"soft tokens must be a non-empty (M, d) floating tensor, got {tuple(self.soft_tokens.shape)} "
@@ -58,6 +62,10 @@ class Memory:
             )
         if not bool(torch.isfinite(self.soft_tokens).all()):
             raise MemoryFileError("the memory holds values that are not finite: it is damaged, compress the text anew")
+        try:
+            _counts(vars(self), self.soft_tokens)
+        except (ValueError, TypeError) as error:
+            raise MemoryFileError(f"no such memory can be: {error}") from error
 
     def __len__(self) -> int:
         return len(self.soft_tokens)
@@ -121,12 +129,16 @@ class Memory:
         return cls.from_bytes(raw, str(path))
 
     @classmethod
-    def from_bytes(cls, raw: bytes, name: str = "it") -> "Memory":
+    def from_bytes(cls, raw: bytes | bytearray | memoryview, name: str = "it") -> "Memory":
         """Read what such a file holds; errors are about `name`.
 
         Raises:
             MemoryFileError: it is damaged or something else.
+            InputError: these are no bytes.
         """
+        if not isinstance(raw, bytes | bytearray | memoryview):
+            raise InputError(f"the bytes of a memory file are wanted, got {type(raw).__name__}")
+        raw = bytes(raw)
         try:
             tensors, header = _read(raw)
             if header.get("format") not in (FORMAT, INT8_FORMAT):
@@ -211,7 +223,7 @@ def _read(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}
 
 
-def _counts(header: dict[str, str], rows: Tensor) -> tuple[int, int]:
+def _counts(header: Mapping[str, Any], rows: Tensor) -> tuple[int, int]:
     """Merge size and origin tokens by a header; ValueError where that many soft tokens cannot stand for them."""
     merge_size, origin_tokens = int(header["merge_size"]), int(header["origin_tokens"])
     if not (1 <= merge_size < 2**32 and 1 <= len(rows) <= origin_tokens <= merge_size * len(rows)):

@@ -1,11 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from gmsa import Memory
-from gmsa.errors import MemoryFileError
+from gmsa.errors import InputError, MemoryFileError
 from gmsa.io.memory import FIELDS, encode, to_rows
 
 
@@ -121,3 +122,21 @@ def test_more_tokens_than_soft_tokens_can_stand_for_are_refused() -> None:
     raw = encode(to_rows(memory.soft_tokens, "float32"), "float32", facts)
     with pytest.raises(MemoryFileError, match="cannot stand for 21 tokens at 4x"):
         Memory.from_bytes(raw)
+
+
+def test_bytes_of_any_kind_are_read(tmp_path: Path) -> None:
+    memory = make()
+    memory.save(tmp_path / "m")
+    raw = (tmp_path / "m").read_bytes()
+    for kind in (bytes, bytearray, memoryview):
+        assert Memory.from_bytes(kind(raw)).digest == memory.digest
+    with pytest.raises(InputError, match="the bytes of a memory file are wanted, got str"):
+        Memory.from_bytes(str(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("merge_size", "tokens"), [(0, 5), (2, 11), (2, 4), ("4", None)])
+def test_a_memory_that_cannot_be_is_not_made(merge_size: Any, tokens: Any) -> None:
+    with pytest.raises(MemoryFileError, match="no such memory can be"):
+        Memory(torch.zeros(5, 4), merge_size, tokens, "abc")
+    with pytest.raises(InputError, match="soft tokens are a tensor"):
+        Memory([1.0], 2, 2, "abc")  # type: ignore[arg-type]

@@ -243,7 +243,7 @@ def test_finding_and_listing(store: MemoryStore) -> None:
     assert store.list(label="A") == []
     assert store.list(metadata={"even": True}, limit=2, offset=1) == newest[3::2]
     assert store.list(metadata={"n": 3, "even": False}) == [entries[3]]
-    with pytest.raises(InputError, match="at least 0"):
+    with pytest.raises(InputError, match=">= 0"):
         store.list(limit=-1)
     assert store.list(metadata={"n": True}) == []  # n is 1 there, which Python takes for True
     assert store.find(f"{TEXT} 3", "0123456789abcdef", 4) == entries[3]
@@ -839,7 +839,7 @@ NOTES = {"id": "a" * 64, "metadata": "{}", "created": "1.0"}
         (first(lambda raw: file_bytes(BAD, "float32", **NOTES | {"created": "nan"})), "no memory"),
         (first(lambda raw: file_bytes(BAD, "float32", id="a" * 64, metadata="{}")), "its header is wrong"),
         (first(lambda raw: file_bytes(BAD, "float32", **NOTES | {"metadata": "[" * 10**5})), "its header is wrong"),
-        (first(lambda raw: file_bytes(replace(BAD, origin_tokens=2**60), "float32", **NOTES)), "cannot stand for"),
+        (first(lambda raw: file_bytes(BAD, "float32", **NOTES | {"origin_tokens": str(2**60)})), "cannot stand for"),
     ],
 )
 def test_one_bad_memory_is_refused_and_the_rest_comes_in(
@@ -1119,3 +1119,39 @@ def test_a_memory_file_is_not_replaced_by_none(tmp_path: Path, store: MemoryStor
     with MemoryStore(store.path) as damaged, pytest.raises(MemoryFileError, match=entry.id[:12]):
         damaged.export(None, out)
     assert out.read_bytes() == before
+
+
+def test_an_id_is_a_text(store: MemoryStore, tmp_path: Path) -> None:
+    id = store.put("one", make("one")).id
+    calls: list[Callable[[Any], object]] = [store.load, store.entry, lambda it: store.export([it], tmp_path / "x.tar")]
+    for wrong in (1, True, None, 1.0):
+        assert not store.delete(wrong)
+        for call in calls:
+            with pytest.raises(MemoryNotFoundError):
+                call(wrong)
+        with pytest.raises(InputError, match="is no id"):
+            store.resolve(wrong)
+    assert store.entry(id).id == id
+
+
+def test_what_can_be_no_setting_is_one_clear_error(store: MemoryStore, tmp_path: Path) -> None:
+    for cap in ("1G", True, 1.5):
+        with pytest.raises(ConfigError, match="max_bytes must be a whole number"):
+            MemoryStore(tmp_path / "s", max_bytes=cap)  # type: ignore[arg-type]
+    for limit in ("5", 1.5):
+        with pytest.raises(InputError, match="limit must be a whole number"):
+            store.list(limit=limit)  # type: ignore[arg-type]
+    for path in ("a\0b", None, 3):
+        for call in (MemoryStore, store.import_, lambda file: store.export(None, file)):
+            with pytest.raises(StoreError, match="is no path of a file"):
+                call(path)  # type: ignore[operator]
+
+
+def test_a_merge_size_is_a_number_before_it_is_part_of_a_key(store: MemoryStore) -> None:
+    model: Any = FakeGmsa()
+    made = store.get_or_compress(model, "text of it", 2)
+    assert store.get_or_compress(model, "text of it", torch.tensor(2))[2]  # type: ignore[arg-type]
+    assert [entry.id for entry in store.list()] == [made[0].id]
+    for options in ({"merge_size": "2"}, {"merge_size": 2, "refine": False}):
+        with pytest.raises((ConfigError, InputError), match="must be a whole number"):
+            store.get_or_compress(model, "text of it", **options)
