@@ -7,6 +7,7 @@ they say whom.
 
 import functools
 import logging
+import math
 import re
 import sys
 import threading
@@ -144,10 +145,17 @@ def ranked(texts: Sequence[str], question: str, rank: Rank) -> list[tuple[list[s
         if sentences and document:
             sentences[-1] += "\n\n"
         sentences += document
+    if not callable(rank):
+        raise InputError(f"rank must be a function of sentences and a question, got {type(rank).__name__}")
     given: object = rank(sentences, question)
     if not isinstance(given, Iterable):
         raise InputError(f"rank must give a score for each sentence, got {type(given).__name__}")
-    scores = list(given)
+    try:
+        scores = [math.nan if isinstance(score, str) else float(score) for score in given]
+    except (TypeError, ValueError):
+        scores = [math.nan]
+    if not all(map(math.isfinite, scores)):
+        raise InputError("rank must give a finite number for each sentence")
     if len(scores) != len(sentences):
         raise InputError(f"rank gave {len(scores)} scores for {len(sentences)} sentences")
     found: list[tuple[list[str], Sequence[float]]] = []

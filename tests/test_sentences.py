@@ -127,6 +127,11 @@ def test_a_rank_must_rank_every_sentence() -> None:
         ranked(["One. Two."], "one?", lambda sentences, question: [1.0])
     with pytest.raises(InputError, match="a score for each sentence, got NoneType"):
         ranked(["One. Two."], "one?", lambda sentences, question: None)  # type: ignore[arg-type, return-value]
+    for scores in ([math.nan, 1.0], ["1", "2"], [None, 1.0]):
+        with pytest.raises(InputError, match="a finite number for each sentence"):
+            ranked(["One. Two."], "one?", lambda sentences, question, scores=scores: scores)
+    with pytest.raises(InputError, match="rank must be a function"):
+        ranked(["One. Two."], "one?", "bm25")  # type: ignore[arg-type]
 
 
 def test_threads_may_be_the_first_to_rank_at_once() -> None:

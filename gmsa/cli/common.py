@@ -65,16 +65,23 @@ def group(add: Add, name: str, summary: str, what: str = "COMMAND") -> Add:
 
 
 def count(text: str) -> int:
-    """A positive whole number from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    """A positive whole number, of at most 63 bits, from the command line."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1 and below 2^63, got {text[:50]!r}")
     return int(text)
+
+
+def merge_size(text: str) -> int:
+    """A merge size from the command line."""
+    if (size := count(text)) >= 2**32:
+        raise argparse.ArgumentTypeError(f"a merge size is below 2^32, got {text!r}")
+    return size
 
 
 def whole(text: str) -> int:
     """0 or a positive whole number, of at most 63 bits, from the command line."""
     if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text[:50]!r}")
     return int(text)
 
 
@@ -127,7 +134,7 @@ SHARED: dict[str, dict[str, Any]] = {  # options that several commands have
         "metavar": "N",
         "help": "gradient steps that improve a memory: slow; 20 is much (0)",
     },
-    "--merge-size": {"type": count, "default": 4, "metavar": "N", "help": "tokens per soft token (4)"},
+    "--merge-size": {"type": merge_size, "default": 4, "metavar": "N", "help": "tokens per soft token (4)"},
     "--encoding": {
         "type": encoding,
         "metavar": "NAME",
@@ -154,7 +161,7 @@ def read_text(path: str, encoding: str | None = None) -> str:
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}") from error
+        raise InputError(f"cannot read {name or 'a file without a name'}: {error.strerror}") from error
     text = decode(raw, name, encoding)
     if not text.strip():
         raise InputError(f"{name} is empty: there is nothing to compress")
@@ -193,6 +200,8 @@ def check_output(path: str, *inputs: str) -> None:
             raise InputError("the output is binary and no terminal shows it: name a file, or redirect standard output")
         return
     place = Path(path)
+    if not path:
+        raise InputError("the output needs a name")
     if place.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
     if not place.absolute().parent.is_dir():

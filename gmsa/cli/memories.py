@@ -70,7 +70,7 @@ def add_commands(add: Add) -> None:
 
     command = add("ask", ask, "Answer a question from texts or memory files.")
     option = command.add_argument
-    option("question", metavar="QUESTION")
+    option("question", metavar="QUESTION", help="the last one, after --, if it begins with -")
     option("--context", action="append", default=[], metavar="FILE", help="text file or -; repeatable")
     option(
         "--memory",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from gmsa.cli.common import Add, count, load, note, packages, share, size, whole
+from gmsa.cli.common import Add, count, load, note, packages, plain, share, size, whole, whole_text
 from gmsa.cli.store import store_path
 from gmsa.errors import CheckpointError, ConfigError, InputError
 
@@ -40,7 +40,7 @@ def add_commands(add: Add) -> None:
     key.add_argument("--decoder-api-key", metavar="KEY", help=wanted)
     key.add_argument("--decoder-api-key-file", metavar="FILE", help="the same, from a file")
     option("--decoder-name", metavar="NAME", help="of the model there (gmsa-FINGERPRINT, or the only one)")
-    option("--served-name", action="append", metavar="NAME", help="the model's name; repeatable")
+    option("--served-name", type=model_name, action="append", metavar="NAME", help="the model's name; repeatable")
     option("--auto-compress", type=whole, default=0, metavar="N", help="compress texts of more than N tokens (0: off)")
     option("--select", action="store_true", help="of such texts keep the sentences that fit the question, at 2x")
     option("--max-context-tokens", type=count, default=131_072, metavar="N", help="of a text to compress (131072)")
@@ -81,6 +81,13 @@ def port(text: str) -> int:
     return int(text)
 
 
+def model_name(text: str) -> str:
+    """What a model is called in requests, from the command line."""
+    if not whole_text(text).strip():
+        raise argparse.ArgumentTypeError("a model's name must not be empty")
+    return text
+
+
 def decoder(text: str) -> str | None:
     """The address of a decoder from the command line; None: the decoder is the model's own."""
     if text == LOCAL:
@@ -88,6 +95,8 @@ def decoder(text: str) -> str | None:
     kind, _, url = text.partition(":")
     if kind != "vllm" or not url.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"a decoder is {LOCAL} or vllm:http://HOST:PORT, got {text!r}")
+    if not urlsplit(url).hostname:
+        raise argparse.ArgumentTypeError(f"a decoder's address names a host, as vllm:http://HOST:PORT, got {text!r}")
     if "," in url:
         raise argparse.ArgumentTypeError("a decoder has one address: put a router before several (docs/scale.md)")
     if "@" in urlsplit(url).netloc:
@@ -142,7 +151,7 @@ def mcp(options: argparse.Namespace) -> None:
     if not options.http and (options.api_key or options.api_key_file or options.anonymous):
         raise InputError("keys are for --http: whoever has stdin and stdout needs none")
     key, file = keys_of(options)
-    from gmsa.serve.mcp import http_app, make_server
+    from gmsa.serve.mcp import http_app, make_server, run_stdio
     from gmsa.serve.server import Deadline, listen
     from gmsa.serve.settings import Settings
     from gmsa.serve.tenants import Keys, Stores
@@ -162,7 +171,7 @@ def mcp(options: argparse.Namespace) -> None:
             seconds = Settings.drain_seconds + 2  # to tell who waits
             listen(app, options.host, options.port, keys, deadline.begin, seconds, "/mcp")
         else:
-            server.run("stdio")
+            run_stdio(server)
     finally:
         stores.close()
 
@@ -192,7 +201,7 @@ def settings_of(options: argparse.Namespace) -> "Settings":
     from gmsa.serve.settings import Settings
 
     key, file = keys_of(options)
-    name = Path(options.model).name or options.model
+    name = plain(Path(options.model).name or options.model)  # a folder's name may be no text
     return Settings(
         model_names=tuple(dict.fromkeys(options.served_name or [f"gmsa-{name}" if name == "default" else name])),
         store=store_path(options),
@@ -220,7 +229,7 @@ def keys_of(options: argparse.Namespace) -> tuple[str | None, Path | None]:
     key = None if options.anonymous or file else key_of(options.api_key, None, KEY_VARIABLE)
     if not (Keys(key, file).needed or options.anonymous or is_loopback(options.host)):
         raise ConfigError(
-            f"{options.host} lets other machines in: set --api-key, --api-key-file or {KEY_VARIABLE}, "
+            f"{options.host or 'no host'} lets other machines in: set --api-key, --api-key-file or {KEY_VARIABLE}, "
             "or say --anonymous"
         )
     return key, file

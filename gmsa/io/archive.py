@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gmsa.errors import InputError, MemoryFileError
 from gmsa.io.database import ID, StoredMemory
-from gmsa.io.files import atomic_file
+from gmsa.io.files import atomic_file, reason_of
 from gmsa.text import check_text
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ def read_files(path: Path) -> Iterator[tuple[str, bytes]]:
             yield path.stem, path.read_bytes()
             return
         tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed below)
-    except (tarfile.TarError, OSError) as error:
+    except OSError as error:
+        raise MemoryFileError(f"cannot read {path}: {reason_of(error)}") from error
+    except tarfile.TarError as error:
         raise MemoryFileError(f"{path} is no memory file and no archive of `gmsa store export`: {error}") from error
     with tar:
         try:

@@ -88,7 +88,8 @@ def _loading(what: str) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
+        # AssertionError: this torch was built without the device that is asked for.
         raise BackboneError(f"cannot load {what}: {' '.join(str(error).split())[:300]}") from error
 
 

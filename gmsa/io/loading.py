@@ -173,7 +173,11 @@ def load_compressor(
     encoder = None if shared else _skeleton(folder / "encoder", dtype, 0, config.encoder_layers, **options)
     model = CompressorModel(config, decoder.model, encoder.model if encoder else None)
     _fill(model, checkpoint.read_tensors(folder))
-    return model.to(_one_device(options.get("device_map"))).eval(), decoder, encoder
+    device = _one_device(options.get("device_map"))
+    try:
+        return model.to(device).eval(), decoder, encoder
+    except (RuntimeError, AssertionError) as error:  # no such device, or a torch built without it
+        raise CheckpointError(f"cannot load {folder} on {device}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _one_device(device_map: Any) -> Any:

@@ -105,7 +105,8 @@ def handle_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         detail = str(error.detail)
         if detail == "There was an error parsing the body":  # FastAPI's, which says no more
-            detail = "the request is not valid JSON: it is not in UTF-8, or nested too deeply"
+            reasons = "it is not in UTF-8, nested too deeply, or has a number of thousands of digits"
+            detail = f"the request is not valid JSON: {reasons}"
         answer = response(error.status_code, detail)
         answer.headers.update(error.headers or {})
         if error.status_code == 405:  # starlette names the methods of one route; a path may have several

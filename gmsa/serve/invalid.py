@@ -4,6 +4,7 @@ pydantic tells of every alternative of a union, by names of its own. Here the on
 closest to, and places are those of the request. What the client sent is not repeated, but for numbers and the like.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,6 +86,10 @@ def _place(error: Any, body: Any) -> tuple[str | int, ...]:
 def _said(errors: Sequence[Any]) -> str:
     """What is wrong at one place, from all that was tried there."""
     other = [error for error in errors if error["type"] not in WANTED]
+    if len(other) > 1 and all(error["type"] == "literal_error" for error in other):  # each alternative has its own
+        names = dict.fromkeys(name for error in other for name in re.split(", | or ", error["ctx"]["expected"]))
+        *most, last = names
+        return f"must be {', '.join(most)} or {last}" if most else f"must be {last}"
     if other:  # it was of one of the types wanted
         return _complaint(other[0])
     wanted = " or ".join(dict.fromkeys(WANTED[error["type"]] for error in errors))

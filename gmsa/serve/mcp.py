@@ -3,15 +3,21 @@
 The store is that of the server and the command line. One thing is done at a time; the model is loaded at the first.
 """
 
+import contextlib
+import json
+import os
+import sys
+import threading
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import anyio.to_thread
 from mcp.server import MCPServer
-from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp.server.transport_security import TransportSecuritySettings
-from pydantic import Field
+from mcp_types import jsonrpc_message_adapter
+from pydantic import BeforeValidator, Field, ValidationError
 from starlette.types import ASGIApp
 
 from gmsa import __version__
@@ -19,10 +25,12 @@ from gmsa.api import GMSA
 from gmsa.errors import GmsaError
 from gmsa.serve.answers import proven
 from gmsa.serve.guard import Guard
+from gmsa.serve.invalid import explained
 from gmsa.serve.metrics import Metrics
 from gmsa.serve.service import check_provable
 from gmsa.serve.settings import Settings
 from gmsa.serve.tenants import Keys, Stores
+from gmsa.text import HALF_SURROGATE
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,6 +40,23 @@ INSTRUCTIONS = (
     "model: restore a memory, with check, where every word counts."
 )
 Id = Annotated[str, Field(description="of a memory, as `remember` gave it; its first digits will do")]
+# Not `str | None`: the SDK reads a text for what is not just a text as JSON, "null" or "[2024]" among them.
+MaybeText = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+
+
+class Server(MCPServer):
+    """Tells an agent in one line which argument of a tool is wrong."""
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
+        """As of `MCPServer`."""
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            wrong = error.__cause__
+            if isinstance(error, UnexpectedToolError) or not isinstance(wrong, ValidationError):
+                raise
+            errors = [{**each, "loc": ("body", *each["loc"])} for each in wrong.errors()]
+            raise ToolError(": ".join(filter(None, explained(errors, arguments, None)))) from wrong
 
 
 def make_server(load: Callable[[], GMSA], stores: Stores, merge_size: int, max_new_tokens: int) -> MCPServer:
@@ -43,7 +68,7 @@ def make_server(load: Callable[[], GMSA], stores: Stores, merge_size: int, max_n
         merge_size: of new memories.
         max_new_tokens: of an answer.
     """
-    server = MCPServer("gmsa", version=__version__, instructions=INSTRUCTIONS, log_level="WARNING")
+    server = Server("gmsa", version=__version__, instructions=INSTRUCTIONS, log_level="WARNING")
     one_at_a_time = anyio.CapacityLimiter(1)
     model = cache(load)
 
@@ -63,11 +88,13 @@ def make_server(load: Callable[[], GMSA], stores: Stores, merge_size: int, max_n
     @tool
     def remember(
         text: Annotated[str, Field(description="whatever is long")],
-        label: Annotated[str | None, Field(description="a name to find it by", max_length=200)] = None,
+        label: Annotated[MaybeText, Field(description="a name to find it by", max_length=200)] = "",
         metadata: Annotated[dict[str, str] | None, Field(description="kept with it")] = None,
     ) -> dict[str, Any]:
         """Keep a long text as a memory; gives its id. The same text gives the same id."""
-        entry, _, there = stores.current().get_or_compress(model(), text, merge_size, label=label, metadata=metadata)
+        entry, _, there = stores.current().get_or_compress(
+            model(), text, merge_size, label=label or None, metadata=metadata
+        )
         return {**described(entry), "existing": there}
 
     @tool
@@ -95,11 +122,11 @@ def make_server(load: Callable[[], GMSA], stores: Stores, merge_size: int, max_n
         return proven(list(gmsa.stream_checked(memory))) if check else {"text": str(gmsa.restore(memory))}
 
     def listed(
-        label: Annotated[str | None, Field(description="only those with this label")] = None,
+        label: Annotated[MaybeText, Field(description="only those with this label")] = "",
         limit: Annotated[int, Field(ge=1, le=1000)] = 50,
     ) -> dict[str, Any]:
         """What is remembered, the newest first."""
-        return {"memories": [described(entry) for entry in stores.current().list(label=label, limit=limit)]}
+        return {"memories": [described(entry) for entry in stores.current().list(label=label or None, limit=limit)]}
 
     listed.__name__ = "list"
     tool(listed)
@@ -118,6 +145,45 @@ def described(entry: Any) -> dict[str, Any]:
     """What an agent is told of a memory."""
     names = ("id", "label", "metadata", "merge_size", "origin_tokens", "soft_tokens")
     return {name: getattr(entry, name) for name in names}
+
+
+def run_stdio(server: MCPServer) -> None:
+    """Serve the tools on standard streams until standard input ends.
+
+    The SDK passes over a line that it cannot read, such as one with half a surrogate pair, and whoever sent it would
+    wait for ever: such lines are answered here.
+    """
+    wire = os.dup(sys.stdout.fileno())  # the SDK's own is another: a line is one write on either
+    reading, writing = os.pipe()
+
+    def pass_on() -> None:
+        with contextlib.suppress(OSError), open(writing, "wb", buffering=0) as onward:
+            for line in given:
+                try:
+                    jsonrpc_message_adapter.validate_json(line.decode(errors="replace"), by_name=False)
+                except ValidationError as error:
+                    os.write(wire, unreadable(line, str(error.errors()[0]["msg"])))
+                else:
+                    onward.write(line)
+
+    given = sys.stdin.buffer
+    sys.stdin = open(reading, encoding="utf-8")  # noqa: SIM115 (as long as the process)
+    threading.Thread(target=pass_on, daemon=True).start()
+    server.run("stdio")
+
+
+def unreadable(line: bytes, reason: str) -> bytes:
+    """The answer to a line that is no message of JSON-RPC, or is one but for half a surrogate pair."""
+    code, id = -32700, None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(line)  # which takes such halves
+        code = -32600
+        if isinstance(found, dict):
+            id = found["id"] if isinstance(found.get("id"), str | int) else None
+        if HALF_SURROGATE.search(json.dumps(found, ensure_ascii=False)):
+            code, reason = -32602, "a text holds half a surrogate pair, so it is none: cut texts between characters"
+    answer = {"jsonrpc": "2.0", "id": id, "error": {"code": code, "message": reason}}
+    return json.dumps(answer).encode() + b"\n"
 
 
 def http_app(server: MCPServer, settings: Settings, keys: Keys, host: str) -> ASGIApp:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gmsa import GMSA
 from gmsa.cli import main as cli
-from gmsa.errors import CheckpointError
+from gmsa.errors import BackboneError, CheckpointError
 from gmsa.io import export as export_module
 from gmsa.io.backbones import Backbone
 from gmsa.io.export import decoder_fingerprint
@@ -192,6 +192,16 @@ def test_a_compressor_alone_goes_on_one_device(make: Make, tmp_path: Path) -> No
         assert GMSA.from_pretrained(tmp_path / "c", device_map=device_map).model.device.type in ("cpu", "cuda")
     with pytest.raises(CheckpointError, match="name one device"):
         GMSA.from_pretrained(tmp_path / "c", device_map={"encoder": "cpu", "lsa": "meta"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(make: Make, tmp_path: Path) -> None:
+    gmsa = make()
+    gmsa.save_pretrained(tmp_path / "whole")
+    gmsa.export_compressor(tmp_path / "c")
+    for folder, error in (("whole", BackboneError), ("c", CheckpointError)):
+        with pytest.raises(error, match="cannot load"):
+            GMSA.from_pretrained(tmp_path / folder, device_map="cuda")
 
 
 def test_a_compressor_on_the_hub(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -73,6 +74,12 @@ async def try_all(client: Client, model: str, store: Path) -> None:
     assert "too large to be checked" in await refused(client, "restore", id=coarse.id, check=True)
     assert (await use(client, "list", label="birds"))["memories"][0]["metadata"] == {"by": "me"}
     assert (await use(client, "list", label="fish"))["memories"] == []
+    for label in ("null", "[2024]", '{"a": 1}'):  # JSON, but a label is a text
+        named = await use(client, "remember", text="Rails.", label=label)
+        assert (named["label"], len((await use(client, "list", label=label))["memories"])) == (label, 1)
+    assert len((await use(client, "list", label=None))["memories"]) == 4
+    assert await refused(client, "remember") == "text: is missing"
+    assert await refused(client, "list", limit=0) == "limit: must be at least 1, got 0"
     assert "no stored memory" in await refused(client, "ask", question="Who?", ids=["0" * 64])
     assert "the question is empty" in await refused(client, "ask", question=" ", ids=[made["id"]])
     assert "is no id" in await refused(client, "restore", id="../x")
@@ -89,6 +96,29 @@ def test_over_standard_streams(model: str, tmp_path: Path) -> None:
             await try_all(client, model, store)
 
     asyncio.run(talk())
+
+
+def test_a_line_that_cannot_be_read_is_answered(model: str, tmp_path: Path) -> None:
+    started = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    half = r'{"jsonrpc":"2.0","id":"b","method":"tools/call","params":{"name":"list","arguments":{"label":"\ud83d"}}}'
+    lines = [
+        json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": started}),
+        '{"jsonrpc":"2.0","method":"notifications/initialized"}',
+        *(half, '{"id": 7}', "no JSON", '{"jsonrpc":"2.0","id":2,"method":"ping"}'),
+    ]
+    command = [sys.executable, "-m", "gmsa", "mcp", model, "--store", str(tmp_path / "store"), *OPTIONS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("".join(line + "\n" for line in lines))
+        process.stdin.flush()
+        answers = {answer["id"]: answer for answer in (json.loads(process.stdout.readline()) for _ in range(5))}
+        process.stdin.close()
+        assert process.wait(60) == 0
+    assert answers["b"]["error"]["code"] == -32602
+    assert "half a surrogate pair" in answers["b"]["error"]["message"]
+    assert (answers[7]["error"]["code"], answers[None]["error"]["code"]) == (-32600, -32700)
+    assert {1, 2} <= answers.keys()
 
 
 def test_over_http(model: str, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_stream_is_the_response_in_events(client: openai.OpenAI) -> None:
     ("fields", "message"),
     [
         ({"input": []}, "input: must not be empty"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type: must be 'message', 'function_call', "),
         ({"input": [{"role": "bot", "content": "x"}]}, "input.0.role: must be"),
         ({"tools": [{"type": "web_search"}]}, "tools: this model calls no tools"),
         ({"previous_response_id": "r"}, "previous_response_id: nothing is kept between requests: send the whole"),
