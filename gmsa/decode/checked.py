@@ -13,8 +13,9 @@ Needs one tokenizer for encoder and decoder, and group merging: with appended to
 token stands for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -89,14 +90,13 @@ def checked_text(groups: Sequence[CheckedGroup], decode: Callable[[list[int]], s
         groups: in order, those of all windows.
         decode: token ids -> text.
     """
-    spans: list[tuple[list[int], bool]] = []
-    for group in groups:
-        if not spans or spans[-1][1] != group.confirmed:
-            spans.append(([], group.confirmed))
-        spans[-1][0].extend(group.tokens)
+
+    def text(part: Iterable[CheckedGroup]) -> str:
+        return decode([token for group in part for token in group.tokens])
+
     return CheckedText(
-        decode([token for group in groups for token in group.tokens]),
-        [(decode(tokens), confirmed) for tokens, confirmed in spans],
+        text(groups),
+        [(text(part), confirmed) for confirmed, part in groupby(groups, key=lambda group: group.confirmed)],
         sum(group.confirmed for group in groups),
         len(groups),
     )

@@ -71,7 +71,7 @@ class EntryLayers:
         self._held = None
 
     def _put_in(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = _hidden(args, kwargs)
+        given = args[0] if args else kwargs["hidden_states"]
         fit = self._fit(given)
         if fit is None or given is fit[1]:
             return None
@@ -95,10 +95,6 @@ class EntryLayers:
         if beams > 1:
             soft, vectors = (part.repeat_interleave(beams, 0) for part in (soft, vectors))
         return soft[..., None], vectors
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def check_enters_at_input(config: GmsaConfig) -> None:

@@ -5,7 +5,7 @@ is what the paper compares its own with, learnable tokens after the context (`Ap
 """
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from gmsa.config import GmsaConfig
 from gmsa.errors import ConfigError, InputError, check_whole
 
-
-class Encoder(Protocol):
-    """What a kind of merging reads its windows with."""
-
-    def encode(self, window_ids: Tensor) -> Tensor:
-        """States of the tokens of each window: (W, L) right-padded ids -> (W, L, width)."""
-
-    def encode_with(self, window_ids: Tensor, window_mask: Tensor, more: list[Tensor]) -> list[Tensor]:
-        """States of some more vectors (n_w, width) that follow the tokens of each window: W of (n_w, width)."""
+if TYPE_CHECKING:
+    from gmsa.model.compressor import Compressor
 
 
 class Merging(nn.Module):
@@ -36,11 +29,11 @@ class Merging(nn.Module):
     def __init__(self, config: GmsaConfig, width: int, embeddings: nn.Module) -> None:
         super().__init__()
 
-    def forward(self, encoder: Encoder, ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, encoder: "Compressor", ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """(W, L) right-padded windows -> merged vectors (W * K, M, width) and their mask (W * K, M).
 
         Args:
-            encoder: see above.
+            encoder: what the windows are read with.
             ids, mask: (W, L).
             sizes: (W, K) merge sizes: K of each window; those of a window come one after the other.
         """
@@ -50,7 +43,7 @@ class Merging(nn.Module):
 class GroupMerging(Merging):
     """The paper's: one pass of the encoder serves every merge size."""
 
-    def forward(self, encoder: Encoder, ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, encoder: "Compressor", ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         rates = sizes.shape[1]
         states = encoder.encode(ids)
         if rates > 1:
@@ -131,7 +124,7 @@ class AppendedTokens(Merging):
         drawn = torch.randn(config.max_appended, width, dtype=weight.dtype, device=weight.device)
         self.tokens = nn.Parameter(drawn * _scale(embeddings))
 
-    def forward(self, encoder: Encoder, ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, encoder: "Compressor", ids: Tensor, mask: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """See `Merging`.
 
         Raises:
