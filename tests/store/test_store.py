@@ -177,7 +177,7 @@ def test_a_memory_is_written_out_as_a_memory_file(tmp_path: Path, form: str) -> 
         assert other.entry(entry.id).label == "mill"
         file.write_bytes(file.read_bytes()[:-1])
         assert "not a stored memory" in other.import_(file).refused[0].reason
-        with pytest.raises(MemoryFileError, match="no memory file"):
+        with pytest.raises(MemoryFileError, match=r"cannot read .*: No such file"):
             other.import_(tmp_path / "none.safetensors")
 
 
@@ -883,7 +883,7 @@ def test_no_truncated_archive_comes_in(tmp_path: Path, store: MemoryStore) -> No
 
 
 def test_other_files_are_no_archives(tmp_path: Path, store: MemoryStore) -> None:
-    with pytest.raises(MemoryFileError, match="no archive"):
+    with pytest.raises(MemoryFileError, match=r"cannot read .*: No such file"):
         store.import_(tmp_path / "none")
     (tmp_path / "x").write_bytes(b"\x1f\x8b" + bytes(1000))
     with pytest.raises(MemoryFileError, match="no archive"):
