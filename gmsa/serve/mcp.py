@@ -14,7 +14,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import anyio.to_thread
 from mcp.server import MCPServer
-from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.transport_security import TransportSecuritySettings
 from mcp_types import jsonrpc_message_adapter
 from pydantic import BeforeValidator, Field, ValidationError
@@ -53,7 +53,7 @@ class Server(MCPServer):
             return await super().call_tool(name, arguments, context)
         except ToolError as error:
             wrong = error.__cause__
-            if isinstance(error, UnexpectedToolError) or not isinstance(wrong, ValidationError):
+            if not isinstance(wrong, ValidationError):
                 raise
             errors = [{**each, "loc": ("body", *each["loc"])} for each in wrong.errors()]
             raise ToolError(": ".join(filter(None, explained(errors, arguments, None)))) from wrong
