@@ -5,7 +5,7 @@ closest to, and places are those of the request. What the client sent is not rep
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 WANTED = {
@@ -87,9 +87,8 @@ def _said(errors: Sequence[Any]) -> str:
     """What is wrong at one place, from all that was tried there."""
     other = [error for error in errors if error["type"] not in WANTED]
     if len(other) > 1 and all(error["type"] == "literal_error" for error in other):  # each alternative has its own
-        names = dict.fromkeys(name for error in other for name in re.split(", | or ", error["ctx"]["expected"]))
-        *most, last = names
-        return f"must be {', '.join(most)} or {last}" if most else f"must be {last}"
+        names = (name for error in other for name in re.split(", | or ", error["ctx"]["expected"]))
+        return f"must be {_either(dict.fromkeys(names))}"
     if other:  # it was of one of the types wanted
         return _complaint(other[0])
     wanted = " or ".join(dict.fromkeys(WANTED[error["type"]] for error in errors))
@@ -113,11 +112,16 @@ def _complaint(error: Any) -> str:
     if kind == "literal_error":
         return "must be empty" if context["expected"] == "''" else f"must be {context['expected']}"
     if kind == "union_tag_invalid":
-        *most, last = context["expected_tags"].split(", ")
-        return f"must be {', '.join(most)} or {last}"
+        return f"must be {_either(context['expected_tags'].split(', '))}"
     if kind == "string_pattern_mismatch" and context["pattern"] == HEXADECIMAL:
         return "must be the id of a memory: 64 digits from 0 to f"
     return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _either(names: Iterable[str]) -> str:
+    """Names as "a, b or c"."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _kind(value: Any) -> str:

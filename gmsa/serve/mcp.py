@@ -153,7 +153,7 @@ def run_stdio(server: MCPServer) -> None:
     The SDK passes over a line that it cannot read, such as one with half a surrogate pair, and whoever sent it would
     wait for ever: such lines are answered here.
     """
-    wire = os.dup(sys.stdout.fileno())  # the SDK's own is another: a line is one write on either
+    given, wire = sys.stdin.buffer, os.dup(sys.stdout.fileno())  # the SDK has one of its own: a line is one write
     reading, writing = os.pipe()
 
     def pass_on() -> None:
@@ -166,7 +166,6 @@ def run_stdio(server: MCPServer) -> None:
                 else:
                     onward.write(line)
 
-    given = sys.stdin.buffer
     sys.stdin = open(reading, encoding="utf-8")  # noqa: SIM115 (as long as the process)
     threading.Thread(target=pass_on, daemon=True).start()
     server.run("stdio")
